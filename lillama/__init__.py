@@ -1,0 +1,55 @@
+"""Lillama compresses pretrained models by low-rank feature distillation (arXiv 2412.16719).
+
+    import lillama
+    lillama.compress(lillama.Recipe.load("recipes/quickstart.yaml"))
+    model = lillama.load("runs/quickstart/model")
+
+Importing it also teaches transformers to load and save the checkpoints, without importing torch here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lillama._register import when_transformers_quantizers_load
+from lillama.contract import Layer, Weight
+from lillama.errors import LillamaError
+from lillama.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from lillama.checkpoint import load
+    from lillama.pipeline import compress, make_plan
+    from lillama.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = [
+    "Layer",
+    "LillamaError",
+    "Recipe",
+    "Weight",
+    "compress",
+    "hookimpl",
+    "load",
+    "make_plan",
+]
+
+_LAZY = {
+    "Recipe": "lillama.recipe",
+    "compress": "lillama.pipeline",
+    "load": "lillama.checkpoint",
+    "make_plan": "lillama.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'lillama' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+when_transformers_quantizers_load("lillama.quantizer")

@@ -1,0 +1,211 @@
+"""`lillama`: verbs only, thin. Nothing here imports torch before a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lillama import __version__
+from lillama.errors import LillamaError
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def _console(stderr: bool = False):  # type: ignore[no-untyped-def]  # rich is imported when first needed
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    # Wide enough for a table where the output is a file or a pipe.
+    return console if console.is_terminal else Console(stderr=stderr, width=120)
+
+
+def _recipe(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from lillama.recipe import Recipe
+
+    return Recipe.load(args.recipe, args.set or [])
+
+
+def run(args: argparse.Namespace) -> int:
+    """compress a model by a recipe"""
+    recipe = _recipe(args)
+    from lillama import pipeline, show
+    from lillama.progress import Progress
+
+    show.quiet_libraries()
+    console = _console()
+    prepared = pipeline.prepare(recipe)
+    console.print(show.plan(prepared))
+    result = pipeline.Run(prepared, Progress(console), restart=args.restart).execute()
+    console.print(show.result(result, recipe))
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    """show ranks, parameters, memory and time; read no weights, write nothing"""
+    recipe = _recipe(args)
+    from lillama import pipeline, show
+
+    show.quiet_libraries()
+    config = None
+    if args.config:
+        config = show.read_config(args.config)
+    prepared = pipeline.prepare(recipe, config)
+    if args.json:
+        sys.stdout.write(json.dumps(prepared.plan.to_dict(), indent=2) + "\n")
+    else:
+        _console().print(show.plan(prepared))
+    return 0
+
+
+def validate(args: argparse.Namespace) -> int:
+    """check a recipe without opening its model"""
+    _recipe(args)
+    sys.stdout.write(f"{args.recipe}: valid\n")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """evaluate a run's result, a compressed checkpoint, or any model"""
+    from lillama import show
+
+    show.quiet_libraries()
+    metrics = show.evaluate_directory(Path(args.directory), args.recipe, args.set or [], args.device)
+    if args.json:
+        sys.stdout.write(json.dumps(metrics, indent=2) + "\n")
+    else:
+        _console().print(show.metrics(metrics))
+    return 0
+
+
+def plugins(args: argparse.Namespace) -> int:
+    """list the plugins installed, and what is wrong with any"""
+    from rich.table import Table
+
+    from lillama import host
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("plugin", "distribution", "version", "hooks"):
+        table.add_column(column)
+    troubles = []
+    found = host.get()
+    found.registered()
+    for plugin in found.plugins.values():
+        hooks = f"not used: {plugin.failure}" if plugin.failure else ", ".join(plugin.hooks)
+        table.add_row(plugin.name, plugin.distribution, plugin.version, hooks)
+        if plugin.details and args.debug:
+            troubles.append(plugin.details)
+    console = _console()
+    console.print(table, highlight=False)
+    for text in troubles:
+        console.print(text, markup=False, highlight=False)
+    return 0
+
+
+def schema(args: argparse.Namespace) -> int:
+    """print the JSON schema of recipes, for editors"""
+    from lillama import recipe
+
+    sys.stdout.write(json.dumps(recipe.schema(), indent=2) + "\n")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """write a compressed checkpoint in another form"""
+    if not args.dense:
+        raise LillamaError("say which form", where="export", hint="--dense multiplies the factors back.")
+    from lillama import checkpoint, show
+
+    show.quiet_libraries()
+    checkpoint.export_dense(args.directory, args.out)
+    sys.stdout.write(f"wrote {args.out}: loads with plain transformers, and is as large as the original\n")
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """say what is installed, which device and kernels are used, and what recipes lack"""
+    from lillama import doctor
+
+    console = _console()
+    console.print(doctor.report(args.recipes), highlight=False)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser = argparse.ArgumentParser(
+        prog="lillama",
+        description="Compress pretrained models by low-rank feature distillation (arXiv 2412.16719).",
+        epilog="Start with: lillama run recipes/quickstart.yaml",
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"lillama {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(function: Verb, name: str = "") -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            name or function.__name__, help=function.__doc__, description=function.__doc__, parents=[common]
+        )
+        added.set_defaults(verb=function)
+        return added
+
+    def takes_recipe(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("recipe", help="a recipe file (YAML)")
+        sub.add_argument(
+            "--set",
+            action="append",
+            metavar="KEY=VALUE",
+            help="override a key of the recipe, for example --set model.id=./mine (repeatable)",
+        )
+
+    sub = verb(run)
+    takes_recipe(sub)
+    sub.add_argument("--restart", action="store_true", help="discard what the run directory holds")
+    sub = verb(plan)
+    takes_recipe(sub)
+    sub.add_argument("--config", metavar="FILE", help="plan for this config.json instead of the model's own")
+    sub.add_argument("--json", action="store_true", help="print the plan as JSON")
+    takes_recipe(verb(validate))
+    sub = verb(evaluate, "eval")
+    sub.add_argument("directory", help="a run directory, a checkpoint directory, or a hub id")
+    sub.add_argument("--recipe", help="take the `evaluate:` section of this recipe")
+    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a key, such as evaluate.speed={}")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    sub.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    verb(plugins)
+    verb(schema)
+    sub = verb(export)
+    sub.add_argument("directory", help="a compressed checkpoint")
+    sub.add_argument("out", help="the directory to write")
+    sub.add_argument("--dense", action="store_true", help="multiply the factors back")
+    sub = verb(doctor)
+    sub.add_argument("recipes", nargs="*", help="recipes to check (default: recipes/*.yaml)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; a user's mistake is one message and exit status 2."""
+    args = _parser().parse_args(argv)
+    # Threads that spin while they wait starve whatever shares the machine; must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        verb: Verb = args.verb
+        return verb(args)
+    except LillamaError as error:
+        if args.debug:
+            raise
+        sys.stderr.write(f"lillama: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("lillama: stopped; the same command continues where it was\n")
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Modules that hold low-rank factors in place of a dense weight.
+
+`LowRankLinear` computes y = A (B x) + b with A (d_out x r) and B (r x d_in). `PivotedLinear` holds r
+rows of the same rank-r matrix and the coefficients of the other rows in them: r^2 numbers fewer
+(DESIGN 6; PIFA, arXiv 2501.19090). Both offer `weight`, which multiplies the factors back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lillama.errors import LillamaError
+
+
+class LowRankLinear(nn.Module):
+    """A linear map through `rank` dimensions. The bias stays on the output side."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.A = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """A @ B (d_out x d_in). Some architectures read a projection's weight directly (DESIGN 9)."""
+        return self.A @ self.B
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.B), self.A, self.bias)
+
+    def set_factors(self, A: Tensor, B: Tensor) -> None:
+        """Take over A (d_out x r) and B (r x d_in), cast to this module's dtype."""
+        with torch.no_grad():
+            self.A.copy_(A)
+            self.B.copy_(B)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+class _Permute(torch.autograd.Function):
+    """x[..., order], whose gradient is a second gather: autograd's own would scatter, element by element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(-1, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(-1, inverse), None, None
+
+
+class PivotedLinear(nn.Module):
+    """A rank-r linear map kept as r of its rows (B) and the coefficients (C) of the others in them.
+
+    `pivots` holds the row numbers of B's rows; the rows of C follow in rising order of the rest.
+    """
+
+    pivots: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.B = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.C = nn.Parameter(torch.empty(out_features - rank, rank, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("pivots", torch.arange(rank, device=device))
+        self._orders: tuple[Tensor, Tensor] | None = None  # derived from pivots on first use
+
+    def _order(self) -> tuple[Tensor, Tensor]:
+        """(order, inverse): cat(pivot rows, others)[order] is the output in its own order."""
+        if self._orders is None or self._orders[0].device != self.pivots.device:
+            rest = torch.ones(self.out_features, dtype=torch.bool, device=self.pivots.device)
+            rest[self.pivots] = False
+            inverse = torch.cat([self.pivots, rest.nonzero().squeeze(1)])
+            self._orders = (inverse.argsort(), inverse)
+        return self._orders
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (d_out x d_in) itself."""
+        return torch.cat([self.B, self.C @ self.B])[self._order()[0]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        pivots = F.linear(x, self.B)
+        y: Tensor = _Permute.apply(torch.cat([pivots, F.linear(pivots, self.C)], -1), *self._order())
+        return y if self.bias is None else y + self.bias
+
+    def set_factors(self, A: Tensor, B: Tensor) -> None:
+        """Store A @ B, with pivot rows chosen by column-pivoted QR of A^T, in float64.
+
+        The pivots are then well spread, which keeps the coefficients small enough for bfloat16.
+        """
+        import scipy.linalg
+
+        r = self.rank
+        A64, B64 = A.detach().double().cpu(), B.detach().double().cpu()
+        _, R, order = scipy.linalg.qr(A64.T.numpy(), mode="economic", pivoting=True)
+        diagonal = abs(R.diagonal())
+        if diagonal.min() <= diagonal.max() * 1e-12:
+            # A of deficient rank has no r independent rows; the least-norm coefficients still serve.
+            coefficients = scipy.linalg.lstsq(R[:, :r], R[:, r:])[0].T
+        else:
+            coefficients = scipy.linalg.solve_triangular(R[:, :r], R[:, r:]).T
+        pivots, rest = torch.from_numpy(order[:r].copy()).long(), torch.from_numpy(order[r:].copy())
+        with torch.no_grad():
+            self.pivots.copy_(pivots)
+            self.B.copy_(A64[pivots] @ B64)
+            self.C.copy_(torch.from_numpy(coefficients)[rest.argsort()])
+        self._orders = None
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+STORAGES: dict[tuple[str, str], type[nn.Module]] = {
+    ("linear", "factors"): LowRankLinear,
+    ("linear", "pivoted"): PivotedLinear,
+}
+
+
+def replace(root: nn.Module, name: str, *, kind: str, storage: str, rank: int) -> nn.Module:
+    """Put an empty factor module of the same shape, bias, device and dtype in place of `root.name`.
+
+    Returns the new module; the old bias is carried over (shared, not copied). Raises LillamaError when
+    the module is not of the kind the plan says.
+    """
+    old = root.get_submodule(name)
+    if (kind, storage) not in STORAGES:
+        raise LillamaError(f"no '{storage}' storage exists for a weight of kind '{kind}'", where=name)
+    if not isinstance(old, nn.Linear):
+        raise LillamaError(f"the plan has a {kind} here, the model a {type(old).__name__}", where=name)
+    new = STORAGES[kind, storage](
+        old.in_features, old.out_features, rank, old.bias is not None, old.weight.device, old.weight.dtype
+    )
+    new.bias = old.bias
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, new)
+    return new.train(old.training)
+
+
+def is_factorised(module: nn.Module) -> bool:
+    """Whether `module` is one of ours."""
+    return isinstance(module, tuple(STORAGES.values()))
+
+
+def to_linear(module: Any) -> nn.Linear:
+    """The dense `nn.Linear` that computes what a factor module computes."""
+    weight = module.weight.detach()
+    linear = nn.Linear(
+        module.in_features, module.out_features, module.bias is not None, device="meta", dtype=weight.dtype
+    )
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = module.bias
+    return linear
+
+
+def to_storage(module: LowRankLinear, storage: str) -> nn.Module:
+    """`module` itself, or the same map in another storage."""
+    if storage == "factors":
+        return module
+    new = STORAGES["linear", storage](
+        module.in_features, module.out_features, module.rank, module.bias is not None,
+        module.A.device, module.A.dtype,
+    )  # fmt: skip
+    new.set_factors(module.A, module.B)  # type: ignore[operator]
+    new.bias = module.bias
+    return new

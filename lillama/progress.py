@@ -1,0 +1,133 @@
+"""Progress a person can read: bars on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress as RichProgress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+EVERY_SECONDS = 15.0
+
+
+class Bar:
+    """One phase in progress. `rich` and `task` are set on a terminal."""
+
+    def __init__(self, progress: Progress, name: str, total: int) -> None:
+        self.progress, self.name, self.total = progress, name, total
+        self.done = self.counted = self.tokens = 0
+        self.what, self.loss = "", None
+        self.started = self._spoke = time.monotonic()
+        self.rich: RichProgress | None = None
+        self.task: Any = None
+
+    what: str
+    loss: float | None
+
+    def describe(self, what: str) -> None:
+        """Say what is being worked on, such as a layer's name."""
+        self.what = what
+        self._show()
+
+    def skip(self, steps: int) -> None:
+        """Count steps that an earlier run did."""
+        self.done += steps
+        self._show(steps)
+
+    def advance(self, steps: int = 1, *, tokens: int = 0, loss: float | None = None) -> None:
+        """Count steps done now."""
+        self.done += steps
+        self.counted += steps
+        self.tokens += tokens
+        self.loss = loss if loss is not None else self.loss
+        self._show(steps)
+
+    def _details(self) -> str:
+        parts = [self.what] if self.what else []
+        seconds = time.monotonic() - self.started
+        if self.tokens and seconds > 0:
+            parts.append(f"{self.tokens / seconds:,.0f} tokens/s")
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        return " · ".join(parts)
+
+    def _show(self, steps: int = 0) -> None:
+        if self.rich is not None:
+            self.rich.update(self.task, advance=steps, details=self._details())
+            return
+        now = time.monotonic()
+        if self.progress.console is not None and now - self._spoke >= EVERY_SECONDS:
+            self._spoke = now
+            left = (now - self.started) / max(self.counted, 1) * (self.total - self.done)
+            self.progress.say(f"{self.name} {self.done}/{self.total} · {self._details()} · {clock(left)} left")
+
+    def finish(self) -> None:
+        """The closing line where there is no bar."""
+        if self.rich is None and self.progress.console is not None:
+            took = clock(time.monotonic() - self.started)
+            self.progress.say(f"{self.name} {self.done}/{self.total} · {self._details()} · took {took}")
+
+
+class Progress:
+    """Where progress goes: a console, or nowhere (`None`)."""
+
+    Bar = Bar
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        """One line for the person watching."""
+        if self.console is not None:
+            self.console.print(text, highlight=False, markup=False)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time the block takes to the phase `name`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Bar]:
+        """A phase of `total` steps, timed and shown."""
+        bar = Bar(self, name, total)
+        with self.timed(name):
+            if self.console is not None and self.console.is_terminal:
+                columns = (
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TimeElapsedColumn(),
+                    TimeRemainingColumn(),
+                    TextColumn("{task.fields[details]}"),
+                )
+                with RichProgress(*columns, console=self.console) as bar.rich:
+                    bar.task = bar.rich.add_task(name, total=total, details="")
+                    yield bar
+            else:
+                yield bar
+                bar.finish()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

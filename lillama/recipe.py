@@ -1,0 +1,346 @@
+"""The recipe: the YAML file that fixes a run. Every field has a type, a default and a description.
+
+The descriptions become docs/recipe.md and the JSON schema that editors read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lillama import yamlfile
+from lillama.errors import LillamaError, did_you_mean
+from lillama.registry import Options
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+Path_ = tuple[str | int, ...]
+
+
+class Section(Options):
+    """A frozen part of the recipe that refuses keys it does not know and text where a number belongs."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Model(Section):
+    """The pretrained model to compress."""
+
+    id: str = Field(description="Hub id, local directory, or package:NAME for an installed package that ships weights.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the weights that are evaluated and saved; auto: as the checkpoint says."
+    )
+    gguf_file: str | None = Field(None, description="Name of the GGUF file to read, where the model is one.")
+    trust_remote_code: bool = Field(False, description="Run modelling code that comes with the model.")
+
+
+class Compress(Section):
+    """What becomes low-rank, and how small."""
+
+    reduction: float = Field(description="Share of the parameters to remove, between 0 and 1.", gt=0, lt=1)
+    of: Literal["weights", "model"] = Field(
+        "model",
+        description="What the share is of: model (all parameters) or weights (the matrices the plugin offers).",
+    )
+    strategy: str = Field(
+        "uniform", description="How ranks are chosen: bottom (Algorithm 1), top, uniform, or a plugin's."
+    )
+    min_rank: int = Field(1024, ge=1, description="Smallest rank of bottom and top: k of Algorithm 1.")
+    rank_step: int = Field(256, ge=1, description="Distance between the ranks bottom and top try: m of Algorithm 1.")
+    rank_multiple: int = Field(8, ge=1, description="Ranks are multiples of this (uniform).")
+    init: str = Field(
+        "whitened",
+        description="Starting factors: svd, random, whitened (best for the calibration inputs), or a plugin's.",
+    )
+    storage: Literal["factors", "pivoted"] = Field(
+        "factors",
+        description="How rank r is kept: two factors, or pivot rows and coefficients (r^2 numbers fewer).",
+    )
+    gram_tokens: int = Field(
+        65536, ge=1, description="Calibration tokens that input statistics are taken over (whitened)."
+    )
+    skip: list[str] = Field(default_factory=list, description="Globs of weights that stay dense.")
+
+
+class Distill(Section):
+    """How each student layer learns from its own original."""
+
+    loss: str = Field("teacher+student", description="Inputs the student learns on: teacher, student, teacher+student.")
+    objective: str = Field("l1_logcos", description="Distance of outputs: l1_logcos (eq. 7), mse, normalised_mse.")
+    schedule: Literal["concurrent", "sequential"] = Field(
+        "sequential",
+        description="concurrent: all layers in one pass over the data; sequential: one by one, inputs cached.",
+    )
+    train: Literal["factors", "layer"] = Field(
+        "factors", description="What learns: the factors alone, or every parameter of a layer that has factors."
+    )
+    epochs: int = Field(1, ge=0, description="Passes over the calibration data; 0 keeps the initial factors.")
+    batch_size: int = Field(8, ge=1, description="Sequences per step.")
+    learning_rate: float = Field(8.6e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate after the warm-up.")
+    warmup: float = Field(0.0, ge=0, lt=1, description="Share of the steps over which the learning rate rises.")
+    clip_norm: float | None = Field(None, gt=0, description="Largest gradient norm of a layer; null: no limit.")
+    holdout: float = Field(
+        0.05, ge=0, lt=1, description="Share of the batches kept out of training to choose the best state."
+    )
+    checks: int = Field(4, ge=1, description="How often the held-out loss is measured while a layer trains.")
+
+
+class Calibration(Section):
+    """The data that layers are distilled on."""
+
+    dataset: str = Field(
+        description="Hub id, a .txt/.jsonl/.json/.parquet/.csv file, a folder of such files, "
+        "or package:MODULE for texts in a module of Python."
+    )
+    config: str | None = Field(None, description="Configuration of a hub data set.")
+    split: str = Field("train", description="Split, slices allowed: train[:80%].")
+    column: str | None = Field(None, description="Column of the text; null: found by its usual names.")
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the rows to use.")
+    tokens: int | None = Field(None, gt=0, description="How many tokens to use at most; null: all.")
+    sequence_length: int = Field(512, ge=2, description="Tokens per sequence; rows are joined and cut to this.")
+    seed: int = Field(0, description="Seed of the order of rows.")
+
+
+class Run(Section):
+    """Where and how the run happens."""
+
+    out: str = Field(description="Run directory: everything the run leaves.")
+    seed: int = Field(0, description="Seed of initialisation and of the order of batches.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    compute: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Type of the matrix products while distilling; auto: bfloat16 where the hardware has it. "
+        "Weights, sums and losses stay float32.",
+    )
+    snapshot_seconds: float = Field(
+        300.0, ge=0, description="Concurrent schedule: how often the state is stored for a later resume."
+    )
+
+
+class Recipe(Section):
+    """A run, complete. Read one with `Recipe.load`."""
+
+    version: Literal[1] = Field(1, description="Version of this format.")
+    model: Model = Field(description="The pretrained model to compress.")
+    plugin: str = Field("auto", description="Architecture plugin by name; auto: the one that knows the model.")
+    compress: Compress = Field(description="What becomes low-rank, and how small.")
+    distill: Distill = Field(
+        default_factory=lambda: Distill.model_validate({}), description="How each student layer learns."
+    )
+    calibration: Calibration = Field(description="The data that layers are distilled on.")
+    finetune: None = Field(None, description="Training of the whole student afterwards; not available yet.")
+    evaluate: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Evaluators by name, each with its options; NAME/LABEL runs one evaluator several times.",
+    )
+    run: Run = Field(description="Where and how the run happens.")
+
+    @field_validator("model", "compress", "distill", "calibration", "evaluate", "run", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        # A heading with nothing (or only comments) below it means the defaults.
+        return {} if value is None else value
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _empty_options(cls, value: Any) -> Any:
+        # `speed:` with nothing after it means the defaults; `speed: false` is a mistake.
+        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Read, override and validate a recipe file.
+
+        `overrides` are `dotted.key=value` texts whose values are read as YAML. Raises LillamaError with
+        file, line and key for anything that does not fit, and names the nearest valid key.
+        """
+        document = yamlfile.load(path)
+        return cls._validated(document.data, overrides, document)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any] | str, overrides: Iterable[str] = ()) -> Recipe:
+        """The same from a mapping (paths and tuples are welcome in it) or a YAML text."""
+        document = yamlfile.Document(data if isinstance(data, str) else "", "recipe")
+        return cls._validated(document.data if isinstance(data, str) else data, overrides, document)
+
+    @classmethod
+    def _validated(cls, data: Any, overrides: Iterable[str], document: yamlfile.Document) -> Recipe:
+        if not isinstance(data, Mapping):
+            what = "the recipe is empty" if data is None else "a recipe is a mapping of keys to values"
+            raise LillamaError(what, where=document.name, hint="recipes/ holds examples.")
+        data, origin = _plain(data), _Origin(document)
+        for override in overrides:
+            origin.overrides[_apply_override(data, override)] = f"--set {override}"
+        try:
+            recipe = cls.model_validate(data)
+        except ValidationError as error:
+            raise _together(_explain(problem, (), origin) for problem in error.errors()) from error
+        return recipe.model_copy(update={"evaluate": _check_names(recipe, origin)})
+
+    def to_yaml(self) -> str:
+        """The recipe with every default of its sections written out; loads back as an equal one."""
+        return yamlfile.dump(self.model_dump(mode="json"))
+
+
+def _plain(value: Any) -> Any:
+    """A copy that overrides may change, of what YAML could have held."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _apply_override(data: dict[str, Any], override: str) -> tuple[str, ...]:
+    key, equals, text = override.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise LillamaError(f"'{override}' is not KEY=VALUE", where="--set", hint="For example run.out=runs/mine.")
+    *parents, last = path
+    for i, part in enumerate(parents):
+        child = data.get(part)
+        if child is None:
+            child = data[part] = {}
+        if not isinstance(child, dict):
+            raise LillamaError(f"'{'.'.join(parents[: i + 1])}' has no keys below it", where=f"--set {override}")
+        data = child
+    data[last] = yamlfile.value(text, f"--set {key}")
+    return path
+
+
+class _Origin:
+    """Where the values of a recipe came from: lines of a file, and `--set`s."""
+
+    def __init__(self, document: yamlfile.Document) -> None:
+        self.document = document
+        self.overrides: dict[Path_, str] = {}
+
+    def where(self, path: Path_) -> str:
+        """The `--set` that gave or made the key `path`, or file:line and the key."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.overrides:
+                return self.overrides[path[:end]]
+        for key, override in self.overrides.items():
+            if key[: len(path)] == path and not self.document.holds(path):
+                return override
+        return f"{self.document.where(path)}: {'.'.join(map(str, path))}"
+
+
+def _together(errors: Iterable[LillamaError]) -> LillamaError:
+    every = list(errors)
+    return every[0] if len(every) == 1 else LillamaError("\n".join(map(str, every)))
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    fields = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Section)}
+
+
+def _nearest_key(path: Path_, schema: type[BaseModel] | None) -> str:
+    """A hint for the unknown key `path`: the same key of another section, or the nearest of this one."""
+    key, sections = str(path[-1]), _sections()
+    if schema is None:
+        schema = sections.get(str(path[0]), Recipe) if len(path) > 1 else Recipe
+        if others := [f"'{name}.{key}'" for name, section in sections.items() if key in section.model_fields]:
+            return f"Did you mean {' or '.join(others)}?"
+    return did_you_mean(key, schema.model_fields)
+
+
+_HINTS = {
+    "string_type": "Put it in quotes.",
+    "bool_type": "Write true or false.",
+    "list_type": "Write a list: [a, b].",
+}
+_MAPPING_TYPES = ("model_type", "dict_type", "model_attributes_type")
+
+
+def _explain(
+    problem: ErrorDetails, prefix: Path_, origin: _Origin, schema: type[BaseModel] | None = None
+) -> LillamaError:
+    """A complaint of pydantic's about what stands at `prefix`: an evaluator's options if `schema` is given."""
+    path = (*prefix, *problem["loc"])
+    where, kind, hint = origin.where(path), problem["type"], None
+    if kind == "extra_forbidden":
+        what, hint = f"unknown key '{path[-1]}'", _nearest_key(path, schema)
+    elif kind == "missing":
+        what, hint = f"the key '{'.'.join(map(str, path))}' is missing", "Add it."
+        where = origin.document.where(path)
+    else:
+        message = f"{problem['msg'][0].lower()}{problem['msg'][1:]}".replace("None", "null")
+        if kind in _MAPPING_TYPES:
+            message = "input should be a mapping of keys to values"
+        given = json.dumps(problem["input"], default=str, ensure_ascii=False)
+        what = f"{message}, not {given if len(given) < 80 else given[:76] + ' ...'}"
+        hint = _HINTS.get(kind) if isinstance(problem["input"], str | int | float) else None
+    return LillamaError(what, where=where, hint=hint)
+
+
+def _check_names(recipe: Recipe, origin: _Origin) -> dict[str, dict[str, Any]]:
+    """Check names that stand for plugins and functions; return the options of evaluators, typed."""
+    from lillama import host, registry
+
+    plugins = host.get()
+    plugins.registered()  # plugins may add names
+    errors, options = [], {}
+    for path, check in (
+        (("plugin",), plugins.check),
+        (("compress", "strategy"), registry.STRATEGIES.check),
+        (("compress", "init"), registry.INITIALISERS.check),
+        (("distill", "loss"), registry.LOSSES.check),
+        (("distill", "objective"), registry.OBJECTIVES.check),
+    ):
+        value: Any = recipe
+        for part in path:
+            value = getattr(value, part)
+        try:
+            check(value, origin.where(path))
+        except LillamaError as error:
+            errors.append(error)
+    for key, given in recipe.evaluate.items():
+        name = key.partition("/")[0]
+        try:
+            registry.EVALUATORS.check(name, origin.where(("evaluate", key)))
+            schema = registry.EVALUATORS.options(name)
+            options[key] = schema.model_validate(given).model_dump(exclude_unset=True)
+        except ValidationError as error:
+            errors += [_explain(problem, ("evaluate", key), origin, schema) for problem in error.errors()]
+        except LillamaError as error:
+            errors.append(error)
+    if errors:
+        raise _together(errors)
+    return options
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of recipes with the names that are installed here, for editors and for docs/recipe.md."""
+    from lillama import host, registry
+
+    host.get().registered()
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    evaluate = schema["properties"]["evaluate"]
+    evaluate["properties"], evaluate["patternProperties"] = {}, {}
+    for name in registry.EVALUATORS:
+        options = registry.EVALUATORS.options(name).model_json_schema()
+        schema["$defs"] |= options.pop("$defs", {})
+        evaluate["properties"][name] = {"anyOf": [options, {"type": "null"}]}
+        evaluate["patternProperties"][f"^{re.escape(name)}/"] = evaluate["properties"][name]
+    evaluate["additionalProperties"] = False
+    for section, key, known in (
+        ("Compress", "strategy", registry.STRATEGIES),
+        ("Compress", "init", registry.INITIALISERS),
+        ("Distill", "loss", registry.LOSSES),
+        ("Distill", "objective", registry.OBJECTIVES),
+    ):
+        schema["$defs"][section]["properties"][key]["enum"] = list(known)
+    return schema

@@ -1,0 +1,197 @@
+"""What a person sees: the plan before a run, the table after it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lillama.errors import LillamaError
+from lillama.estimate import estimate
+from lillama.pipeline import MODEL, Prepared, Result
+from lillama.plan import Plan, stored
+from lillama.progress import clock
+from lillama.recipe import Recipe
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' bars and advice out of our output; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit in ("B", "KiB") else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def millions(count: int) -> str:
+    """A parameter count in millions or billions."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def plan(prepared: Prepared) -> RenderableType:
+    """The plan as a table by kind of weight, with counts and estimates."""
+    p, recipe = prepared.plan, prepared.recipe
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column, justify in (("weight", "left"), ("shape", "left"), ("ranks", "left"), ("parameters", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for name, rows in _by_kind(p).items():
+        shape = " x ".join(map(str, rows[0].shape))
+        counts = Counter(p.ranks.get(w.name) for w in rows)
+        ranks = ", ".join(
+            f"{n} x {'dense' if r is None else r}"
+            for r, n in sorted(counts.items(), key=lambda c: (c[0] is None, c[0]))
+        )
+        before = sum(w.parameters for w in rows)
+        after = sum(stored(w, p.ranks[w.name], p.storage) if w.name in p.ranks else w.parameters for w in rows)
+        table.add_row(name, shape, ranks, f"{millions(before)} -> {millions(after)}")
+    e = estimate(prepared.source, p, recipe, prepared.device)
+    layers = sum(1 for layer in p.layers if p.planned(layer))
+    compute = str(prepared.device.compute).removeprefix("torch.")
+    lines = [
+        f"{recipe.model.id}: {type(prepared.source.model).__name__}, plugin {prepared.plugin}",
+        f"parameters {p.before:,} -> {p.after:,} ({p.reduction:.1%} removed), "
+        f"{layers} of {len(p.layers)} layers, strategy {p.strategy}, {p.storage} storage, {recipe.compress.init} init",
+        f"distillation {recipe.distill.schedule}, loss {recipe.distill.loss}, on {prepared.device.device} in {compute}",
+        f"estimated: memory {size(e.memory)}, disk {size(e.disk)}, "
+        + (f"about {clock(e.seconds)} for {e.tokens:,} tokens" if e.seconds else "time depends on calibration.tokens"),
+    ]
+    return Group(*(Text(line) for line in lines), Text(), table, Text())
+
+
+def _by_kind(p: Plan) -> dict[str, list[Any]]:
+    """Weights of the same place in their layers, and of the same shape, together."""
+    kinds: dict[str, list[Any]] = {}
+    for layer in p.layers:
+        for weight in layer.weights:
+            name = weight.name.removeprefix(f"{layer.name}.")
+            kinds.setdefault(name, []).append(weight)
+    return kinds
+
+
+def result(found: Result, recipe: Recipe) -> RenderableType:
+    """The table after a run: before, after, change; sample completions; how to load the result."""
+    m = found.metrics
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    pairs = [("parameters", *m["parameters"].values()), ("weights on disk", *m["bytes"].values())]
+    for name, before, after in pairs:
+        show = size if name == "weights on disk" else (lambda n: f"{n:,}")
+        table.add_row(name, show(before), show(after), f"{after / before - 1:+.1%}")
+    for name in [*m["before"], *(n for n in m["after"] if n not in m["before"])]:
+        before, after = m["before"].get(name), m["after"].get(name)
+        table.add_row(name, _number(before), _number(after), _ratio(before, after))
+    parts: list[RenderableType] = [Text(), table, Text()]
+    for key, detail in found.details.get("after", {}).items():
+        if "prompt" in detail:
+            before = found.details.get("before", {}).get(key, {}).get("completion", "")
+            parts += _completions(detail["prompt"], before, detail["completion"])
+    total = clock(sum(m["seconds"].values()))
+    parts.append(Text(f"took {total}, peak memory {size(m['peak_memory_bytes'])}; everything is in {recipe.run.out}"))
+    parts.append(Text())
+    parts.append(Text("import lillama", style="bold"))
+    parts.append(Text("from transformers import AutoModelForCausalLM", style="bold"))
+    parts.append(Text(f'model = AutoModelForCausalLM.from_pretrained("{found.path}")', style="bold"))
+    return Group(*parts)
+
+
+def _completions(prompt: str, before: str, after: str) -> list[RenderableType]:
+    return [
+        Text.assemble(("prompt  ", "bold"), prompt),
+        Text.assemble(("before  ", "bold"), before.strip()),
+        Text.assemble(("after   ", "bold"), after.strip()),
+        Text(),
+    ]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def _ratio(before: float | None, after: float | None) -> str:
+    return f"x {after / before:.2f}" if before and after is not None and before != after else ""
+
+
+def metrics(values: dict[str, float]) -> Table:
+    """Metrics as a table."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        table.add_row(name, _number(value))
+    return table
+
+
+def read_config(path: str) -> Any:
+    """A transformers configuration from a config.json that stands alone."""
+    from transformers import AutoConfig
+
+    from lillama.source import explained
+
+    file = Path(path)
+    if not file.is_file():
+        raise LillamaError("there is no such file", where=path)
+    with explained(f"the configuration '{path}'", "--config"):
+        return AutoConfig.from_pretrained(file)
+
+
+def evaluate_directory(directory: Path, recipe_path: str | None, overrides: list[str], device: str) -> dict[str, float]:
+    """Evaluate a run directory's result (by its own recipe), a checkpoint, or any model by `recipe_path` or overrides."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from lillama import checkpoint, evaluate, host
+    from lillama.device import choose
+    from lillama.source import explained
+
+    place = directory / MODEL if (directory / MODEL / "config.json").is_file() else directory
+    own = directory / "recipe.resolved.yaml"
+    data = [f"model.id={json.dumps(str(place))}", *overrides]
+    if recipe_path or own.is_file():
+        recipe = Recipe.load(recipe_path or own, data)
+    else:
+        base = {"model": {"id": str(place)}, "compress": {"reduction": 0.5}}
+        recipe = Recipe.parse(base | {"calibration": {"dataset": "-"}, "run": {"out": "-"}}, data)
+    if not recipe.evaluate:
+        raise LillamaError(
+            "there is nothing to measure",
+            where="evaluate",
+            hint="Give --recipe FILE, or --set 'evaluate.perplexity={dataset: FILE}'.",
+        )
+    chosen = choose(recipe.run.model_copy(update={"device": device})).device
+    with explained(f"the model '{place}'", "directory"):
+        config = AutoConfig.from_pretrained(place)
+        if getattr(config, "quantization_config", None):
+            model = checkpoint.load(place)
+        else:
+            from transformers import AutoModelForCausalLM
+
+            auto = host.get().auto_class(config, recipe) or AutoModelForCausalLM
+            model = auto.from_pretrained(place, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    context = evaluate.Context(tokenizer, str(chosen), recipe.run.seed)
+    found: dict[str, float] = evaluate.evaluate(model.to(chosen).eval(), recipe, context)
+    return found

@@ -1,0 +1,136 @@
+"""The activations that flow from layer to layer, and the calls that carry them.
+
+A layer is driven as the model drives it: its arguments are captured once from a forward pass of the skeleton in
+which the layers themselves only hand their input on, then it is called on whichever stream is wanted with
+the same remaining arguments. The result is bitwise that of the full forward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lillama.contract import Layer
+from lillama.errors import LillamaError
+
+HIDDEN = "hidden_states"
+
+
+@dataclass
+class Call:
+    """How the model called a layer, less the hidden states: further arguments and keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: bool  # whether the hidden states were passed by keyword
+
+    def __call__(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        """Run `module` on `hidden` as the model would; the first output where it returns several."""
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(hidden.device), (self.args, self.kwargs))
+        out = module(*args, **kwargs, **{HIDDEN: hidden}) if self.keyword else module(hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass
+class Batch:
+    """One calibration batch as its layers see it: the first layer's input and every layer's call."""
+
+    hidden: Tensor
+    calls: list[Call]
+    mask: Tensor | None  # [B, T], 1 where a token counts; None: all do
+    tokens: int
+
+
+class _Stop(Exception):  # noqa: N818  not an error: it ends the forward pass after the last layer of interest
+    pass
+
+
+@dataclass
+class Capture:
+    """Turns batches of model arguments into `Batch`es, for the layers `layers` of the skeleton `model`.
+
+    Everything that is not a layer must be materialised. Equal tensors among the arguments of all batches
+    (rotary embeddings, masks) are kept once.
+    """
+
+    model: nn.Module
+    layers: Sequence[Layer]
+    device: torch.device
+    _seen: dict[bytes, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Tensor]) -> Batch:
+        arguments = {k: v.to(self.device) for k, v in batch.items() if k != "loss_mask"}
+        captured: list[tuple[Tensor, Call]] = []
+        with self._recording(captured), contextlib.suppress(_Stop):
+            self.model(**arguments, use_cache=False)
+        if len(captured) < len(self.layers):
+            raise LillamaError(
+                f"the model's forward pass reached {len(captured)} of the {len(self.layers)} layers listed",
+                where=self.layers[len(captured)].name,
+                hint="The plugin must list the layers in the order in which the model runs them.",
+            )
+        hidden = captured[0][0]
+        mask = _loss_mask(batch, hidden)
+        tokens = int(mask.sum()) if mask is not None else hidden.shape[0] * hidden.shape[1]
+        return Batch(hidden, [call for _, call in captured], mask, tokens)
+
+    @contextlib.contextmanager
+    def _recording(self, captured: list[tuple[Tensor, Call]]) -> Iterator[None]:
+        modules = [self.model.get_submodule(layer.name) for layer in self.layers]
+        try:
+            for layer, module in zip(self.layers, modules):
+                module.forward = self._recorder(layer, module, captured)
+            yield
+        finally:
+            for module in modules:
+                module.__dict__.pop("forward", None)
+
+    def _recorder(self, layer: Layer, module: nn.Module, captured: list[tuple[Tensor, Call]]) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Tensor:
+            position = len(captured)
+            if position >= len(self.layers) or self.layers[position] is not layer:
+                raise LillamaError(
+                    "the model ran this layer out of the listed order",
+                    where=layer.name,
+                    hint="The plugin must list the layers in the order in which the model runs them.",
+                )
+            keyword = not args
+            hidden, rest = (kwargs.pop(HIDDEN), ()) if keyword else (args[0], args[1:])
+            rest, kwargs = pytree.tree_map_only(Tensor, self._once, (rest, kwargs))
+            captured.append((hidden, Call(rest, kwargs, keyword)))
+            if len(captured) == len(self.layers):
+                raise _Stop
+            if layer.kind == "embedding":
+                return torch.zeros(*hidden.shape, module.embedding_dim, device=hidden.device)  # type: ignore[arg-type]
+            return hidden
+
+        return record
+
+    def _once(self, tensor: Tensor) -> Tensor:
+        """`tensor`, or the equal one seen before."""
+        flat = tensor.detach().cpu().contiguous()
+        digest = hashlib.blake2b(flat.reshape(-1).view(torch.uint8).numpy(), digest_size=16).digest()
+        key = digest + str((tensor.dtype, tuple(tensor.shape))).encode()
+        return self._seen.setdefault(key, tensor)
+
+
+def _loss_mask(batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
+    for name in ("loss_mask", "decoder_attention_mask", "attention_mask"):
+        mask = batch.get(name)
+        if mask is not None and mask.shape == hidden.shape[:2]:
+            return mask.to(hidden.device)
+    return None
+
+
+def advance(module: nn.Module, position: int, batches: Sequence[Batch], stream: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of layer `position`, played by `module`, on every input of a stream."""
+    with torch.no_grad():
+        return [batch.calls[position](module, hidden) for batch, hidden in zip(batches, stream)]

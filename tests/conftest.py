@@ -1,0 +1,52 @@
+"""Tiny models and data that every test can build: no network, nothing from outside the project."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, PhiConfig, Phi3Config, Qwen2Config, Qwen3Config
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GQA = {**SMALL, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**GQA, tie_word_embeddings=True),
+    "llama-bias": LlamaConfig(**GQA, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "mistral": MistralConfig(**GQA, sliding_window=6, tie_word_embeddings=False),
+    "phi": PhiConfig(**SMALL, partial_rotary_factor=0.5),
+    "phi3": Phi3Config(**GQA, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**GQA, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**GQA, head_dim=16, tie_word_embeddings=True),
+}
+
+
+def tiny(name: str = "llama", seed: int = 0):
+    """A randomly initialised model of a family, float32, eval. Biases are not zero, so that losing one shows."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).float().eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    return tiny()
