@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -94,7 +95,11 @@ def _as_in_the_file(source: Source, name: str, path: Path, key: str) -> list[tup
     from transformers.core_model_loading import revert_weight_conversion
 
     reverted = revert_weight_conversion(source.model, {name: _reader(path, key, source.dtype)()})
-    return [(out, tensor.numel(), lambda tensor=tensor: tensor) for out, tensor in reverted.items()]
+    return [(out, tensor.numel(), functools.partial(_given, tensor)) for out, tensor in reverted.items()]
+
+
+def _given(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _reader(path: Path, key: str, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -119,7 +124,7 @@ def _write_shards(entries: list[_Entry], directory: Path) -> None:
             {"format": "pt"},
         )
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file({e.name: e.read().contiguous() for e in shard}, directory / file, {"format": "pt"})

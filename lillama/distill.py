@@ -20,7 +20,7 @@ from lillama.contract import Layer
 from lillama.device import Device
 from lillama.grams import Grams
 from lillama.plan import Plan
-from lillama.progress import Progress
+from lillama.progress import Bar, Progress
 from lillama.recipe import Recipe
 from lillama.source import Source
 from lillama.store import RunDirectory
@@ -161,7 +161,7 @@ def _distill_layer(
     batches: list[Batch],
     inputs: dict[str, list[Tensor]],
     targets: list[Tensor],
-    bar: Progress.Bar,
+    bar: Bar,
 ) -> dict[str, Tensor]:
     """Initialise, train and store one layer of the sequential schedule; returns its state."""
     grams = None

@@ -61,7 +61,7 @@ class _Permute(torch.autograd.Function):
         return x.index_select(-1, order)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return gradient.index_select(-1, inverse), None, None
 
@@ -188,5 +188,5 @@ def to_storage(module: LowRankLinear, storage: str) -> nn.Module:
         module.A.device, module.A.dtype,
     )  # fmt: skip
     new.set_factors(module.A, module.B)  # type: ignore[operator]
-    new.bias = module.bias
+    new.register_parameter("bias", module.bias)
     return new

@@ -18,7 +18,7 @@ from lillama.errors import LillamaError
 from lillama.plan import Plan, choose_ranks
 from lillama.progress import Progress
 from lillama.recipe import Recipe
-from lillama.source import Source
+from lillama.source import Source, processor
 from lillama.store import RunDirectory, write_text
 
 MODEL = "model"
@@ -178,14 +178,14 @@ class Run:
     def describe(self) -> None:
         """Write what the run is about to do."""
         path = self.directory.path
+        write_text(path / "recipe.yaml", self.recipe.written or self.recipe.to_yaml())
         write_text(path / "recipe.resolved.yaml", self.recipe.to_yaml())
+        self.directory.record("recipe.yaml", "recipe.resolved.yaml")
         self.directory.put_json("plan.json", self.plan.to_dict())
         self.directory.event("start", plugin=str(self.prepared.plugin), threads=torch.get_num_threads())
 
     def measure(self, when: str) -> dict[str, float]:
         """Run the evaluators on the original ("before") or the compressed model ("after"), once."""
-        from transformers import AutoTokenizer
-
         from lillama import evaluate
 
         name = f"evaluation.{when}.json"
@@ -208,7 +208,7 @@ class Run:
             else:
                 model = checkpoint.load(place, dtype=self.source.dtype)
             model.to(chosen).eval()
-            context = evaluate.Context(AutoTokenizer.from_pretrained(place), str(chosen), self.recipe.run.seed)
+            context = evaluate.Context(processor(place), str(chosen), self.recipe.run.seed)
             metrics = evaluate.evaluate(model, self.recipe, context)
             if hooks:
                 metrics |= host.get().evaluate(self.prepared.plugin, model, self.recipe)
@@ -238,7 +238,7 @@ class Run:
             f"# {Path(original.removeprefix('package:')).name}, {plan.reduction:.0%} smaller\n\n"
             f"{plan.before:,} parameters became {plan.after:,} by low-rank feature distillation "
             f"(Lillama, arXiv 2412.16719): strategy {plan.strategy}, {plan.storage} storage, "
-            f"{recipe.compress.init} initialisation, loss {recipe.distill.loss}, {recipe.distill.schedule} schedule.\n\n"
+            f"{recipe.compress.init} init, loss {recipe.distill.loss}, {recipe.distill.schedule} schedule.\n\n"
             "```python\nimport lillama  # teaches transformers the format\n"
             f"from transformers import {self.source.auto_class.__name__}\n\n"
             f'model = {self.source.auto_class.__name__}.from_pretrained("PATH_OR_ID")\n```\n\n'
@@ -280,4 +280,4 @@ def peak_memory() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
     import psutil
 
-    return int(psutil.Process().memory_info().peak_wset)
+    return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]  # Windows only

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress as RichProgress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as RichProgress,
 )
 
 EVERY_SECONDS = 15.0
@@ -80,8 +82,6 @@ class Bar:
 
 class Progress:
     """Where progress goes: a console, or nowhere (`None`)."""
-
-    Bar = Bar
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from lillama import yamlfile
 from lillama.errors import LillamaError, did_you_mean
@@ -157,6 +157,8 @@ class Recipe(Section):
         # `speed:` with nothing after it means the defaults; `speed: false` is a mistake.
         return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
 
+    _written: str = PrivateAttr("")
+
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         """Read, override and validate a recipe file.
@@ -185,7 +187,14 @@ class Recipe(Section):
             recipe = cls.model_validate(data)
         except ValidationError as error:
             raise _together(_explain(problem, (), origin) for problem in error.errors()) from error
-        return recipe.model_copy(update={"evaluate": _check_names(recipe, origin)})
+        recipe = recipe.model_copy(update={"evaluate": _check_names(recipe, origin)})
+        recipe._written = document.text
+        return recipe
+
+    @property
+    def written(self) -> str:
+        """The text the recipe was read from, overrides not applied; empty when it came from Python."""
+        return self._written
 
     def to_yaml(self) -> str:
         """The recipe with every default of its sections written out; loads back as an equal one."""

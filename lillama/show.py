@@ -160,12 +160,12 @@ def read_config(path: str) -> Any:
 
 
 def evaluate_directory(directory: Path, recipe_path: str | None, overrides: list[str], device: str) -> dict[str, float]:
-    """Evaluate a run directory's result (by its own recipe), a checkpoint, or any model by `recipe_path` or overrides."""
-    from transformers import AutoConfig, AutoTokenizer
+    """Evaluate a run's result (by its own recipe), a checkpoint or any model (by `recipe_path` or overrides)."""
+    from transformers import AutoConfig
 
     from lillama import checkpoint, evaluate, host
     from lillama.device import choose
-    from lillama.source import explained
+    from lillama.source import explained, processor
 
     place = directory / MODEL if (directory / MODEL / "config.json").is_file() else directory
     own = directory / "recipe.resolved.yaml"
@@ -191,7 +191,7 @@ def evaluate_directory(directory: Path, recipe_path: str | None, overrides: list
 
             auto = host.get().auto_class(config, recipe) or AutoModelForCausalLM
             model = auto.from_pretrained(place, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    context = evaluate.Context(tokenizer, str(chosen), recipe.run.seed)
+        reader = processor(place)
+    context = evaluate.Context(reader, str(chosen), recipe.run.seed)
     found: dict[str, float] = evaluate.evaluate(model.to(chosen).eval(), recipe, context)
     return found

@@ -316,6 +316,7 @@ def unpack_gguf(source: Source, cache: Path) -> Path:
     with (
         explained(f"the GGUF file '{source.gguf}'", "model.gguf_file"),
         atomic_directory(directory) as temporary,
+        contextlib.redirect_stderr(io.StringIO()),  # transformers' bars, which nothing else turns off
     ):
         model = source.auto_class.from_pretrained(
             source.where,
@@ -326,3 +327,12 @@ def unpack_gguf(source: Source, cache: Path) -> Path:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(source.where, gguf_file=source.gguf).save_pretrained(temporary)
     return directory
+
+
+def processor(directory: Path, **options: Any) -> Any:
+    """What turns raw data into the model's inputs: its processor where it has one, else its tokenizer."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    names = ("preprocessor_config.json", "processor_config.json")
+    auto = AutoProcessor if any((directory / name).is_file() for name in names) else AutoTokenizer
+    return auto.from_pretrained(directory, **options)

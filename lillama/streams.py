@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,8 @@ class Capture:
             if len(captured) == len(self.layers):
                 raise _Stop
             if layer.kind == "embedding":
-                return torch.zeros(*hidden.shape, module.embedding_dim, device=hidden.device)  # type: ignore[arg-type]
+                width = cast(nn.Embedding, module).embedding_dim
+                return torch.zeros(*hidden.shape, width, device=hidden.device)
             return hidden
 
         return record
@@ -117,7 +118,7 @@ class Capture:
     def _once(self, tensor: Tensor) -> Tensor:
         """`tensor`, or the equal one seen before."""
         flat = tensor.detach().cpu().contiguous()
-        digest = hashlib.blake2b(flat.reshape(-1).view(torch.uint8).numpy(), digest_size=16).digest()
+        digest = hashlib.blake2b(flat.reshape(-1).view(torch.uint8).numpy().data, digest_size=16).digest()
         key = digest + str((tensor.dtype, tuple(tensor.shape))).encode()
         return self._seen.setdefault(key, tensor)
 

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -42,7 +42,7 @@ def initial_factors(
     wanted = inspect.signature(initialise).parameters
     found = {}
     for weight in plan.planned(layer):
-        W = teacher.get_submodule(relative(weight, layer)).weight
+        W: Tensor = cast(nn.Linear, teacher.get_submodule(relative(weight, layer))).weight
         arguments: dict[str, Any] = {}
         if "gram" in wanted and grams is not None:
             arguments["gram"] = grams[weight.name]
@@ -116,12 +116,13 @@ class Student:
         self.first_loss = math.nan
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        chosen = {}
+        chosen: dict[str, nn.Parameter] = {}
         for name, parameter in self.module.named_parameters():
             owner = self.module.get_submodule(name.rpartition(".")[0])
             is_factor = factors.is_factorised(owner) and not name.endswith("bias")
             if self.distill.train == "layer" or is_factor:
-                chosen[name] = parameter.requires_grad_(True)
+                chosen[name] = parameter
+                parameter.requires_grad_(True)
         return chosen
 
     def distances(self, batch: Batch, target: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

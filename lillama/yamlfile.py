@@ -70,6 +70,7 @@ class Document:
     """A parsed YAML text: its `data`, and `where(path)` for messages that point into the file."""
 
     def __init__(self, text: str, name: str) -> None:
+        self.text = text
         self.name = name
         self._lines: dict[Path_, int] = {}
         try:

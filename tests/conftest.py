@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, PhiConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Phi3Config, PhiConfig, Qwen2Config, Qwen3Config
 
 SMALL = {
     "vocab_size": 97,

@@ -86,6 +86,7 @@ def _timed(model: Any, prompt: Any, new_tokens: int) -> tuple[float, float]:
                 attention_mask=torch.ones_like(prompt),
                 do_sample=False,
                 num_beams=1,
+                min_new_tokens=new_tokens + 1,
                 max_new_tokens=new_tokens + 1,
                 pad_token_id=0,
                 stopping_criteria=StoppingCriteriaList([clock]),
