@@ -1,4 +1,4 @@
-"""What a run will need: memory, disk and time, estimated before it starts. Counts of parameters are exact, these not."""
+"""What a run will need, estimated before it starts: memory, disk, time. (Parameter counts are exact, these are not.)"""
 
 from __future__ import annotations
 

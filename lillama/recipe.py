@@ -196,6 +196,12 @@ class Recipe(Section):
         """The text the recipe was read from, overrides not applied; empty when it came from Python."""
         return self._written
 
+    def __eq__(self, other: object) -> bool:
+        # The text it was written in does not make it another recipe.
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]  # evaluators' options are mappings
+
     def to_yaml(self) -> str:
         """The recipe with every default of its sections written out; loads back as an equal one."""
         return yamlfile.dump(self.model_dump(mode="json"))
