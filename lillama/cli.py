@@ -107,9 +107,9 @@ def plugins(args: argparse.Namespace) -> int:
 
 def schema(args: argparse.Namespace) -> int:
     """print the JSON schema of recipes, for editors"""
-    from lillama import recipe
+    from lillama import recipe, reference
 
-    sys.stdout.write(json.dumps(recipe.schema(), indent=2) + "\n")
+    sys.stdout.write(reference.markdown() if args.markdown else json.dumps(recipe.schema(), indent=2) + "\n")
     return 0
 
 
@@ -177,7 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     sub.add_argument("--json", action="store_true", help="print the metrics as JSON")
     verb(plugins)
-    verb(schema)
+    sub = verb(schema)
+    sub.add_argument("--markdown", action="store_true", help="print the reference page docs/recipe.md instead")
     sub = verb(export)
     sub.add_argument("directory", help="a compressed checkpoint")
     sub.add_argument("out", help="the directory to write")

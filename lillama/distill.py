@@ -66,13 +66,13 @@ class Job:
         return f"layers/{self.plan.layers.index(layer):04d}-{layer.name}.safetensors"
 
     @contextlib.contextmanager
-    def captured(self) -> Iterator[Capture]:
-        """The model's parts outside its layers, on the device, ready to capture calls."""
+    def captured(self, park: bool = False) -> Iterator[Capture]:
+        """The model's parts outside its layers, on the device, ready to capture calls (`park`: see there)."""
         outside = self.source.outside(layer.name for layer in self.plan.layers)
         self.source.materialise(outside, self.device.device)
         self.source.place_buffers(self.device.device)
         try:
-            yield Capture(self.source.model, self.layers, self.device.device)
+            yield Capture(self.source.model, self.layers, self.device.device, park)
         finally:
             self.source.release_keys(outside)
 
@@ -144,7 +144,7 @@ def sequential(job: Job) -> None:
 
 
 def _captured_batches(job: Job) -> list[Batch]:
-    with job.captured() as capture, job.progress.phase("embed", len(job.batches)) as bar:
+    with job.captured(park=True) as capture, job.progress.phase("embed", len(job.batches)) as bar:
         batches = []
         for batch in [*job.train, *job.held]:
             with job.device.autocast():

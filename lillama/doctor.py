@@ -97,7 +97,12 @@ def _device() -> list[Text]:
 def _plugins() -> list[Text]:
     found = host.get()
     found.registered()
-    return [Text(f"{p}: {p.failure or 'ready'}") for p in found.plugins.values()] or [Text("none installed")]
+    lines = []
+    for plugin in found.plugins.values():
+        lines.append(f"{plugin}: {plugin.failure or 'ready'}")
+        if "doctor" in plugin.hooks and not plugin.failure:
+            lines += [f"  {line}" for line in found.doctor(plugin)]
+    return [Text(line) for line in lines] or [Text("none installed")]
 
 
 def _recipes(paths: list[str]) -> Table:

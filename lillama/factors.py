@@ -19,6 +19,8 @@ from lillama.errors import LillamaError
 class LowRankLinear(nn.Module):
     """A linear map through `rank` dimensions. The bias stays on the output side."""
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -32,7 +34,7 @@ class LowRankLinear(nn.Module):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.A = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", nn.Parameter(self.A.new_empty(out_features)) if bias else None)
 
     @property
     def weight(self) -> Tensor:
@@ -73,6 +75,7 @@ class PivotedLinear(nn.Module):
     """
 
     pivots: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -87,18 +90,22 @@ class PivotedLinear(nn.Module):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.B = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.C = nn.Parameter(torch.empty(out_features - rank, rank, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", nn.Parameter(self.B.new_empty(out_features)) if bias else None)
         self.register_buffer("pivots", torch.arange(rank, device=device))
-        self._orders: tuple[Tensor, Tensor] | None = None  # derived from pivots on first use
+        self._orders: tuple[Tensor, Tensor, Tensor] | None = None  # derived from pivots on first use
 
     def _order(self) -> tuple[Tensor, Tensor]:
         """(order, inverse): cat(pivot rows, others)[order] is the output in its own order."""
-        if self._orders is None or self._orders[0].device != self.pivots.device:
+        if self._orders is None or self._orders[2] is not self.pivots:
             rest = torch.ones(self.out_features, dtype=torch.bool, device=self.pivots.device)
             rest[self.pivots] = False
             inverse = torch.cat([self.pivots, rest.nonzero().squeeze(1)])
-            self._orders = (inverse.argsort(), inverse)
-        return self._orders
+            self._orders = (inverse.argsort(), inverse, self.pivots)
+        return self._orders[:2]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._orders = None  # the pivots were overwritten in place
 
     @property
     def weight(self) -> Tensor:
@@ -188,5 +195,5 @@ def to_storage(module: LowRankLinear, storage: str) -> nn.Module:
         module.A.device, module.A.dtype,
     )  # fmt: skip
     new.set_factors(module.A, module.B)  # type: ignore[operator]
-    new.register_parameter("bias", module.bias)
+    new.bias = module.bias  # type: ignore[assignment]
     return new

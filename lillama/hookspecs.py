@@ -6,7 +6,7 @@ you do not use. Register the module in the entry-point group `lillama`. See docs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from lillama.contract import Layer
+    from lillama.progress import Progress
     from lillama.recipe import Recipe
     from lillama.registry import Registries
 
@@ -29,10 +30,22 @@ def enumerate_layers(model: PreTrainedModel, recipe: Recipe) -> list[Layer] | No
 
 
 @hookspec(firstresult=True)
-def calibration_stream(model: PreTrainedModel, recipe: Recipe) -> Iterable[dict[str, Tensor]] | None:
+def calibration_stream(
+    model: PreTrainedModel, recipe: Recipe, progress: Progress
+) -> Iterable[dict[str, Tensor]] | None:
     """Batches of the model's forward arguments; None: the host's own reader for text serves.
 
-    A batch may carry `loss_mask` (1 where a position counts); else `attention_mask` plays that part.
+    A batch may carry `loss_mask` (1 where a position counts; else `attention_mask` plays that part), and `digest`
+    (bytes of a hash that stands for its floating-point tensors when a run is resumed).
+    """
+
+
+@hookspec(firstresult=True)
+def finetune_data(model: PreTrainedModel, recipe: Recipe, progress: Progress) -> Sequence[dict[str, Tensor]] | None:
+    """Examples for the recipe's `finetune:`, one clip or text each: forward arguments without a batch dimension.
+
+    Each holds `labels` (-100 where nothing is learned); tensors of one dimension are padded to a batch, others
+    stacked. `model` is the skeleton. None: the host's own text blocks serve a causal model.
     """
 
 
@@ -49,3 +62,17 @@ def auto_class(config: PreTrainedConfig, recipe: Recipe) -> Any | None:
 @hookspec
 def register(registries: Registries) -> None:
     """Add strategies, initialisers, objectives, losses or evaluators under names of your own."""
+
+
+@hookspec
+def prepare(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Make `model` run as it should here: the skeleton before distillation, a loaded model before evaluation.
+
+    For a forward that is faster and equal, say. Change instances (`module.forward`), never classes: a student is a
+    deep copy of its layer. Outputs, parameters and their names must stay the same; no weight may be read.
+    """
+
+
+@hookspec
+def doctor() -> list[str] | None:
+    """Lines that `lillama doctor` shows: which kernels or code paths of yours are in use on this machine."""

@@ -21,6 +21,7 @@ import pluggy
 from lillama import hookspecs
 from lillama.contract import Layer
 from lillama.errors import LillamaError, did_you_mean
+from lillama.progress import Progress
 from lillama.registry import Registries
 
 if TYPE_CHECKING:
@@ -234,17 +235,37 @@ class Host:
         return None
 
     def calibration_stream(
-        self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe
+        self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe, progress: Progress | None = None
     ) -> Iterable[dict[str, Any]] | None:
         """The batches `plugin` provides for its model, or None for the host's own reader."""
-        batches = self._call(plugin, "calibration_stream", model=model, recipe=recipe)
+        progress = progress or Progress()
+        batches = self._call(plugin, "calibration_stream", model=model, recipe=recipe, progress=progress)
         return None if batches is None else _GuardedStream(plugin, batches)
+
+    def finetune_data(
+        self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe, progress: Progress
+    ) -> list[dict[str, Any]] | None:
+        """The examples `plugin` provides for fine-tuning, or None."""
+        examples = self._call(plugin, "finetune_data", model=model, recipe=recipe, progress=progress)
+        with _guard(plugin, "finetune_data"):
+            return None if examples is None else list(examples)
 
     def evaluate(self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe) -> dict[str, float]:
         """The metrics `plugin` adds for its model."""
         results = self._call(plugin, "evaluate", model=model, recipe=recipe)
         with _guard(plugin, "evaluate"):
             return {key: float(value) for result in results for key, value in result.items()}
+
+    def prepare(self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe) -> None:
+        """Let `plugin` make its model ready to run."""
+        self._call(plugin, "prepare", model=model, recipe=recipe)
+
+    def doctor(self, plugin: Plugin) -> list[str]:
+        """What `plugin` says of this machine; its failure, if it has one, is a line too."""
+        try:
+            return [str(line) for lines in self._call(plugin, "doctor") for line in lines]
+        except LillamaError as error:
+            return [str(error)]
 
 
 @functools.cache

@@ -112,6 +112,7 @@ class Run:
         before = self.measure("before")
         target = self.directory.path / MODEL
         if not self.directory.has(f"{MODEL}/config.json"):
+            host.get().prepare(self.prepared.plugin, self.source.model, self.recipe)
             job = distill.Job(
                 self.recipe,
                 self.source,
@@ -132,7 +133,7 @@ class Run:
         if self.given is not None:
             return self.given
         with self.progress.timed("read data"):
-            stream = host.get().calibration_stream(self.prepared.plugin, self.source.model, self.recipe)
+            stream = host.get().calibration_stream(self.prepared.plugin, self.source.model, self.recipe, self.progress)
             if stream is not None:
                 batches = list(stream)
             else:
@@ -208,6 +209,7 @@ class Run:
             else:
                 model = checkpoint.load(place, dtype=self.source.dtype)
             model.to(chosen).eval()
+            host.get().prepare(self.prepared.plugin, model, self.recipe)
             context = evaluate.Context(processor(place), str(chosen), self.recipe.run.seed)
             metrics = evaluate.evaluate(model, self.recipe, context)
             if hooks:

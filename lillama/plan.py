@@ -80,11 +80,17 @@ def top(layers: Sequence[Layer], remove: int, compress: Compress) -> Ranks:
 def uniform(layers: Sequence[Layer], remove: int, compress: Compress) -> Ranks:
     """The same share of every weight, as nearly as multiples of `rank_multiple` allow."""
     step, storage = compress.rank_multiple, compress.storage
-    weights = [w for layer in layers for w in layer.weights if stored(w, step, storage) < w.parameters]
+
+    def shrinks(weight: Weight, rank: int) -> bool:
+        return rank <= min(weight.shape) and stored(weight, rank, storage) < weight.parameters
+
+    weights = [w for layer in layers for w in layer.weights if shrinks(w, step)]
     total = sum(w.parameters for w in weights)
     most = total - sum(stored(w, step, storage) for w in weights)
     if most < remove:
         raise unreachable(most, remove, "Lower compress.rank_multiple")
+    if not weights:
+        return {}
     keep = 1 - remove / total
     while True:
         ranks = {w.name: max(largest_rank(w, keep * w.parameters, storage, step), step) for w in weights}
@@ -95,7 +101,7 @@ def uniform(layers: Sequence[Layer], remove: int, compress: Compress) -> Ranks:
     # Rounding down removed a little too much: give it back where the rounding hurt most.
     for w in sorted(weights, key=lambda w: stored(w, ranks[w.name], storage) / w.parameters):
         cost = stored(w, ranks[w.name] + step, storage) - stored(w, ranks[w.name], storage)
-        if cost <= spare and stored(w, ranks[w.name] + step, storage) < w.parameters:
+        if cost <= spare and shrinks(w, ranks[w.name] + step):
             ranks[w.name] += step
             spare -= cost
     return ranks

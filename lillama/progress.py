@@ -86,6 +86,7 @@ class Progress:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console
         self.seconds: dict[str, float] = {}
+        self._within = 0.0  # seconds of phases inside the one being timed
 
     def say(self, text: str) -> None:
         """One line for the person watching."""
@@ -94,12 +95,14 @@ class Progress:
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the time the block takes to the phase `name`."""
-        start = time.monotonic()
+        """Add the time the block takes to the phase `name`, less that of phases timed within it."""
+        start, outer, self._within = time.monotonic(), self._within, 0.0
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            took = time.monotonic() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - self._within
+            self._within = outer + took
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Bar]:

@@ -65,7 +65,9 @@ class LillamaQuantizer(HfQuantizer):
         return model
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
-        # Not super(): it marks the model so that .float() and .half() refuse to work.
+        # Not super(), and unmarked again: factors are plain floating-point parameters, while transformers lets a model
+        # that `is_quantized` neither change its type (.half(), .float()) nor train.
+        model.is_quantized = False
         model.config.quantization_config = self.quantization_config
         return model
 

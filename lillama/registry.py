@@ -151,6 +151,7 @@ EVALUATORS = Registry(
         "perplexity": "lillama.evaluate.perplexity:perplexity",
         "speed": "lillama.evaluate.speed:speed",
         "sample": "lillama.evaluate.sample:sample",
+        "wer": "lillama.evaluate.speech:wer",
     },
 )
 

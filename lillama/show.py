@@ -25,15 +25,13 @@ from lillama.recipe import Recipe
 def quiet_libraries() -> None:
     """Keep other libraries' bars and advice out of our output; errors still come through."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    import datasets
-
-    datasets.disable_progress_bars()
 
 
 def size(count: float) -> str:

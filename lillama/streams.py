@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,6 +22,13 @@ from lillama.contract import Layer
 from lillama.errors import LillamaError
 
 HIDDEN = "hidden_states"
+# What a batch may hold besides the model's arguments (hookspecs.calibration_stream).
+BESIDES = ("loss_mask", "digest")
+
+
+def arguments(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The arguments of the model's forward pass in a batch."""
+    return {name: value for name, value in batch.items() if name not in BESIDES}
 
 
 @dataclass
@@ -56,21 +64,35 @@ class _Stop(Exception):  # noqa: N818  not an error: it ends the forward pass af
 class Capture:
     """Turns batches of model arguments into `Batch`es, for the layers `layers` of the skeleton `model`.
 
-    Everything that is not a layer must be materialised. Equal tensors among the arguments of all batches
-    (rotary embeddings, masks) are kept once.
+    Everything that is not a layer must be materialised. Equal tensors among the arguments of the batches that are
+    still in use (rotary embeddings, masks) are kept once. A tensor that a batch brought along itself (encoder
+    states) is handed on as it is; with `park` it stays where the batch had it, on the host, until a layer needs it.
     """
 
     model: nn.Module
     layers: Sequence[Layer]
     device: torch.device
-    _seen: dict[bytes, Tensor] = field(default_factory=dict)
+    park: bool = False
+    # Weak, so that what no batch uses any more is freed.
+    _seen: MutableMapping[bytes, Tensor] = field(default_factory=weakref.WeakValueDictionary)
+    # Of the batch at hand, by place in memory: its own tensors, and what became of those already looked at.
+    _own: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _known: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Batch:
-        arguments = {k: v.to(self.device) for k, v in batch.items() if k != "loss_mask"}
+        there = {name: value.to(self.device) for name, value in arguments(batch).items()}
+        self._own = {
+            (there[name].data_ptr(), there[name].numel()): value if self.park else there[name]
+            for name, value in arguments(batch).items()
+            if there[name].is_contiguous()
+        }
         captured: list[tuple[Tensor, Call]] = []
-        with self._recording(captured), contextlib.suppress(_Stop):
-            self.model(**arguments, use_cache=False)
+        try:
+            with self._recording(captured), contextlib.suppress(_Stop):
+                self.model(**there, use_cache=False)
+        finally:
+            self._own, self._known = {}, {}
         if len(captured) < len(self.layers):
             raise LillamaError(
                 f"the model's forward pass reached {len(captured)} of the {len(self.layers)} layers listed",
@@ -85,13 +107,16 @@ class Capture:
     @contextlib.contextmanager
     def _recording(self, captured: list[tuple[Tensor, Call]]) -> Iterator[None]:
         modules = [self.model.get_submodule(layer.name) for layer in self.layers]
+        own = [module.__dict__.get("forward") for module in modules]  # a plugin may have set one
         try:
             for layer, module in zip(self.layers, modules):
                 module.forward = self._recorder(layer, module, captured)
             yield
         finally:
-            for module in modules:
+            for module, forward in zip(modules, own):
                 module.__dict__.pop("forward", None)
+                if forward is not None:
+                    module.forward = forward
 
     def _recorder(self, layer: Layer, module: nn.Module, captured: list[tuple[Tensor, Call]]) -> Any:
         def record(*args: Any, **kwargs: Any) -> Tensor:
@@ -117,6 +142,15 @@ class Capture:
 
     def _once(self, tensor: Tensor) -> Tensor:
         """`tensor`, or the equal one seen before."""
+        _, found = self._known.get(id(tensor), (None, None))
+        if found is None:
+            own = self._own.get((tensor.data_ptr(), tensor.numel())) if tensor.is_contiguous() else None
+            found = self._equal(tensor) if own is None else own.reshape(tensor.shape)
+            # The tensor is kept beside it so that its id stays its own.
+            self._known[id(tensor)] = (tensor, found)
+        return found
+
+    def _equal(self, tensor: Tensor) -> Tensor:
         flat = tensor.detach().cpu().contiguous()
         digest = hashlib.blake2b(flat.reshape(-1).view(torch.uint8).numpy().data, digest_size=16).digest()
         key = digest + str((tensor.dtype, tuple(tensor.shape))).encode()

@@ -23,6 +23,7 @@ from lillama.factors import STORAGES
 from lillama.plan import Plan, largest_rank, stored
 from lillama.progress import Progress
 from lillama.recipe import Recipe
+from lillama.streams import arguments
 
 Batches = list[dict[str, Tensor]]
 
@@ -59,7 +60,7 @@ def check_architecture(model: Any, directory: Path, batches: Batches | None = No
     original = directory / "model"
     model.save_pretrained(original)
     batches = batches or token_batches(model)
-    inputs = {k: v for k, v in batches[0].items() if k != "loss_mask"}
+    inputs = arguments(batches[0])
     kinds = _kinds(original, plugin)
     with torch.no_grad():
         expected = model(**inputs).logits

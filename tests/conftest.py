@@ -9,7 +9,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Phi3Config, PhiConfig, Qwen2Config, Qwen3Config
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 SMALL = {
     "vocab_size": 97,
@@ -45,6 +55,17 @@ def tiny(name: str = "llama", seed: int = 0):
             if key.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model
+
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ran"]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of eight words."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {w: i + 4 for i, w in enumerate(WORDS)}
+    fast = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.fixture

