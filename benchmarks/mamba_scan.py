@@ -1,6 +1,6 @@
 """Time of a forward and backward pass of Mamba blocks on one core: the plugin's linear scan against the stock one.
 
-    python benchmarks/mamba_scan.py [--layers 2] [--width 256] [--tokens 512]
+python benchmarks/mamba_scan.py [--layers 2] [--width 256] [--tokens 512]
 """
 
 from __future__ import annotations

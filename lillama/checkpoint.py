@@ -50,7 +50,8 @@ def write(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str],
         config.architectures = [type(source.model).__name__]
         config.quantization_config = quantizer.LillamaConfig(plan.modules())
         config.save_pretrained(directory)
-        _copy_the_rest(source, directory)
+        assert source.directory is not None
+        copy_beside(source.directory, directory)
         (directory / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -133,13 +134,12 @@ def _write_shards(entries: list[_Entry], directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _copy_the_rest(source: Source, directory: Path) -> None:
-    """Tokenizer, processor, generation settings: whatever stands beside the original's weights."""
-    assert source.directory is not None
-    for file in sorted(source.directory.iterdir()):
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy what stands beside the weights of `source` (tokenizer, processor, generation settings) and `target` lacks."""
+    for file in sorted(source.iterdir()):
         wanted = file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
-        if file.is_file() and wanted and file.name not in NOT_COPIED:
-            shutil.copyfile(file, directory / file.name)
+        if file.is_file() and wanted and file.name not in NOT_COPIED and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
 
 
 def load(path: str | Path, **options: Any) -> Any:
@@ -188,10 +188,7 @@ def export_dense(path: str | Path, target: str | Path) -> None:
         target.rmdir()
     with atomic_directory(target) as directory:
         model.save_pretrained(directory)
-        for file in sorted(path.iterdir()):
-            wanted = file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
-            if wanted and file.name not in NOT_COPIED and not (directory / file.name).exists():
-                shutil.copyfile(file, directory / file.name)
+        copy_beside(path, directory)
 
 
 def file_bytes(path: Path) -> int:

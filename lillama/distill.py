@@ -113,6 +113,7 @@ def sequential(job: Job) -> None:
     x_teacher = x_student = [batch.hidden for batch in batches]
     steps = (job.total_steps or 1) * sum(1 for layer in job.layers if job.plan.planned(layer))
     with job.progress.phase("distil", steps) as bar:
+        bar.unit = "tokens/s in this layer"
         for position, layer in enumerate(job.layers):
             bar.describe(layer.name)
             with job.teacher(layer) as teacher, torch.no_grad():

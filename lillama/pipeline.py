@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import lillama
-from lillama import calibration, checkpoint, device, distill, host
+from lillama import calibration, checkpoint, device, distill, finetune, host
 from lillama.contract import Layer
 from lillama.errors import LillamaError
 from lillama.plan import Plan, choose_ranks
 from lillama.progress import Progress
-from lillama.recipe import Recipe
+from lillama.recipe import Finetune, Recipe
 from lillama.source import Source, processor
 from lillama.store import RunDirectory, write_text
 
@@ -26,12 +26,13 @@ MODEL = "model"
 
 @dataclass
 class Result:
-    """What a run leaves behind: the checkpoint's `path`, the `plan`, and `metrics` as in metrics.json."""
+    """What a run leaves behind: the last checkpoint's `path`, the `plan`, and `metrics` as in metrics.json."""
 
     path: Path
     plan: Plan
     metrics: dict[str, Any]
     details: dict[str, Any] = field(default_factory=dict)
+    auto_class: str = "AutoModelForCausalLM"  # of transformers, which opens the checkpoint
 
 
 @dataclass
@@ -126,7 +127,11 @@ class Run:
             with self.progress.timed("write"):
                 self.write(job, target)
         after = self.measure("after")
-        return self.finish(before, after)
+        tuned = None
+        if self.recipe.finetune is not None:
+            self.finetune(self.recipe.finetune)
+            tuned = self.measure("finetuned")
+        return self.finish(before, after, tuned)
 
     def batches(self) -> list[dict[str, Tensor]]:
         """The calibration batches: those given, the plugin's own, or text through the model's tokenizer."""
@@ -165,7 +170,9 @@ class Run:
         """What must be the same for a stored layer to be of use: all that decides its numbers."""
         import transformers
 
-        recipe = self.recipe.model_dump(mode="json", exclude={"evaluate": True, "run": {"out", "snapshot_seconds"}})
+        recipe = self.recipe.model_dump(
+            mode="json", exclude={"evaluate": True, "finetune": True, "run": {"out", "snapshot_seconds"}}
+        )
         return {
             "recipe": recipe,
             "data": calibration.fingerprint(batches),
@@ -186,7 +193,7 @@ class Run:
         self.directory.event("start", plugin=str(self.prepared.plugin), threads=torch.get_num_threads())
 
     def measure(self, when: str) -> dict[str, float]:
-        """Run the evaluators on the original ("before") or the compressed model ("after"), once."""
+        """Run the evaluators on the original ("before"), the compressed ("after") or the "finetuned" model, once."""
         from lillama import evaluate
 
         name = f"evaluation.{when}.json"
@@ -200,10 +207,12 @@ class Run:
         if not wanted and not hooks:
             return {}
         assert self.source.directory is not None
-        place = self.source.directory if when == "before" else self.directory.path / MODEL
+        places = {"after": self.directory.path / MODEL, "finetuned": self.directory.path / finetune.FINETUNED}
+        place = places.get(when, self.source.directory)
         chosen = self.prepared.device.device
         with self.progress.timed(f"evaluate {when}"):
-            self.progress.say(f"evaluating the {'original' if when == 'before' else 'compressed'} model")
+            kinds = {"before": "original", "after": "compressed", "finetuned": "fine-tuned"}
+            self.progress.say(f"evaluating the {kinds[when]} model")
             if when == "before":
                 model = self.source.auto_class.from_pretrained(place, dtype=self.source.dtype)
             else:
@@ -230,6 +239,32 @@ class Run:
         checkpoint.write(self.source, self.plan, self.directory, files, target, self.card())
         self.directory.record(*(f"{MODEL}/{file.name}" for file in sorted(target.iterdir())))
 
+    def finetune(self, section: Finetune) -> None:
+        """Train the compressed model as a whole, unless that was done before; leaves `finetuned/`."""
+        if finetune.finished(self.directory, section):
+            return
+        prepared, hosts = self.prepared, host.get()
+        with self.progress.timed("read data"):
+            examples = hosts.finetune_data(prepared.plugin, self.source.model, self.recipe, self.progress)
+            if examples is None:
+                if self.source.config.is_encoder_decoder:
+                    raise LillamaError(
+                        f"the plugin {prepared.plugin} provides no data to fine-tune this model on",
+                        where="finetune",
+                        hint="Its hook finetune_data would; finetune: null leaves fine-tuning out.",
+                    )
+                examples = finetune.text_examples(self.tokenizer(), self.recipe, section)
+        compressed = self.directory.path / MODEL
+        model = checkpoint.load(compressed, dtype=torch.float32)
+        hosts.prepare(prepared.plugin, model, self.recipe)
+        teacher = None
+        if section.teacher > 0:
+            teacher = self.source.auto_class.from_pretrained(self.source.directory, dtype=self.source.working)
+        finetune.finetune(model, teacher, examples, section, prepared.device, self.directory, self.progress)
+        finetune.save(model, self.source.dtype, compressed, self.directory, self.card())
+        if self.directory.has("evaluation.finetuned.json"):  # of an earlier one that was removed
+            self.directory.forget("evaluation.finetuned.json")
+
     def card(self) -> str:
         """The model card beside the weights."""
         recipe, plan = self.recipe, self.plan
@@ -247,7 +282,7 @@ class Run:
             f"The recipe:\n\n```yaml\n{recipe.to_yaml()}```\n"
         )
 
-    def finish(self, before: dict[str, float], after: dict[str, float]) -> Result:
+    def finish(self, before: dict[str, float], after: dict[str, float], tuned: dict[str, float] | None) -> Result:
         """Write metrics.json and hand the result over."""
         assert self.source.directory is not None
         target = self.directory.path / MODEL
@@ -263,12 +298,17 @@ class Run:
             },
             "before": before,
             "after": after,
+            **({} if tuned is None else {"finetuned": tuned}),
             "seconds": seconds,
             "peak_memory_bytes": max(peak_memory(), previous.get("peak_memory_bytes", 0)),
         }
+        if self.prepared.device.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.prepared.device.device)
+            metrics["peak_device_memory_bytes"] = max(peak, previous.get("peak_device_memory_bytes", 0))
         self.directory.put_json("metrics.json", metrics)
         self.directory.event("done")
-        return Result(target, self.plan, metrics, self.details)
+        target = target if tuned is None else self.directory.path / finetune.FINETUNED
+        return Result(target, self.plan, metrics, self.details, self.source.auto_class.__name__)
 
 
 def peak_memory() -> int:

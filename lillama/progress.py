@@ -28,7 +28,7 @@ class Bar:
     def __init__(self, progress: Progress, name: str, total: int) -> None:
         self.progress, self.name, self.total = progress, name, total
         self.done = self.counted = self.tokens = 0
-        self.what, self.loss = "", None
+        self.what, self.loss, self.unit = "", None, "tokens/s"
         self.started = self._spoke = time.monotonic()
         self.rich: RichProgress | None = None
         self.task: Any = None
@@ -58,7 +58,7 @@ class Bar:
         parts = [self.what] if self.what else []
         seconds = time.monotonic() - self.started
         if self.tokens and seconds > 0:
-            parts.append(f"{self.tokens / seconds:,.0f} tokens/s")
+            parts.append(f"{self.tokens / seconds:,.0f} {self.unit}")
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4f}")
         return " · ".join(parts)

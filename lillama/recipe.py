@@ -111,6 +111,42 @@ class Calibration(Section):
     seed: int = Field(0, description="Seed of the order of rows.")
 
 
+class Finetune(Section):
+    """Training of the whole compressed model after its layers were distilled; the factors stay factors."""
+
+    dataset: str | None = Field(None, description="Data to train on, as for calibration; null: the calibration's own.")
+    config: str | None = Field(None, description="Configuration of a hub data set.")
+    split: str | None = Field(None, description="Split; null: train, or the calibration's with its data set.")
+    column: str | None = Field(None, description="Column of the text or transcript; null: found by its usual names.")
+    hours: float | None = Field(None, gt=0, description="Hours of speech to use at most; null: all.")
+    tokens: int | None = Field(None, gt=0, description="Tokens of text to use at most; null: all.")
+    sequence_length: int = Field(512, ge=2, description="Tokens per sequence of text.")
+    epochs: int = Field(1, ge=1, description="Passes over the data.")
+    steps: int | None = Field(None, ge=1, description="Updates; null: as many as the epochs take.")
+    batch_size: int = Field(8, ge=1, description="Clips or sequences per forward pass.")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes per update.")
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="Learning rate after the warm-up; linear and cosine fall to 0."
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the updates over which the learning rate rises.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    teacher: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the loss that is the distance to the original's predictions (KL divergence); the rest "
+        "is that to the labels. The original is in memory beside the student then.",
+    )
+    freeze: list[str] | None = Field(
+        None, description="Globs of parameters that stay as they are; null: the encoder, where there is one."
+    )
+    holdout: float = Field(0.05, ge=0, lt=1, description="Share of the examples kept out to choose the best state.")
+    checks: int = Field(4, ge=1, description="How often the held-out loss is measured and the state stored.")
+    seed: int = Field(0, description="Seed of the order of the data.")
+
+
 class Run(Section):
     """Where and how the run happens."""
 
@@ -138,7 +174,9 @@ class Recipe(Section):
         default_factory=lambda: Distill.model_validate({}), description="How each student layer learns."
     )
     calibration: Calibration = Field(description="The data that layers are distilled on.")
-    finetune: None = Field(None, description="Training of the whole student afterwards; not available yet.")
+    finetune: Finetune | None = Field(
+        None, description="Training of the whole compressed model afterwards; null: none."
+    )
     evaluate: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="Evaluators by name, each with its options; NAME/LABEL runs one evaluator several times.",

@@ -89,18 +89,23 @@ def _by_kind(p: Plan) -> dict[str, list[Any]]:
 
 
 def result(found: Result, recipe: Recipe) -> RenderableType:
-    """The table after a run: before, after, change; sample completions; how to load the result."""
+    """The table after a run: before, after, change, fine-tuned; sample completions; how to load the result."""
     m = found.metrics
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "before", "after", "change"):
+    tuned = m.get("finetuned")
+    for column in ("", "before", "after", "change", *(() if tuned is None else ("fine-tuned", "change"))):
         table.add_column(column, justify="left" if not column else "right")
     pairs = [("parameters", *m["parameters"].values()), ("weights on disk", *m["bytes"].values())]
     for name, before, after in pairs:
         show = size if name == "weights on disk" else (lambda n: f"{n:,}")
-        table.add_row(name, show(before), show(after), f"{after / before - 1:+.1%}")
+        change = f"{after / before - 1:+.1%}"
+        table.add_row(name, show(before), show(after), change, *(() if tuned is None else (show(after), change)))
     for name in [*m["before"], *(n for n in m["after"] if n not in m["before"])]:
         before, after = m["before"].get(name), m["after"].get(name)
-        table.add_row(name, _number(before), _number(after), _ratio(before, after))
+        row = [_number(before), _number(after), _ratio(before, after)]
+        if tuned is not None:
+            row += [_number(tuned.get(name)), _ratio(before, tuned.get(name))]
+        table.add_row(name, *row)
     parts: list[RenderableType] = [Text(), table, Text()]
     for key, detail in found.details.get("after", {}).items():
         if "prompt" in detail:
@@ -110,8 +115,8 @@ def result(found: Result, recipe: Recipe) -> RenderableType:
     parts.append(Text(f"took {total}, peak memory {size(m['peak_memory_bytes'])}; everything is in {recipe.run.out}"))
     parts.append(Text())
     parts.append(Text("import lillama", style="bold"))
-    parts.append(Text("from transformers import AutoModelForCausalLM", style="bold"))
-    parts.append(Text(f'model = AutoModelForCausalLM.from_pretrained("{found.path}")', style="bold"))
+    parts.append(Text(f"from transformers import {found.auto_class}", style="bold"))
+    parts.append(Text(f'model = {found.auto_class}.from_pretrained("{found.path}")', style="bold"))
     return Group(*parts)
 
 

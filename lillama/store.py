@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -74,8 +76,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file atomically, indented for people."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file atomically, indented for people; an infinite number becomes the largest there is."""
+    write_text(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    """JSON knows no infinity (a perplexity may be) and no NaN (null then)."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None if math.isnan(data) else math.copysign(sys.float_info.max, data)
+    return data
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -195,7 +208,7 @@ class RunDirectory:
     def event(self, kind: str, **data: Any) -> None:
         """Append one line to events.jsonl: what happened, when, with which numbers."""
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"time": round(time.time(), 3), "event": kind, **data}) + "\n")
+            handle.write(json.dumps(_finite({"time": round(time.time(), 3), "event": kind, **data})) + "\n")
 
 
 def _differences(held: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
