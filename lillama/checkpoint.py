@@ -135,7 +135,7 @@ def _write_shards(entries: list[_Entry], directory: Path) -> None:
 
 
 def copy_beside(source: Path, target: Path) -> None:
-    """Copy what stands beside the weights of `source` (tokenizer, processor, generation settings) and `target` lacks."""
+    """Copy what stands beside the weights of `source` (tokenizer, processor, settings), less what `target` has."""
     for file in sorted(source.iterdir()):
         wanted = file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
         if file.is_file() and wanted and file.name not in NOT_COPIED and not (target / file.name).exists():

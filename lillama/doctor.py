@@ -23,8 +23,6 @@ OPTIONAL = {
     "jiwer": "word error rates",
     "soundfile": "audio",
     "torchaudio": "audio on a GPU; must match torch's build",
-    "mamba-ssm": "Mamba's CUDA kernels",
-    "causal-conv1d": "Mamba's CUDA kernels",
     "flash-attn": "attention kernels",
     "peft": "LoRA",
     "matplotlib": "plots in reports",

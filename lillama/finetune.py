@@ -20,7 +20,7 @@ from lillama import checkpoint
 from lillama.device import Device
 from lillama.errors import DistillationError, LillamaError
 from lillama.progress import Bar, Progress
-from lillama.recipe import Calibration, Finetune, Recipe
+from lillama.recipe import Finetune, Recipe
 from lillama.store import RunDirectory, atomic_directory
 
 FINETUNED = "finetuned"  # the checkpoint
@@ -37,14 +37,17 @@ def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune) -> Examples
 
     own = section.dataset is not None
     base = recipe.calibration
-    data = Calibration(
-        dataset=section.dataset or base.dataset,
-        config=section.config if own else section.config or base.config,
-        split=section.split or ("train" if own else base.split),
-        column=section.column if own else section.column or base.column,
-        tokens=section.tokens,
-        sequence_length=section.sequence_length,
-        seed=section.seed,
+    data = base.model_copy(
+        update={
+            "dataset": section.dataset or base.dataset,
+            "config": section.config if own else section.config or base.config,
+            "split": section.split or ("train" if own else base.split),
+            "column": section.column if own else section.column or base.column,
+            "fraction": 1.0,
+            "tokens": section.tokens,
+            "sequence_length": section.sequence_length,
+            "seed": section.seed,
+        }
     )
     blocks = token_blocks(tokenizer, data, "finetune" if own else "calibration")
     return [{"input_ids": block, "labels": block} for block in blocks]
@@ -96,11 +99,12 @@ def finetune(
     shifted = not model.config.is_encoder_decoder
     base = Trainer if shifted else Seq2SeqTrainer
 
-    class Finetuner(base):  # type: ignore[valid-type]  # one of two classes
+    class Finetuner(base):  # type: ignore[valid-type, misc]  # one of two classes
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            loss, outputs = loss_of(model, self.teacher, inputs, section.teacher, shifted, num_items_in_batch)
+            with device.autocast():
+                loss, outputs = loss_of(model, self.teacher, inputs, section.teacher, shifted, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
 
     with progress.phase("finetune", total) as bar:

@@ -108,6 +108,12 @@ class Calibration(Section):
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the rows to use.")
     tokens: int | None = Field(None, gt=0, description="How many tokens to use at most; null: all.")
     sequence_length: int = Field(512, ge=2, description="Tokens per sequence; rows are joined and cut to this.")
+    variants: int = Field(
+        0,
+        ge=0,
+        description="Speech: further variants of every clip (cut, joined, at another speed, with noise), transcribed by "
+        "the original. For little data.",
+    )
     seed: int = Field(0, description="Seed of the order of rows.")
 
 

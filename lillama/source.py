@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -278,8 +279,6 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / "model.safetensors").exists():
         return [directory / "model.safetensors"]
     if (index := directory / "model.safetensors.index.json").exists():
-        import json
-
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if gone := [name for name in names if not (directory / name).exists()]:
             raise LillamaError(f"the shard {gone[0]} is missing", where=str(directory), hint="Download it again.")
@@ -295,11 +294,19 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _download(repo: str, revision: str | None) -> Path:
+    """The repository's files in the hub's cache; of its weights only those that transformers would read.
+
+    Some repositories hold the same weights twice (consolidated.safetensors, pytorch_model.bin).
+    """
     from huggingface_hub import snapshot_download
 
     with explained(f"the model '{repo}'", "model.id"):
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        beside = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=beside))
+        index = directory / "model.safetensors.index.json"
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+        weights = shards or ["model.safetensors"]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*beside, *weights]))
 
 
 def unpack_gguf(source: Source, cache: Path) -> Path:

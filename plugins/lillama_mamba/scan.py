@@ -1,7 +1,7 @@
 """The selective scan in plain torch, equal to transformers' own bit by bit, with a backward linear in length.
 
-transformers takes step t of the discretised system as `x[:, :, t]`. The gradient of each such slice is a tensor of
-zeros as long as the whole sequence, so the backward costs length^2; the gradient of `x.unbind(2)` is one stack (DESIGN 9).
+transformers takes step t of the discretised system as `x[:, :, t]`. The gradient of each such slice is a tensor
+of zeros as long as the whole sequence, so the backward costs length^2; that of `x.unbind(2)` is one stack.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def linear_scan(
 ) -> Any:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, y_t = C_t h_t + D u_t, times silu(z) (Mamba, arXiv 2312.00752, eq. 2).
 
-    `hidden_states` (u), `dt` and `z` are [batch, channels, length], A [channels, state], B and C [batch, state, length],
-    D and `delta_bias` [channels]. Returns y like u, with `return_last_state` also h [batch, channels, state].
+    `hidden_states` (u), `dt` and `z` are [batch, channels, length], A [channels, state], B and C [batch, state,
+    length], D and `delta_bias` [channels]. Returns y like u, with `return_last_state` also h [batch, channels, state].
     """
     dtype = hidden_states.dtype
     if delta_bias is not None:
@@ -62,16 +62,18 @@ def linear_scan(
 
 
 def use_linear_scan(model: nn.Module) -> int:
-    """Let every Mamba mixer of `model` run `linear_scan` wherever transformers would run its own; how many there are.
+    """Let every Mamba mixer of `model` run `linear_scan` where transformers would run its own; how many changed.
 
     Only these instances change, and copies of them; parameters and state keys stay as they are. On a GPU with
-    mamba-ssm the kernels go on being used; CPU tensors never reach a kernel, which could not read them. A mixer
-    of a transformers version that is built differently is left alone: slower, as correct.
+    mamba-ssm the kernels go on being used; CPU tensors never reach a kernel, which could not read them. Left alone
+    are mixers that run mambapy's parallel scan, that have a forward of their own (accelerate's hooks), or that another
+    transformers version builds differently: slower perhaps, as correct.
     """
     changed = 0
     for module in model.modules():
         forward = inspect.unwrap(type(module).forward)
-        if not _runs_scan(forward) or (getattr(module, "use_mambapy", False) and find_spec("mambapy")):
+        parallel = getattr(module, "use_mambapy", False) and find_spec("mambapy")
+        if parallel or "forward" in vars(module) or not _runs_scan(forward):
             continue
         # A bound method in the instance's own dictionary: copy.deepcopy binds it to the copy.
         module.forward = types.MethodType(_with_linear_scan(forward), module)
@@ -81,15 +83,19 @@ def use_linear_scan(model: nn.Module) -> int:
 
 def path_in_use() -> str:
     """One sentence for `lillama doctor`: which scan Mamba blocks run here, and why."""
-    from transformers.models.mamba.modeling_mamba import MambaMixer
+    from transformers.models.mamba import modeling_mamba
 
-    missing = [trouble for name in ("mamba_ssm", "causal_conv1d") if (trouble := _trouble(name))]
-    if torch.cuda.is_available() and not missing:
+    reasons = [trouble for name in ("mamba_ssm", "causal_conv1d") if (trouble := _trouble(name))]
+    if not torch.cuda.is_available():
+        reasons.append("no CUDA device")
+    elif not reasons and not _is_kernel(getattr(modeling_mamba, SCAN, None)):
+        reasons.append("transformers does not take the installed kernels")
+    if not reasons:
         return "scan: mamba-ssm's CUDA kernels"
-    reason = "; ".join(missing) or "no CUDA device"
-    if not _runs_scan(inspect.unwrap(MambaMixer.forward)):
-        return f"scan: transformers' own, backward quadratic in length: its code is not as expected ({reason})"
-    return f"scan: plain torch, backward linear in length ({reason})"
+    because = "; ".join(reasons)
+    if not _runs_scan(inspect.unwrap(modeling_mamba.MambaMixer.forward)):
+        return f"scan: transformers' own, whose backward may be quadratic in length: its code is new to us ({because})"
+    return f"scan: plain torch, backward linear in length ({because})"
 
 
 def _runs_scan(forward: Any) -> bool:

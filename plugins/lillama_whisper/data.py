@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lillama.audio import Clip, Clips, pieces, read_clips
+from lillama.audio import Clip, Clips, pieces, read_clips, vary
 from lillama.errors import LillamaError
 from lillama_whisper.teacher import Heard, Teacher
 
@@ -39,12 +39,44 @@ def calibration_batches(recipe: Recipe, progress: Progress) -> Iterator[dict[str
         fraction=section.fraction,
         seed=section.seed,
     )
+    size = recipe.distill.batch_size
+    held = _held_out(len(clips) * (1 + section.variants), size, recipe.distill.holdout)
+    source = _Varied(clips, teacher.seconds, section.variants, held)
     tokens = 0
-    for group in _heard(teacher, clips, recipe.distill.batch_size, progress):
+    for group in _heard(teacher, source, size, progress):
         yield _batch(teacher, group)
         tokens += sum(len(sequence) - 1 for sequence in group.sequences)
         if section.tokens is not None and tokens >= section.tokens:
             return
+
+
+def _held_out(clips: int, size: int, share: float) -> int:
+    """How many clips the batches hold that the engine keeps out of training: the last ones."""
+    return max(round(-(-clips // size) * share), 1) * size if share else 0
+
+
+@dataclass
+class _Varied:
+    """Variants of the clips, `times` each, and then the clips themselves.
+
+    The last `held` clips have no variants: they stay unseen where they are held out.
+    """
+
+    clips: Clips
+    seconds: float
+    times: int
+    held: int
+
+    def __len__(self) -> int:
+        return len(self.clips) + self.times * max(len(self.clips) - self.held, 0)
+
+    def __iter__(self) -> Iterator[Clip]:
+        for seed in range(self.times):
+            before = None
+            for clip in itertools.islice(self.clips, max(len(self.clips) - self.held, 0)):
+                yield vary(clip, before, self.seconds, seed)
+                before = clip
+        yield from self.clips
 
 
 @dataclass
@@ -57,7 +89,7 @@ class _Group:
 
 
 def _heard(
-    teacher: Teacher, clips: Clips, size: int, progress: Progress, enough: float | None = None
+    teacher: Teacher, clips: Clips | _Varied, size: int, progress: Progress, enough: float | None = None
 ) -> Iterator[_Group]:
     """The clips in groups of `size`, heard by the teacher; stops after `enough` seconds of speech."""
     keep: Callable[[Tensor], Tensor] = teacher.keeper(len(clips))
