@@ -203,9 +203,9 @@ def pieces(clip: Clip, seconds: float) -> list[Clip]:
     if len(clip.samples) <= most:
         return [clip]
     found, rest = [], clip.samples
-    window = clip.rate // 10
+    window = max(min(clip.rate // 10, most // 5), 1)
     while len(rest) > most:
-        start = most - most // 5
+        start = most - max(most // 5, 1)
         loudness = np.convolve(np.square(rest[start:most]), np.ones(window, np.float32), "valid")
         cut = start + int(loudness.argmin()) + window // 2
         found.append(rest[:cut])

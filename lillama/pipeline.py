@@ -176,7 +176,7 @@ class Run:
         return {
             "recipe": recipe,
             "data": calibration.fingerprint(batches),
-            "model": getattr(self.source.config, "_commit_hash", None) or self.source.where,
+            "model": self.source.identity(),
             "compute": str(self.prepared.device.compute).removeprefix("torch."),
             "lillama": lillama.__version__,
             "torch": torch.__version__,

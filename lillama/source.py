@@ -150,6 +150,15 @@ class Source:
         model.tie_weights()
         return model.eval().requires_grad_(False)
 
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others: a hub commit, or place, size and date of local files."""
+        commit = getattr(self.config, "_commit_hash", None)
+        if commit:
+            return {"id": self.where, "commit": commit}
+        directory = Path(self.where)
+        files = [directory / self.gguf] if self.gguf else sorted(directory.glob("*.safetensors"))
+        return {"id": self.where} | {f.name: [f.stat().st_size, int(f.stat().st_mtime)] for f in files}
+
     @property
     def parameters(self) -> int:
         """Unique parameters of the model; tied ones count once."""

@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from lillama import factors, registry
 from lillama.contract import Layer, Weight
 from lillama.device import Device
-from lillama.errors import DistillationError
+from lillama.errors import DistillationError, LillamaError
 from lillama.losses import token_mean
 from lillama.plan import Plan
 from lillama.recipe import Distill, Recipe
@@ -65,10 +65,17 @@ def build(layer: Layer, teacher: nn.Module, plan: Plan, storage: str) -> nn.Modu
 
 
 def finished(layer: Layer, teacher: nn.Module, plan: Plan, state: dict[str, Tensor]) -> nn.Module:
-    """The finished student layer from its stored state (names relative to the layer)."""
+    """The finished student layer from its stored state (names relative to the layer), the rest from its teacher."""
     student = build(layer, teacher, plan, plan.storage)
-    student.load_state_dict(state, strict=True)
+    missing, unexpected = student.load_state_dict(state, strict=False)
+    if troubles := [*unexpected, *(name for name in missing if _in_factors(student, name))]:
+        raise LillamaError(f"the stored layer does not fit the plan: {troubles[0]}", where=layer.name)
     return student
+
+
+def _in_factors(module: nn.Module, name: str) -> bool:
+    """Whether the parameter or buffer `name` of `module` belongs to a factor module."""
+    return factors.is_factorised(module.get_submodule(name.rpartition(".")[0]))
 
 
 def learning_rate(distill: Distill, step: int, total: int) -> float:
@@ -118,8 +125,7 @@ class Student:
     def _trained(self) -> dict[str, nn.Parameter]:
         chosen: dict[str, nn.Parameter] = {}
         for name, parameter in self.module.named_parameters():
-            owner = self.module.get_submodule(name.rpartition(".")[0])
-            is_factor = factors.is_factorised(owner) and not name.endswith("bias")
+            is_factor = _in_factors(self.module, name) and not name.endswith("bias")
             if self.distill.train == "layer" or is_factor:
                 chosen[name] = parameter
                 parameter.requires_grad_(True)
@@ -173,7 +179,7 @@ class Student:
         return loss
 
     def state(self) -> dict[str, Tensor]:
-        """The layer as it is stored: every factor, and every other parameter that was trained, best state.
+        """The layer as it is stored: factor modules, and every other parameter that was trained, in the best state.
 
         Names are relative to the layer; factors are in the plan's storage.
         """
@@ -186,7 +192,11 @@ class Student:
             parent, _, child = path.rpartition(".")
             module = factors.to_storage(self.module.get_submodule(path), self.plan.storage)  # type: ignore[arg-type]
             setattr(self.module.get_submodule(parent), child, module)
-        state = self.module.state_dict()
+        state = {
+            name: value
+            for name, value in self.module.state_dict().items()
+            if name in self.trained or _in_factors(self.module, name)
+        }
         if bad := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
             raise DistillationError(f"the weights {bad[0]} are not finite", where=self.layer.name)
         return {name: value.detach() for name, value in state.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -189,6 +190,17 @@ def test_another_run_in_the_same_directory_is_refused_with_the_difference(origin
     with pytest.raises(LillamaError, match=r"recipe\.compress\.reduction: 0\.1 there, 0\.2 here"):
         run(original, tmp_path, compress__reduction=0.2)
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_other_weights_under_the_same_name_are_not_mixed_in(tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "out")
+    other = tiny(seed=1)
+    other.save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    os.utime(weights, (weights.stat().st_atime, weights.stat().st_mtime + 5))
+    with pytest.raises(LillamaError, match=r"model\.model\.safetensors"):
+        run(tmp_path / "model", tmp_path / "out")
 
 
 def test_a_damaged_layer_is_made_again(original, tmp_path):
