@@ -3,7 +3,8 @@
     python benchmarks/train_tiny_mamba.py --out runs/tiny_mamba
     python benchmarks/train_tiny_mamba.py --text train.txt --split train --held-out test.txt --held-out-split train
 
-Byte-level BPE with a small vocabulary, AdamW with a cosine, the plugin's linear scan. About 7 minutes on two cores.
+Byte-level BPE with a small vocabulary, AdamW with a cosine, the plugin's linear scan.
+About 20 minutes on one core that is shared.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PACKAGE = "package:"
-KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+KINDS = {".txt": "text", ".raw": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _SPLIT_PART = re.compile(r"\s*([\w.-]+)\s*((?:\[[^\]]*\])?(?:\(\w+\))?)\s*")
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -35,7 +35,7 @@ _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])")
 def load_rows(dataset: str, *, config: str | None = None, split: str, where: str) -> Dataset:
     """The rows of `split` (slices and sums allowed: train[:80%], train[:10]+train[50:60]) of a data set.
 
-    `dataset` is a .txt (a row per line, blank ones kept), .jsonl, .json, .parquet or .csv file (.gz too), a
+    `dataset` is a .txt or .raw (a row per line, blank ones kept), .jsonl, .json, .parquet or .csv file (.gz too), a
     folder of files of one kind, `package:MODULE` (the texts of a module, ordered by key), or a hub id. A
     local file is one split whatever it is called; a folder whose files are named after several splits has
     those; `config` is a sub-folder there if one is called so, else nothing. A changed file is read again.
