@@ -175,6 +175,8 @@ def decode(data: bytes, rate: int) -> NDArray[np.float32]:
     import soundfile
     import soxr
 
+    if not data:
+        raise _Unusable("empty")
     try:
         samples, own = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except Exception as error:  # libsndfile has a dozen ways to refuse a file
@@ -212,33 +214,6 @@ def pieces(clip: Clip, seconds: float) -> list[Clip]:
         rest = rest[cut:]
     found.append(rest)
     return [Clip(f"{clip.name}[{i}]", samples, clip.rate, None) for i, samples in enumerate(found)]
-
-
-def vary(clip: Clip, other: Clip | None, seconds: float, seed: int) -> Clip:
-    """A variant of the clip of at most `seconds`: a part of it, sometimes with a part of `other` after it, at another
-    speed, with noise. What is heard then is for a model to say: it has no transcript.
-
-    The same clips and seed give the same variant.
-    """
-    import numpy as np
-    import soxr
-
-    random = np.random.default_rng([seed, int(clip.digest, 16)])
-
-    def part(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        length = int(len(samples) * random.uniform(0.4, 1.0))
-        start = int(random.integers(0, len(samples) - length + 1))
-        return samples[start : start + length]
-
-    samples = part(clip.samples)
-    if other is not None and random.random() < 0.5:
-        pause = np.zeros(int(clip.rate * random.uniform(0.1, 0.6)), np.float32)
-        samples = np.concatenate([samples, pause, part(other.samples)])
-    samples = soxr.resample(samples, clip.rate * random.uniform(0.85, 1.15), clip.rate)
-    power = float(np.square(samples).mean()) * 10 ** (-random.uniform(10, 40) / 10)  # 10 to 40 dB below the speech
-    samples = samples + random.normal(0, power**0.5, len(samples))
-    samples = samples[: int(seconds * clip.rate)] * random.uniform(0.5, 1.2)
-    return Clip(f"{clip.name}~{seed}", np.ascontiguousarray(samples, dtype=np.float32), clip.rate, None)
 
 
 def require(*packages: str, where: str) -> None:

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from lillama import quantizer
+from lillama import factors, quantizer, tensorfile
 from lillama.errors import LillamaError
 from lillama.plan import Plan
 from lillama.source import Source
 from lillama.store import RunDirectory, atomic_directory
+from lillama.tensorfile import Entry, TensorFile
 
 SHARD_BYTES = 5_000_000_000
 # Written anew, or weights in formats that would shadow ours.
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "README.md")
-
-
-@dataclass
-class _Entry:
-    """One tensor of the checkpoint: its size is known before it is read."""
-
-    name: str
-    bytes: int
-    read: Callable[[], Tensor]
 
 
 def write(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str], target: Path, card: str) -> None:
@@ -55,80 +39,54 @@ def write(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str],
         (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def _entries(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str]) -> list[_Entry]:
-    size = torch.empty((), dtype=source.dtype).element_size()
-    replaced = {f"{name}.{part}" for name in plan.ranks for part in ("weight", "bias")}
-    entries: list[_Entry] = [_Entry(f"{name}.weight", 0, quantizer.marker) for name in plan.ranks]
+def _entries(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str]) -> list[Entry]:
+    kinds = {name: plan.weights[name].kind for name in plan.ranks}
+    modules = {factors.module_of(name, kind): kind for name, kind in kinds.items()}
+    replaced = {f"{name}.bias" for name in plan.ranks}.union(*(factors.dense_names(*item) for item in kinds.items()))
+    entries = [Entry.of(*item) for name, kind in modules.items() for item in factors.markers(name, kind).items()]
     for file in layer_files:
         layer = Path(file).name[5:].removesuffix(".safetensors")
-        dense = {}
-        with safe_open(run.path / file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                name = f"{layer}.{key}"
-                module, _, _ = name.rpartition(".")
-                if module in plan.ranks:
-                    numbers = tensors.get_slice(key)
-                    count = torch.Size(numbers.get_shape()).numel()
-                    entries.append(_Entry(name, count * size, _reader(run.path / file, key, source.dtype)))
-                else:
-                    dense[name] = (run.path / file, key)
-        # A layer's other parameters may have been trained: they replace the original's.
-        for name, (path, key) in dense.items():
-            for out_name, count, read in _as_in_the_file(source, name, path, key):
-                entries.append(_Entry(out_name, count * size, read))
-            replaced.add(name)
+        tensors = TensorFile(run.path / file)
+        for key in tensors:
+            name = f"{layer}.{key}"
+            if name.rpartition(".")[0] in modules:
+                entries.append(tensors.entry(key, source.dtype, name))
+            else:  # a layer's other parameters, where they were trained: they replace the original's
+                entries += _as_in_the_file(source, name, tensors, key)
+                replaced.add(name)
+    opened: dict[Path, TensorFile] = {}
     for name, parts in source.index.items():
         if name not in replaced:
             for path, key in parts:
-                with safe_open(path, "pt") as tensors:
-                    count = torch.Size(tensors.get_slice(key).get_shape()).numel()
-                entries.append(_Entry(key, count * size, _reader(path, key, source.dtype)))
+                tensors = opened.get(path) or opened.setdefault(path, TensorFile(path))
+                entries.append(tensors.entry(key, source.dtype))
     return entries
 
 
-def _as_in_the_file(source: Source, name: str, path: Path, key: str) -> list[tuple[str, int, Callable[[], Tensor]]]:
+def _as_in_the_file(source: Source, name: str, tensors: TensorFile, key: str) -> list[Entry]:
     """A dense tensor under the name (or names) the original's files use for it."""
     parts = source.index.get(name, [])
     if len(parts) == 1:
-        with safe_open(path, "pt") as tensors:
-            count = torch.Size(tensors.get_slice(key).get_shape()).numel()
-        return [(parts[0][1], count, _reader(path, key, source.dtype))]
+        return [tensors.entry(key, source.dtype, parts[0][1])]
     from transformers.core_model_loading import revert_weight_conversion
 
-    reverted = revert_weight_conversion(source.model, {name: _reader(path, key, source.dtype)()})
-    return [(out, tensor.numel(), functools.partial(_given, tensor)) for out, tensor in reverted.items()]
+    reverted = revert_weight_conversion(source.model, {name: tensors.read(key).to(source.dtype)})
+    return [Entry.of(out, tensor) for out, tensor in reverted.items()]
 
 
-def _given(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _reader(path: Path, key: str, dtype: torch.dtype) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        with safe_open(path, "pt") as tensors:
-            tensor: Tensor = tensors.get_tensor(key)
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return read
-
-
-def _write_shards(entries: list[_Entry], directory: Path) -> None:
-    shards: list[list[_Entry]] = [[]]
+def _write_shards(entries: list[Entry], directory: Path) -> None:
+    shards: list[list[Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(entry)
     if len(shards) == 1:
-        save_file(
-            {e.name: e.read().contiguous() for e in shards[0]},
-            directory / "model.safetensors",
-            {"format": "pt"},
-        )
+        tensorfile.write(directory / "model.safetensors", shards[0], {"format": "pt"})
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file({e.name: e.read().contiguous() for e in shard}, directory / file, {"format": "pt"})
+        tensorfile.write(directory / file, shard, {"format": "pt"})
         weight_map |= {e.name: file for e in shard}
     index = {"metadata": {"total_size": sum(e.bytes for e in entries)}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

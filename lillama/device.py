@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,9 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 def choose(run: Run) -> Device:
     """The device and compute type of a recipe; a device that is not there is an error."""
+    # oneDNN keeps the code it made for the last 1024 shapes of matrix products, some 300 KB each; the tokens that reach
+    # an expert are another number every time. It looks at this before its first product.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     name = run.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

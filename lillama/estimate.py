@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from lillama.contract import Weight
 from lillama.device import Device
+from lillama.grams import which
 from lillama.plan import Plan, stored
 from lillama.recipe import Recipe
+from lillama.shelf import budgets, choose
 from lillama.source import Source
 from lillama.student import needs
 
@@ -36,34 +40,48 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
     width = getattr(source.config.get_text_config(), "hidden_size", widest)
     tokens = recipe.calibration.tokens
     batch = recipe.distill.batch_size * recipe.calibration.sequence_length
-    streams, _ = needs(recipe)
+    streams, names = needs(recipe)
 
     factor_numbers = {
         layer.name: sum(stored(w, plan.ranks[w.name], "factors") for w in plan.planned(layer)) for layer in planned
     }
-    trained = factor_numbers if recipe.distill.train == "factors" else sizes
-    # A student: its weights; and for what trains a gradient, two moments and the best state so far.
-    student = {name: 4 * (sizes[name] + 4 * trained[name]) for name in factor_numbers}
-    outputs = max((sum(w.shape[0] + w.shape[1] for w in layer.weights) for layer in work), default=0)
+    # A student: its weights; and for what trains two moments, and (of one layer at a time) a gradient. The best state
+    # so far stays on the host.
+    rest = {name: sizes[name] - _replaced(plan, name) for name in factor_numbers}
+    trained = factor_numbers if recipe.distill.train == "factors" else {n: rest[n] + factor_numbers[n] for n in rest}
+    best = 4 if device.device.type == "cpu" else 0
+    student = {n: 4 * (rest[n] + factor_numbers[n]) + (8 + best) * trained[n] for n in factor_numbers}
+    gradient = 4 * max(trained.values(), default=0)
+    # Of a layer's experts, a token passes through a few.
+    chosen = getattr(source.config.get_text_config(), "num_experts_per_tok", None) or 1
+    outputs = max((sum(_through(w, chosen) for w in layer.weights) for layer in work), default=0)
     activations = batch * outputs * 4 * (2 if len(streams) == 1 else 3)
     outside = sum(p.numel() for k, p in source.model.named_parameters() if not k.startswith("lm_head")) - sum(
         _numbers(source, layer.name) for layer in plan.layers
     )
-    grams = sum({w.group or w.name: 4 * w.shape[1] ** 2 for w in planned[0].weights}.values()) if planned else 0
+    grams = _gram_bytes(plan.planned(planned[0]), names) if planned else 0
     if recipe.distill.schedule == "sequential":
-        held = 4 * width * (tokens or 0) * (3 if "student" in streams else 2)
+        held = teacher_bytes * width * (tokens or 0) * (3 if "student" in streams else 2)
+        device_bytes, host_bytes = budgets(recipe.run, device.device)
+        place = choose(held, device_bytes, host_bytes)
+        in_files = held if place == "file" else 0
+        if place != ("host" if device.device.type == "cpu" else "device"):
+            held = 0
         layer_bytes = max((teacher_bytes * sizes[n] + student[n] for n in student), default=0)
-        memory = held + layer_bytes + activations + 3 * grams
+        # Teacher weights are gathered from several tensors; a gradient is made when the Grams are gone.
+        memory = held + layer_bytes + activations + max(gradient, 3 * grams)
     else:
         layer_bytes = sum(teacher_bytes * n for n in sizes.values()) + sum(student.values())
-        memory = layer_bytes + activations + teacher_bytes * max(outside, 0)
+        memory = layer_bytes + activations + gradient + teacher_bytes * max(outside, 0)
     memory = max(memory, _evaluation_bytes(source, recipe))
     if device.device.type == "cpu":
         memory += PROCESS_BYTES
 
     out_bytes = torch.empty((), dtype=source.dtype).element_size()
     disk = out_bytes * plan.after + 4 * sum(trained.values()) + (out_bytes * plan.before if source.gguf else 0)
-    if recipe.distill.schedule == "concurrent":
+    if recipe.distill.schedule == "sequential":
+        disk += in_files
+    else:
         disk += 16 * sum(trained.values())
     seconds = None
     if tokens:
@@ -77,6 +95,21 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
 def _evaluation_bytes(source: Source, recipe: Recipe) -> int:
     whole = sum(p.numel() for p in source.model.parameters()) * torch.empty((), dtype=source.dtype).element_size()
     return whole * 5 // 4 if recipe.evaluate or source.gguf else 0
+
+
+def _through(weight: Weight, chosen: int) -> int:
+    """Numbers that go into and come out of a weight per token."""
+    return sum(weight.shape) * (min(chosen, weight.copies) if weight.kind == "experts" else 1)
+
+
+def _gram_bytes(weights: Sequence[Weight], wanted: Iterable[str]) -> int:
+    """Bytes of the Gram matrices of a layer's planned weights; none where the initialiser wants none."""
+    sizes = {}
+    for weight in weights if set(wanted) else ():
+        output = which(weight, weights, wanted) == "output_gram"
+        key = weight.name if output else weight.group or weight.name
+        sizes[key] = 4 * weight.copies * weight.shape[0 if output else 1] ** 2
+    return sum(sizes.values())
 
 
 def _numbers(source: Source, name: str) -> int:

@@ -2,18 +2,22 @@
 
 `LowRankLinear` computes y = A (B x) + b with A (d_out x r) and B (r x d_in). `PivotedLinear` holds r
 rows of the same rank-r matrix and the coefficients of the other rows in them: r^2 numbers fewer
-(DESIGN 6; PIFA, arXiv 2501.19090). Both offer `weight`, which multiplies the factors back.
+(DESIGN 6; PIFA, arXiv 2501.19090). Both offer `weight`, which multiplies the factors back. Stacked experts are in
+experts.py. The functions below tell the kinds of weights apart; nobody else needs to.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lillama.contract import Weight
 from lillama.errors import LillamaError
+from lillama.experts import PROJECTIONS, LowRankExperts, dense_weight, is_fused, replaced_parameters
 
 
 class LowRankLinear(nn.Module):
@@ -147,32 +151,121 @@ class PivotedLinear(nn.Module):
 STORAGES: dict[tuple[str, str], type[nn.Module]] = {
     ("linear", "factors"): LowRankLinear,
     ("linear", "pivoted"): PivotedLinear,
+    ("experts", "factors"): LowRankExperts,
 }
 
 
-def replace(root: nn.Module, name: str, *, kind: str, storage: str, rank: int) -> nn.Module:
-    """Put an empty factor module of the same shape, bias, device and dtype in place of `root.name`.
+def module_of(name: str, kind: str) -> str:
+    """The module that is replaced for the weight `name`: a projection of experts is not one of its own."""
+    return name.rpartition(".")[0] if kind == "experts" else name
 
-    Returns the new module; the old bias is carried over (shared, not copied). Raises LillamaError when
-    the module is not of the kind the plan says.
+
+def dense(root: nn.Module, name: str, kind: str) -> Tensor:
+    """The dense weight `name` below `root`: d_out x d_in, or copies x d_out x d_in for experts."""
+    module = root.get_submodule(module_of(name, kind))
+    if kind == "experts":
+        return dense_weight(module, name.rpartition(".")[2])
+    return cast(nn.Linear, module).weight.detach()
+
+
+def leaving(root: nn.Module, weights: Sequence[tuple[str, str]]) -> list[nn.Parameter]:
+    """The dense parameters below `root` of which nothing is left when `weights` (name, kind) are replaced."""
+    names = [f"{name}.weight" for name, kind in weights if kind != "experts"]
+    for owner in {module_of(name, kind) for name, kind in weights if kind == "experts"}:
+        projections = [n.rpartition(".")[2] for n, kind in weights if module_of(n, kind) == owner and kind == "experts"]
+        names += [f"{owner}.{parameter}" for parameter in replaced_parameters(projections)]
+    return [root.get_parameter(name) for name in names]
+
+
+def replace(root: nn.Module, name: str, *, kind: str, storage: str, rank: int, device: Any = None) -> nn.Module:
+    """Put an empty factor module of the same shape, bias and dtype in place of `root.name`.
+
+    `device` is that of the factors (default: the old weight's). Returns the new module; the old bias is carried over
+    (shared, not copied). Of a module of experts, one projection is replaced per call. Raises LillamaError when the
+    module is not of the kind the plan says.
     """
-    old = root.get_submodule(name)
+    where = module_of(name, kind)
+    old = root.get_submodule(where)
     if (kind, storage) not in STORAGES:
         raise LillamaError(f"no '{storage}' storage exists for a weight of kind '{kind}'", where=name)
+    parent, _, child = where.rpartition(".")
+    if kind == "experts":
+        projection = name.rpartition(".")[2]
+        if not isinstance(old, LowRankExperts):
+            if not is_fused(old) or projection not in PROJECTIONS:
+                raise LillamaError(f"the plan has {kind} here, the model a {type(old).__name__}", where=name)
+            old = LowRankExperts(old).train(old.training)
+            setattr(root.get_submodule(parent), child, old)
+        old.factorise(projection, rank, device)
+        return old
     if not isinstance(old, nn.Linear):
         raise LillamaError(f"the plan has a {kind} here, the model a {type(old).__name__}", where=name)
     new = STORAGES[kind, storage](
-        old.in_features, old.out_features, rank, old.bias is not None, old.weight.device, old.weight.dtype
+        old.in_features, old.out_features, rank, old.bias is not None, device or old.weight.device, old.weight.dtype
     )
     new.bias = old.bias
-    parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent), child, new)
     return new.train(old.training)
+
+
+def set_factors(root: nn.Module, name: str, kind: str, A: Tensor, B: Tensor) -> None:
+    """Give the replaced weight `name` below `root` the factors A and B."""
+    module: Any = root.get_submodule(module_of(name, kind))
+    if kind == "experts":
+        module.set_factors(name.rpartition(".")[2], A, B)
+    else:
+        module.set_factors(A, B)
 
 
 def is_factorised(module: nn.Module) -> bool:
     """Whether `module` is one of ours."""
     return isinstance(module, tuple(STORAGES.values()))
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of weight that `module` holds factors of; None: it is not one of ours."""
+    return next((kind for (kind, _), cls in STORAGES.items() if isinstance(module, cls)), None)
+
+
+def is_factor(root: nn.Module, name: str) -> bool:
+    """Whether the parameter `name` below `root` is a factor: not a bias, and no projection that stays dense."""
+    owner, _, leaf = name.rpartition(".")
+    return is_factorised(root.get_submodule(owner)) and leaf.rpartition("_")[2] in ("A", "B", "C")
+
+
+def markers(module_name: str, kind: str) -> dict[str, Tensor]:
+    """The tensor stored beside the factors of a module under a name of the dense module's.
+
+    Without lillama imported, transformers would fill dense weights with random numbers and only warn; the wrong
+    shape of this tensor makes it fail instead. That of experts has three dimensions, so that the fused parameter it
+    stands for can still be split as the hub's format splits it.
+    """
+    if kind == "experts":
+        return {f"{module_name}.down_proj": torch.empty(1, 0, 0)}
+    return {f"{module_name}.weight": torch.empty(0)}
+
+
+def dense_names(name: str, kind: str) -> list[str]:
+    """Parameters that the model loses when the weight `name` is replaced; a checkpoint's are to be ignored."""
+    module = module_of(name, kind)
+    return [f"{module}.gate_up_proj", f"{module}.down_proj"] if kind == "experts" else [f"{module}.weight"]
+
+
+def check_storage(weights: Iterable[Weight], storage: str) -> None:
+    """LillamaError unless every weight can be kept in `storage`."""
+    for weight in weights:
+        if (weight.kind, storage) not in STORAGES:
+            known = sorted(s for kind, s in STORAGES if kind == weight.kind)
+            raise LillamaError(
+                f"'{weight.name}' ({weight.kind}) cannot be kept in {storage} storage",
+                where="compress.storage",
+                hint=f"Use {' or '.join(known)}, or list it under compress.skip." if known else None,
+            )
+
+
+def to_dense(module: Any) -> nn.Module:
+    """The dense module that computes what a factor module computes."""
+    return module.to_dense() if isinstance(module, LowRankExperts) else to_linear(module)
 
 
 def to_linear(module: Any) -> nn.Linear:
@@ -186,14 +279,16 @@ def to_linear(module: Any) -> nn.Linear:
     return linear
 
 
-def to_storage(module: LowRankLinear, storage: str) -> nn.Module:
-    """`module` itself, or the same map in another storage."""
+def store_as(root: nn.Module, name: str, kind: str, storage: str) -> None:
+    """Keep the replaced weight `name` below `root`, which holds two factors, in another storage."""
     if storage == "factors":
-        return module
-    new = STORAGES["linear", storage](
+        return
+    parent, _, child = name.rpartition(".")
+    module = cast(LowRankLinear, root.get_submodule(name))
+    new = STORAGES[kind, storage](
         module.in_features, module.out_features, module.rank, module.bias is not None,
         module.A.device, module.A.dtype,
     )  # fmt: skip
     new.set_factors(module.A, module.B)  # type: ignore[operator]
     new.bias = module.bias  # type: ignore[assignment]
-    return new
+    setattr(root.get_submodule(parent), child, new)

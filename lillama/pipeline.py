@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lillama
-from lillama import calibration, checkpoint, device, distill, finetune, host
+from lillama import calibration, checkpoint, device, distill, factors, finetune, host
 from lillama.contract import Layer
 from lillama.errors import LillamaError
 from lillama.plan import Plan, choose_ranks
@@ -22,6 +22,8 @@ from lillama.source import Source, processor
 from lillama.store import RunDirectory, write_text
 
 MODEL = "model"
+# Settings of a run that change nothing in its result.
+NOT_IN_THE_NUMBERS = {"out", "snapshot_seconds", "stream_memory", "stream_device_memory"}
 
 
 @dataclass
@@ -59,6 +61,7 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
     if not any(layer.weights for layer in layers):
         raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
     plan = choose_ranks(layers, source.parameters, recipe.compress)
+    factors.check_storage((plan.weights[name] for name in plan.ranks), recipe.compress.storage)
     return Prepared(recipe, source, plugin, layers, plan, chosen)
 
 
@@ -171,7 +174,7 @@ class Run:
         import transformers
 
         recipe = self.recipe.model_dump(
-            mode="json", exclude={"evaluate": True, "finetune": True, "run": {"out", "snapshot_seconds"}}
+            mode="json", exclude={"evaluate": True, "finetune": True, "run": NOT_IN_THE_NUMBERS}
         )
         return {
             "recipe": recipe,

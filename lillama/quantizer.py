@@ -7,9 +7,9 @@ sharding, device_map, dtypes, generate, Trainer and pipeline see an ordinary mod
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-import torch
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -39,15 +39,6 @@ class LillamaConfig(QuantizationConfigMixin):
             )
 
 
-def marker() -> torch.Tensor:
-    """The tensor stored as `<module>.weight` of a replaced module.
-
-    Without lillama imported, transformers would fill dense weights with random numbers and only warn; the wrong
-    shape of this tensor makes it fail instead.
-    """
-    return torch.empty(0)
-
-
 class LillamaQuantizer(HfQuantizer):
     """Swaps factor modules in before the weights are read."""
 
@@ -57,10 +48,12 @@ class LillamaQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         for name, how in self.quantization_config.modules.items():
-            here = local_name(model, name)
+            module = factors.module_of(name, how["kind"])
+            here = local_name(model, module)
             if here is not None:
+                here += name.removeprefix(module)
                 factors.replace(model, here, kind=how["kind"], storage=how["storage"], rank=how["rank"])
-                ignored.add(rf"(^|\.){here.replace('.', chr(92) + '.')}\.weight$")
+                ignored |= {rf"(^|\.){re.escape(dense)}$" for dense in factors.dense_names(here, how["kind"])}
         model._keys_to_ignore_on_load_unexpected = ignored
         return model
 
@@ -74,14 +67,14 @@ class LillamaQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         state = model.state_dict()
         for name, module in model.named_modules():
-            if factors.is_factorised(module):
-                state[f"{name}.weight"] = marker()
+            if kind := factors.kind_of(module):
+                state |= factors.markers(name, kind)
         return state, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         for name in [n for n, m in model.named_modules() if factors.is_factorised(m)]:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, factors.to_linear(model.get_submodule(name)))
+            setattr(model.get_submodule(parent), child, factors.to_dense(model.get_submodule(name)))
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

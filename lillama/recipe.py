@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
@@ -111,8 +111,8 @@ class Calibration(Section):
     variants: int = Field(
         0,
         ge=0,
-        description="Speech: further variants of every clip (cut, joined, at another speed, with noise), transcribed by "
-        "the original. For little data.",
+        description="Speech: further transcripts of every clip, sampled from the original at rising temperatures. They "
+        "show the decoder more words where there is little data.",
     )
     seed: int = Field(0, description="Seed of the order of rows.")
 
@@ -125,6 +125,9 @@ class Finetune(Section):
     split: str | None = Field(None, description="Split; null: train, or the calibration's with its data set.")
     column: str | None = Field(None, description="Column of the text or transcript; null: found by its usual names.")
     hours: float | None = Field(None, gt=0, description="Hours of speech to use at most; null: all.")
+    variants: int = Field(
+        0, ge=0, description="Speech: further transcripts of every clip, as for calibration; for teacher: 1."
+    )
     tokens: int | None = Field(None, gt=0, description="Tokens of text to use at most; null: all.")
     sequence_length: int = Field(512, ge=2, description="Tokens per sequence of text.")
     epochs: int = Field(1, ge=1, description="Passes over the data.")
@@ -163,6 +166,14 @@ class Run(Section):
         "auto",
         description="Type of the matrix products while distilling; auto: bfloat16 where the hardware has it. "
         "Weights, sums and losses stay float32.",
+    )
+    stream_memory: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        "auto",
+        description="GiB of host memory for the activations that flow between layers (sequential schedule); where they "
+        "need more they go to files in the run directory. auto: a quarter of what is free.",
+    )
+    stream_device_memory: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        "auto", description="The same for the memory of the GPU, which is used first. auto: a quarter of what is free."
     )
     snapshot_seconds: float = Field(
         300.0, ge=0, description="Concurrent schedule: how often the state is stored for a later resume."
@@ -301,8 +312,12 @@ def _together(errors: Iterable[LillamaError]) -> LillamaError:
 
 
 def _sections() -> dict[str, type[BaseModel]]:
-    fields = {name: field.annotation for name, field in Recipe.model_fields.items()}
-    return {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Section)}
+    kinds = (
+        (n, kind)
+        for n, field in Recipe.model_fields.items()
+        for kind in (field.annotation, *get_args(field.annotation))
+    )
+    return {name: kind for name, kind in kinds if isinstance(kind, type) and issubclass(kind, Section)}
 
 
 def _nearest_key(path: Path_, schema: type[BaseModel] | None) -> str:

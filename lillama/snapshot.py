@@ -60,7 +60,7 @@ class Snapshot:
                 if kind == "now":
                     student.trained[name].data.copy_(value)
                 elif kind == "best":
-                    best[name] = value.to(device)
+                    best[name] = value.clone()
                 elif kind == "optimizer":
                     index, _, field = name.partition("/")
                     optimizer.setdefault(int(index), {})[field] = value

@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lillama.errors import LillamaError
 from lillama.recipe import Model, Recipe
+from lillama.tensorfile import Lazy, TensorFile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGE = "package:"
@@ -131,6 +132,7 @@ class Source:
         self.model = self.skeleton()
         self.directory: Path | None = None  # of safetensors files, once `fetch` was called
         self._keys: dict[str, list[tuple[Path, str]]] = {}
+        self._files: dict[Path, TensorFile] = {}
 
     def _dtype(self) -> torch.dtype:
         name = self.recipe.model.dtype
@@ -190,10 +192,10 @@ class Source:
         state = self.model.state_dict()
         index: dict[str, list[tuple[Path, str]]] = {}
         for file in files:
-            with safe_open(file, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118
-                    name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
-                    index.setdefault(name, []).append((file, key))
+            self._files[file] = TensorFile(file)
+            for key in self._files[file]:
+                name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
+                index.setdefault(name, []).append((file, key))
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
         if missing := [k for k, t in state.items() if t.is_meta and k not in index and k not in tied]:
             raise LillamaError(
@@ -221,25 +223,34 @@ class Source:
         from transformers.modeling_utils import LoadStateDictConfig
         from transformers.utils import logging
 
-        wanted: dict[Path, list[str]] = {}
-        for file, key in self.tensors_below(prefixes):
-            wanted.setdefault(file, []).append(key)
-        with contextlib.ExitStack() as stack:
-            state = {}
-            for file, keys in wanted.items():
-                tensors = stack.enter_context(safe_open(file, "pt"))
-                state.update({key: tensors.get_slice(key) for key in keys})
-            settings = LoadStateDictConfig(
-                device_map={"": device},
-                dtype=self.working,
-                weight_mapping=get_model_conversion_mapping(self.model),
-            )
-            logging.disable_progress_bar()
-            info, _ = convert_and_load_state_dict_in_model(self.model, state, settings)
+        state = {key: Lazy(self._files[file], key) for file, key in self.tensors_below(prefixes)}
+        settings = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=self.working,
+            weight_mapping=get_model_conversion_mapping(self.model),
+        )
+        logging.disable_progress_bar()
+        info, _ = convert_and_load_state_dict_in_model(self.model, state, settings)
         if info.conversion_errors or info.mismatched_keys or info.error_msgs:
             trouble = info.conversion_errors or info.mismatched_keys or info.error_msgs
             raise LillamaError(f"tensors do not fit the model: {trouble}", where=str(self.directory))
         self.model.requires_grad_(False)
+
+    def prefetch(self, prefixes: Iterable[str]) -> None:
+        """Have the system read the modules named by `prefixes` in the background, for a `materialise` to come.
+
+        They go into the system's file cache: no memory of this process, or of the device, is taken.
+        """
+        wanted: dict[Path, list[str]] = {}
+        for file, key in self.tensors_below(prefixes):
+            wanted.setdefault(file, []).append(key)
+
+        def read() -> None:
+            with contextlib.suppress(OSError):  # whoever needs the file will say what is wrong with it
+                for file, keys in wanted.items():
+                    self._files[file].warm(keys)
+
+        threading.Thread(target=read, name="prefetch", daemon=True).start()
 
     def release(self, module: nn.Module) -> None:
         """Put the parameters of `module` back on the meta device."""

@@ -93,10 +93,10 @@ def _finite(data: Any) -> Any:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically."""
-    from safetensors.torch import save_file
+    from lillama import tensorfile
 
     with atomic_file(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        tensorfile.write(temporary, [tensorfile.Entry.of(*item) for item in tensors.items()], metadata)
 
 
 def sha256(path: Path) -> str:
@@ -196,10 +196,11 @@ class RunDirectory:
         self.record(name)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Read a recorded safetensors file."""
-        from safetensors.torch import load_file
+        """Read a recorded safetensors file, into memory of its own."""
+        from lillama.tensorfile import TensorFile
 
-        return load_file(self.path / name)
+        file = TensorFile(self.path / name)
+        return {key: file.read(key) for key in file}
 
     def json(self, name: str) -> Any:
         """Read a recorded JSON file."""

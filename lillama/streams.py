@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -165,7 +165,14 @@ def _loss_mask(batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
     return None
 
 
-def advance(module: nn.Module, position: int, batches: Sequence[Batch], stream: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs of layer `position`, played by `module`, on every input of a stream."""
-    with torch.no_grad():
-        return [batch.calls[position](module, hidden) for batch, hidden in zip(batches, stream)]
+def outputs(module: nn.Module, position: int, batches: Sequence[Batch], stream: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The outputs of layer `position`, played by `module`, on every input of a stream, one after the other."""
+    for batch, hidden in zip(batches, stream):
+        with torch.no_grad():
+            out = batch.calls[position](module, hidden)
+        yield out
+
+
+def advance(module: nn.Module, position: int, batches: Sequence[Batch], stream: Iterable[Tensor]) -> list[Tensor]:
+    """All of `outputs` at once."""
+    return list(outputs(module, position, batches, stream))

@@ -6,8 +6,8 @@ import copy
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,6 +16,7 @@ from lillama import factors, registry
 from lillama.contract import Layer, Weight
 from lillama.device import Device
 from lillama.errors import DistillationError, LillamaError
+from lillama.grams import GRAMS, Found
 from lillama.losses import token_mean
 from lillama.plan import Plan
 from lillama.recipe import Distill, Recipe
@@ -27,40 +28,55 @@ def relative(weight: Weight, layer: Layer) -> str:
     return weight.name.removeprefix(layer.name).removeprefix(".")
 
 
-def needs(recipe: Recipe) -> tuple[set[str], bool]:
-    """Which streams the recipe's loss runs on ("teacher", "student"), and whether its init wants Grams."""
+def needs(recipe: Recipe) -> tuple[set[str], frozenset[str]]:
+    """Which streams the recipe's loss runs on ("teacher", "student"), and which Grams its init names (see grams)."""
     loss = inspect.signature(registry.LOSSES.get(recipe.distill.loss)).parameters
     init = inspect.signature(registry.INITIALISERS.get(recipe.compress.init)).parameters
-    return {name.removeprefix("on_") for name in loss}, "gram" in init
+    return {name.removeprefix("on_") for name in loss}, GRAMS & init.keys()
 
 
 def initial_factors(
-    layer: Layer, teacher: nn.Module, plan: Plan, recipe: Recipe, grams: dict[str, Tensor] | None
+    layer: Layer, teacher: nn.Module, plan: Plan, recipe: Recipe, grams: Found | None
 ) -> dict[str, Tensor]:
-    """The starting factors of a layer's planned weights, as `<weight>.A` and `<weight>.B` in float32."""
+    """The starting factors of a layer's planned weights, as `<weight>.A` and `<weight>.B` in float32.
+
+    Those of stacked weights have one more dimension, in front.
+    """
     initialise = registry.INITIALISERS.get(recipe.compress.init)
     wanted = inspect.signature(initialise).parameters
     found = {}
     for weight in plan.planned(layer):
-        W: Tensor = cast(nn.Linear, teacher.get_submodule(relative(weight, layer))).weight
+        W = factors.dense(teacher, relative(weight, layer), weight.kind)
+        given = grams[weight.name] if grams is not None else {}
         arguments: dict[str, Any] = {}
-        if "gram" in wanted and grams is not None:
-            arguments["gram"] = grams[weight.name]
         if "generator" in wanted:
             # Seeded by name, so that neither the schedule nor a resume changes what is drawn.
             digest = hashlib.sha256(f"{recipe.run.seed}/{weight.name}".encode()).digest()
             arguments["generator"] = Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        A, B = initialise(W.detach(), plan.ranks[weight.name], **arguments)
+        rank = plan.ranks[weight.name]
+        if weight.kind == "experts":
+            each = [
+                [f.float() for f in initialise(one, rank, **arguments, **{k: gram[i] for k, gram in given.items()})]
+                for i, one in enumerate(W)
+            ]
+            A, B = (torch.stack(one) for one in zip(*each))
+        else:
+            A, B = initialise(W, rank, **arguments, **given)
         found[f"{weight.name}.A"], found[f"{weight.name}.B"] = A.float(), B.float()
     return found
 
 
 def build(layer: Layer, teacher: nn.Module, plan: Plan, storage: str) -> nn.Module:
     """A float32 copy of the teacher with empty factor modules where the plan has them."""
-    student = copy.deepcopy(teacher).float().eval()
-    for weight in plan.planned(layer):
+    device = next(teacher.parameters()).device
+    planned = [(relative(weight, layer), weight) for weight in plan.planned(layer)]
+    # What the factors replace is not copied: hollow parameters stand in until they go.
+    gone = factors.leaving(teacher, [(path, weight.kind) for path, weight in planned])
+    hollow: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in gone}
+    student = copy.deepcopy(teacher, hollow).float().eval()
+    for path, weight in planned:
         rank = plan.ranks[weight.name]
-        factors.replace(student, relative(weight, layer), kind=weight.kind, storage=storage, rank=rank)
+        factors.replace(student, path, kind=weight.kind, storage=storage, rank=rank, device=device)
     return student.requires_grad_(False)
 
 
@@ -108,8 +124,8 @@ class Student:
         self.total_steps = total_steps
         self.module = build(layer, teacher, plan, "factors")
         for weight in plan.planned(layer):
-            module = self.module.get_submodule(relative(weight, layer))
-            module.set_factors(init[f"{weight.name}.A"], init[f"{weight.name}.B"])  # type: ignore[operator]
+            A, B = init[f"{weight.name}.A"], init[f"{weight.name}.B"]
+            factors.set_factors(self.module, relative(weight, layer), weight.kind, A, B)
         self.trained = self._trained()
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=self.distill.learning_rate, weight_decay=self.distill.weight_decay
@@ -125,8 +141,7 @@ class Student:
     def _trained(self) -> dict[str, nn.Parameter]:
         chosen: dict[str, nn.Parameter] = {}
         for name, parameter in self.module.named_parameters():
-            is_factor = _in_factors(self.module, name) and not name.endswith("bias")
-            if self.distill.train == "layer" or is_factor:
+            if self.distill.train == "layer" or factors.is_factor(self.module, name):
                 chosen[name] = parameter
                 parameter.requires_grad_(True)
         return chosen
@@ -161,13 +176,13 @@ class Student:
         return value, {name: output.detach() for name, output in outputs.items()}
 
     @torch.no_grad()
-    def check(self, pairs: Sequence[tuple[Batch, Tensor, dict[str, Tensor]]]) -> float:
+    def check(self, held: Iterable[tuple[Batch, Tensor, dict[str, Tensor]]]) -> float:
         """The held-out loss now; remembers the state when it is the best so far."""
-        total = sum(batch.tokens for batch, _, _ in pairs)
-        loss = sum(
-            float(self.distances(batch, target, inputs)[0]) * batch.tokens for batch, target, inputs in pairs
-        ) / max(total, 1)
-        return self.judge(loss)
+        total, loss = 0, 0.0
+        for batch, target, inputs in held:
+            loss += float(self.distances(batch, target, inputs)[0]) * batch.tokens
+            total += batch.tokens
+        return self.judge(loss / max(total, 1))
 
     def judge(self, loss: float) -> float:
         """Take note of a held-out loss of the present state."""
@@ -175,7 +190,12 @@ class Student:
             self.first_loss = loss
         if loss < self.best_loss:
             self.best_loss = loss
-            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+            if self.best is None:
+                # On the host: as large as the factors, and touched a few times in a run.
+                self.best = {name: torch.empty_like(p, device="cpu") for name, p in self.trained.items()}
+            with torch.no_grad():
+                for name, p in self.trained.items():
+                    self.best[name].copy_(p)
         return loss
 
     def state(self) -> dict[str, Tensor]:
@@ -188,10 +208,7 @@ class Student:
                 for name, value in self.best.items():
                     self.trained[name].copy_(value)
         for weight in self.plan.planned(self.layer):
-            path = relative(weight, self.layer)
-            parent, _, child = path.rpartition(".")
-            module = factors.to_storage(self.module.get_submodule(path), self.plan.storage)  # type: ignore[arg-type]
-            setattr(self.module.get_submodule(parent), child, module)
+            factors.store_as(self.module, relative(weight, self.layer), weight.kind, self.plan.storage)
         state = {
             name: value
             for name, value in self.module.state_dict().items()

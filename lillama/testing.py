@@ -61,14 +61,12 @@ def check_architecture(model: Any, directory: Path, batches: Batches | None = No
     model.save_pretrained(original)
     batches = batches or token_batches(model)
     inputs = arguments(batches[0])
-    kinds = _kinds(original, plugin)
+    storages = _storages(original, plugin)
     with torch.no_grad():
         expected = model(**inputs).logits
-    for storage in sorted({storage for kind, storage in STORAGES if kind in kinds}):
+    for storage in storages:
         _full_rank(original, directory / f"full-{storage}", storage, batches, inputs, expected, plugin)
-    choices = itertools.product(
-        ("concurrent", "sequential"), registry.LOSSES, sorted({s for k, s in STORAGES if k in kinds})
-    )
+    choices = itertools.product(("concurrent", "sequential"), registry.LOSSES, storages)
     for number, (schedule, loss, storage) in enumerate(choices):
         changes = {"distill.schedule": schedule, "distill.loss": loss, "compress.storage": storage}
         result = _run(original, directory / f"run-{number}", batches, plugin, changes)
@@ -106,7 +104,8 @@ def full_rank_plan(layers: list[Layer], before: int, storage: str) -> Plan:
     return Plan(tuple(layers), ranks, storage, before)
 
 
-def _kinds(original: Path, plugin: str) -> set[str]:
+def _storages(original: Path, plugin: str) -> list[str]:
+    """The storages that every kind of weight of the model can be kept in."""
     prepared = pipeline.prepare(recipe_for(original, original, plugin))
     smallest = [w for layer in prepared.layers for w in layer.weights if largest_rank(w, w.parameters, "factors", 1)]
     assert smallest, "the plugin offers no weight that factors could make smaller"
@@ -115,7 +114,8 @@ def _kinds(original: Path, plugin: str) -> set[str]:
         for weight in layer.weights:
             assert weight.name.startswith(layer.name), f"{weight.name} is not inside {layer.name}"
             assert stored(weight, 1, "factors") > 0
-    return {w.kind for layer in prepared.layers for w in layer.weights}
+    kinds = {w.kind for layer in prepared.layers for w in layer.weights}
+    return sorted(s for s in {s for _, s in STORAGES} if all((kind, s) in STORAGES for kind in kinds))
 
 
 def _run(

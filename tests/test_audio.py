@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from speech_models import RATE, folder, manifest, tone
 
-from lillama.audio import Clip, decode, pieces, read_clips, require, vary
+from lillama.audio import Clip, decode, pieces, read_clips, require
 from lillama.errors import LillamaError
 
 
@@ -120,12 +120,3 @@ def test_a_long_clip_is_cut_where_it_is_quiet():
     sound[int(1.85 * RATE) : int(1.95 * RATE)] = 0
     first, *_ = pieces(Clip("a", sound, RATE, None), 2.0)
     assert first.seconds == pytest.approx(1.9, abs=0.01)
-
-
-def test_variants_differ_by_seed_repeat_by_seed_and_fit():
-    a, b = Clip("a", tone(1.5), RATE, "a"), Clip("b", tone(1.5, pitch=300.0), RATE, "b")
-    variants = [vary(a, b, 2.0, seed) for seed in range(8)]
-    assert len({variant.digest for variant in variants}) == 8
-    assert vary(a, b, 2.0, 3).digest == variants[3].digest
-    assert all(0.2 < variant.seconds <= 2.0 and variant.text is None for variant in variants)
-    assert all(np.isfinite(variant.samples).all() for variant in variants)

@@ -134,7 +134,9 @@ def test_teacher_student_is_the_sum(original, tmp_path):
     layer = prepared.layers[0]
     teacher = source.model.get_submodule(layer.name)
     batch = Capture(source.model, prepared.layers, torch.device("cpu"))(token_batches(tiny())[0])
-    init = student.initial_factors(layer, teacher, plan, recipe, {w.name: torch.eye(w.shape[1]) for w in layer.weights})
+    init = student.initial_factors(
+        layer, teacher, plan, recipe, {w.name: {"gram": torch.eye(w.shape[1])} for w in layer.weights}
+    )
     inputs = {"teacher": batch.hidden, "student": batch.hidden + 0.1}
     values = {}
     for loss in ("teacher", "student", "teacher+student"):

@@ -130,7 +130,7 @@ def test_real_weights_are_driven_bit_for_bit_and_whitening_pays(tmp_path):
             gram = Grams(layer.name, module, layer.weights, 10_000).add([captured], stream, position).close()
             for weight in layer.weights:
                 W = module.get_submodule(weight.name.removeprefix(f"{layer.name}.")).weight.detach()
-                H, rank = gram[weight.name].double(), min(weight.shape) // 2
+                H, rank = gram[weight.name]["gram"].double(), min(weight.shape) // 2
 
                 def lost(factors, W=W, H=H):
                     E = W.double() - factors[0] @ factors[1]

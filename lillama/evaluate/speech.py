@@ -105,6 +105,9 @@ class _Writer:
         self.processor, self.tokenizer = context.tokenizer, context.tokenizer.tokenizer
         self.extractor = context.tokenizer.feature_extractor
         english = language is None or language.lower() in ENGLISH
+        if getattr(self.tokenizer, "english_spelling_normalizer", {}) is None:
+            # A checkpoint without the list of spellings: the other rules still apply.
+            self.tokenizer.english_spelling_normalizer = {}
         name = "normalize" if english else "basic_normalize"
         self.normalise = getattr(self.tokenizer, name, None) or _lower
         self.most = new_tokens

@@ -6,7 +6,7 @@ with the calibration batches. The output projection stays tied to the token embe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lillama import Layer, hookimpl
@@ -48,7 +48,7 @@ def enumerate_layers(model: PreTrainedModel) -> list[Layer] | None:
 
 
 @hookimpl
-def calibration_stream(recipe: Recipe, progress: Progress) -> Iterator[dict[str, Tensor]]:
+def calibration_stream(recipe: Recipe, progress: Progress) -> Sequence[dict[str, Tensor]]:
     from lillama_whisper.data import calibration_batches
 
     return calibration_batches(recipe, progress)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lillama.audio import Clip, Clips, pieces, read_clips, vary
+from lillama.audio import Clip, Clips, pieces, read_clips
 from lillama.errors import LillamaError
 from lillama_whisper.teacher import Heard, Teacher
 
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from lillama.progress import Progress
 
 SHORTEST = 0.1  # seconds: below, there is nothing to transcribe
+LONGER = 16  # tokens a sampled transcript may have more than the longest beside it
 
 
-def calibration_batches(recipe: Recipe, progress: Progress) -> Iterator[dict[str, Tensor]]:
-    """Batches of encoder states, decoder inputs and their mask, in shuffled order, the encoder's work done.
+def calibration_batches(recipe: Recipe, progress: Progress) -> list[dict[str, Tensor]]:
+    """Batches of encoder states, decoder inputs and their mask, the encoder's work done.
 
-    `encoder_outputs` is [1, B, T, D]: the model takes what it is given for a tuple, and its first element.
+    `encoder_outputs` is [1, B, T, D]: the model takes what it is given for a tuple, and its first element. With
+    variants, batches of one group of clips share their states; the last groups, which the engine holds out, have none.
     """
-    section = recipe.calibration
+    section, size = recipe.calibration, recipe.distill.batch_size
     teacher = Teacher(recipe)
     clips = read_clips(
         section.dataset,
@@ -39,44 +41,31 @@ def calibration_batches(recipe: Recipe, progress: Progress) -> Iterator[dict[str
         fraction=section.fraction,
         seed=section.seed,
     )
-    size = recipe.distill.batch_size
-    held = _held_out(len(clips) * (1 + section.variants), size, recipe.distill.holdout)
-    source = _Varied(clips, teacher.seconds, section.variants, held)
+    held = held_out(-(-len(clips) // size), section.variants, recipe.distill.holdout)
+    groups: list[_Group] = []
     tokens = 0
-    for group in _heard(teacher, source, size, progress):
-        yield _batch(teacher, group)
+    for group in _heard(teacher, clips, size, progress):
+        groups.append(group)
         tokens += sum(len(sequence) - 1 for sequence in group.sequences)
         if section.tokens is not None and tokens >= section.tokens:
-            return
+            break
+    learned = groups[: len(groups) - held] if section.variants else []
+    batches = [_batch(teacher, group, group.sequences) for group in learned]
+    if learned:
+        with progress.phase("sample transcripts", len(learned) * section.variants) as bar:
+            for group, number in itertools.product(learned, range(section.variants)):
+                batches.append(_batch(teacher, group, _sampled(teacher, group, number, section.variants)))
+                bar.advance()
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(section.seed)).tolist()
+    return [batches[i] for i in order] + [_batch(teacher, group, group.sequences) for group in groups[len(learned) :]]
 
 
-def _held_out(clips: int, size: int, share: float) -> int:
-    """How many clips the batches hold that the engine keeps out of training: the last ones."""
-    return max(round(-(-clips // size) * share), 1) * size if share else 0
-
-
-@dataclass
-class _Varied:
-    """Variants of the clips, `times` each, and then the clips themselves.
-
-    The last `held` clips have no variants: they stay unseen where they are held out.
-    """
-
-    clips: Clips
-    seconds: float
-    times: int
-    held: int
-
-    def __len__(self) -> int:
-        return len(self.clips) + self.times * max(len(self.clips) - self.held, 0)
-
-    def __iter__(self) -> Iterator[Clip]:
-        for seed in range(self.times):
-            before = None
-            for clip in itertools.islice(self.clips, max(len(self.clips) - self.held, 0)):
-                yield vary(clip, before, self.seconds, seed)
-                before = clip
-        yield from self.clips
+def held_out(groups: int, variants: int, share: float) -> int:
+    """How many groups have no variants, so that the batches the engine holds out are of clips it does not see."""
+    held = 0
+    while share and held < groups - 1 and held < round(((groups - held) * (1 + variants) + held) * share):
+        held += 1
+    return max(held, 1) if share and groups > 1 else held
 
 
 @dataclass
@@ -89,7 +78,7 @@ class _Group:
 
 
 def _heard(
-    teacher: Teacher, clips: Clips | _Varied, size: int, progress: Progress, enough: float | None = None
+    teacher: Teacher, clips: Clips, size: int, progress: Progress, enough: float | None = None
 ) -> Iterator[_Group]:
     """The clips in groups of `size`, heard by the teacher; stops after `enough` seconds of speech."""
     keep: Callable[[Tensor], Tensor] = teacher.keeper(len(clips))
@@ -107,9 +96,15 @@ def _heard(
                 return
 
 
-def _batch(teacher: Teacher, group: _Group) -> dict[str, Tensor]:
+def _sampled(teacher: Teacher, group: _Group, number: int, count: int) -> list[list[int]]:
+    """Variant `number` of the group's sequences, hardly longer than the transcripts."""
+    most = max(map(len, group.sequences)) + LONGER
+    return teacher.sample(group.clips, group.heard, number, count, most)
+
+
+def _batch(teacher: Teacher, group: _Group, sequences: list[list[int]]) -> dict[str, Tensor]:
     # The end of the text is predicted, never read.
-    inputs = [torch.tensor(sequence[:-1]) for sequence in group.sequences]
+    inputs = [torch.tensor(sequence[:-1]) for sequence in sequences]
     padded = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=teacher.tokens.end)
     lengths = torch.tensor([len(ids) for ids in inputs])
     said = "".join(clip.digest for clip in group.clips) + teacher.identity
@@ -143,13 +138,14 @@ def finetune_examples(recipe: Recipe, progress: Progress) -> list[dict[str, Any]
     examples: list[dict[str, Any]] = []
     enough = None if section.hours is None else section.hours * 3600
     for group in _heard(teacher, clips, section.batch_size, progress, enough):
-        for states, sequence, language in zip(group.heard.states, group.sequences, group.heard.languages):
-            labels = teacher.tokens.labels(sequence, language)
-            examples.append(
-                {
-                    "encoder_outputs": (states,),
-                    "decoder_input_ids": torch.tensor(sequence[:-1]),
-                    "labels": torch.tensor(labels),
-                }
-            )
+        more = (_sampled(teacher, group, i, section.variants) for i in range(section.variants))
+        for sequences in (group.sequences, *more):
+            for states, sequence, language in zip(group.heard.states, sequences, group.heard.languages):
+                examples.append(
+                    {
+                        "encoder_outputs": (states,),
+                        "decoder_input_ids": torch.tensor(sequence[:-1]),
+                        "labels": torch.tensor(teacher.tokens.labels(sequence, language)),
+                    }
+                )
     return examples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lillama_whisper.tokens import Tokens
 if TYPE_CHECKING:
     from lillama import Recipe
 
+TEMPERATURES = (0.7, 1.5)  # of sampled transcripts: from nearly what was said to words of all kinds
 NEW_TOKENS = 224  # of a transcript: what 30 seconds of fast speech need, and where a loop is cut
 
 
@@ -83,9 +85,10 @@ class Teacher:
         languages = self._languages(clips, states)
         known = [clip.text if clip.text is not None else self.transcripts.get(clip.digest) for clip in clips]
         if missing := [i for i, text in enumerate(known) if text is None]:
-            for i, text in zip(missing, self._transcribe(states[missing].float(), [languages[i] for i in missing])):
-                known[i] = text
-                self.transcripts.put(clips[i].digest, text)
+            written = self._write(states[missing].float(), [languages[i] for i in missing], NEW_TOKENS)
+            for i, text in zip(missing, self.processor.tokenizer.batch_decode(written, skip_special_tokens=True)):
+                known[i] = text.strip()
+                self.transcripts.put(clips[i].digest, text.strip())
         return Heard(states.to("cpu", self.device.compute), [text or "" for text in known], languages)
 
     def _languages(self, clips: Sequence[Clip], states: Tensor) -> list[int | None]:
@@ -96,10 +99,37 @@ class Teacher:
         found = self.model.detect_language(encoder_outputs=BaseModelOutput(last_hidden_state=states.float()))
         return [int(language) for language in found]
 
-    def _transcribe(self, states: Tensor, languages: Sequence[int | None]) -> list[str]:
-        """Greedy transcripts of encoder states, each begun with its own prefix.
+    @torch.no_grad()
+    def sample(self, clips: Sequence[Clip], heard: Heard, number: int, count: int, most: int) -> list[list[int]]:
+        """Token sequences drawn from the teacher's predictions: variant `number` of `count`, each hotter than the last.
 
-        Not by `generate`, which runs the encoder again, or takes one language for all.
+        They are cut at `most` tokens: hot ones may never end.
+        """
+        coolest, hottest = TEMPERATURES
+        temperature = coolest + (hottest - coolest) * number / max(count - 1, 1)
+        names = [f"{clip.digest} at {temperature:.3f}" for clip in clips]
+        known: list[list[int] | None] = [self.transcripts.get(name) for name in names]
+        if missing := [i for i, ids in enumerate(known) if ids is None]:
+            states = heard.states[missing].to(self.device.device).float()
+            written = self._write(states, [heard.languages[i] for i in missing], most, temperature, names[missing[0]])
+            for i, ids in zip(missing, written):
+                known[i] = ids
+                self.transcripts.put(names[i], ids)
+        prefixes = [self.tokens.prefix(language) for language in heard.languages]
+        return [[*prefix, *(ids or []), self.tokens.end] for prefix, ids in zip(prefixes, known)]
+
+    def _write(
+        self,
+        states: Tensor,
+        languages: Sequence[int | None],
+        most: int,
+        temperature: float | None = None,
+        seed: str = "",
+    ) -> list[list[int]]:
+        """What the teacher writes for encoder states, each begun with its own prefix: tokens without prefix and end.
+
+        Greedy, or drawn at a `temperature` by a `seed`; `most` at most. Not `generate`: it runs the encoder again, or
+        takes one language for all.
         """
         model, tokens = self.model, self.tokens
         ids = torch.tensor([tokens.prefix(language) for language in languages], device=states.device)
@@ -107,18 +137,23 @@ class Teacher:
         forbidden = model.generation_config.suppress_tokens or []
         at_first = [*forbidden, *(model.generation_config.begin_suppress_tokens or [])]
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        digest = hashlib.sha256(seed.encode()).digest()
+        generator = torch.Generator(ids.device).manual_seed(int.from_bytes(digest[:7], "big"))
         past, new = None, ids
         # No autocast: for one token at a time, casting the weights takes longer than using them.
-        while not done.all() and ids.shape[1] < min(tokens.most, prefix + NEW_TOKENS):
+        while not done.all() and ids.shape[1] < min(tokens.most - 1, prefix + most):
             out = model(encoder_outputs=(states,), decoder_input_ids=new, past_key_values=past, use_cache=True)
             logits = out.logits[:, -1]
             logits[:, at_first if past is None else forbidden] = -torch.inf
             past = out.past_key_values
-            new = logits.argmax(-1, keepdim=True).masked_fill(done[:, None], tokens.end)
+            if temperature is None:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            new = new.masked_fill(done[:, None], tokens.end)
             ids = torch.cat([ids, new], 1)
             done |= new[:, 0] == tokens.end
-        decoded = self.processor.tokenizer.batch_decode(ids[:, prefix:], skip_special_tokens=True)
-        return [text.strip() for text in decoded]
+        return [list(itertools.takewhile(lambda token: token != tokens.end, row)) for row in ids[:, prefix:].tolist()]
 
     def keeper(self, clips: int) -> Callable[[Tensor], Tensor]:
         """What holds the states of about `clips` clips: memory, or files mapped into it where they would fill it."""
@@ -149,21 +184,23 @@ def _identity(model: Any, where: str) -> str:
 
 
 class Transcripts:
-    """The teacher's transcripts of one model, a line of JSON each, so that a stopped run loses none."""
+    """What one teacher wrote, a line of JSON each, so that a stopped run loses none."""
 
     def __init__(self, identity: str) -> None:
         self.path = cache.directory("transcripts") / f"{identity}.jsonl"
-        self._texts: dict[str, str] = {}
+        self._said: dict[str, Any] = {}
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         for line in lines:
             with contextlib.suppress(ValueError, KeyError):  # the last line of a run that was killed
                 entry = json.loads(line)
-                self._texts[entry["clip"]] = entry["text"]
+                self._said[entry["clip"]] = entry["said"]
 
-    def get(self, digest: str) -> str | None:
-        return self._texts.get(digest)
+    def get(self, name: str) -> Any | None:
+        """The transcript (or the sampled tokens) kept under `name`."""
+        return self._said.get(name)
 
-    def put(self, digest: str, text: str) -> None:
-        self._texts[digest] = text
+    def put(self, name: str, said: Any) -> None:
+        """Keep a transcript, or sampled tokens."""
+        self._said[name] = said
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"clip": digest, "text": text}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"clip": name, "said": said}, ensure_ascii=False) + "\n")

@@ -1,0 +1,162 @@
+"""Safetensors files read and written a tensor at a time.
+
+Plain reads and writes, not a memory map: the pages of a map count as resident memory of the process for as long as
+one tensor of the file is in use, and a model larger than memory must not be there by the back door.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from lillama.errors import LillamaError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BLOCK = 1 << 24  # bytes read or written at a time where no tensor is made of them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: what the header says of it, and how to get it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in the file."""
+        return torch.Size(self.shape).numel() * torch.empty((), dtype=self.dtype).element_size()
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Entry:
+        """A tensor that is at hand."""
+        return cls(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+class Lazy:
+    """A tensor of a file that is read when it is indexed with `[...]`, as transformers' loader does."""
+
+    def __init__(self, file: TensorFile, key: str) -> None:
+        self.file, self.key = file, key
+
+    def __getitem__(self, index: object) -> Tensor:
+        tensor = self.file.read(self.key)
+        return tensor if index is Ellipsis else tensor[index]  # type: ignore[index]
+
+
+class TensorFile:
+    """The header of a safetensors file, and its tensors on demand."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header; LillamaError where it is none."""
+        self.path = path
+        try:
+            with path.open("rb") as handle:
+                (length,) = struct.unpack("<Q", handle.read(8))
+                header = json.loads(handle.read(min(length, 1 << 28)))
+            header.pop("__metadata__", None)
+            self._entries = {
+                name: (DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0], e["data_offsets"])
+                for name, e in header.items()
+            }
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LillamaError(
+                f"this is no safetensors file, or a damaged one: {error}",
+                where=str(path),
+                hint="Download or write it again.",
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header."""
+        return self._entries[key][1]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The type of a tensor, from the header."""
+        return self._entries[key][0]
+
+    def read(self, key: str) -> Tensor:
+        """The tensor itself, in memory of its own. LillamaError where the file ends too soon."""
+        dtype, shape, start, (first, last) = self._entries[key]
+        buffer = torch.empty(last - first, dtype=torch.uint8)
+        with self.path.open("rb", buffering=0) as handle:
+            handle.seek(start)
+            read_into(handle, buffer, str(self.path))
+        return buffer.view(dtype).view(shape)
+
+    def entry(self, key: str, dtype: torch.dtype | None = None, name: str | None = None) -> Entry:
+        """The tensor as one to be written elsewhere; floating-point ones in `dtype`."""
+        here = self.dtype(key)
+        target = dtype if dtype is not None and here.is_floating_point else here
+        return Entry(name or key, self.shape(key), target, functools.partial(self._cast, key, target))
+
+    def _cast(self, key: str, dtype: torch.dtype) -> Tensor:
+        return self.read(key).to(dtype)
+
+    def warm(self, keys: Iterable[str]) -> None:
+        """Have the system bring tensors into its file cache; they take no memory of this process."""
+        block = memoryview(bytearray(BLOCK))
+        with self.path.open("rb", buffering=0) as handle:
+            for key in keys:
+                _, _, start, (first, last) = self._entries[key]
+                handle.seek(start)
+                left = last - first
+                while left > 0 and (count := handle.readinto(block[: min(BLOCK, left)])):
+                    left -= count
+
+
+def read_into(handle: BinaryIO, buffer: Tensor, where: str) -> None:
+    """Fill a flat uint8 tensor from where `handle` stands."""
+    view, done = buffer.numpy().data, 0
+    while done < len(view):
+        count = handle.readinto(view[done : done + (1 << 30)])  # type: ignore[attr-defined]
+        if not count:
+            raise LillamaError("the file ends in the middle of a tensor", where=where, hint="Download it again.")
+        done += count
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, those of one on a device brought over."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def write(path: Path, entries: Iterable[Entry], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; one tensor is in memory at a time."""
+    # The largest types first, as the format wants them aligned; names make the order definite.
+    ordered = sorted(entries, key=lambda e: (-torch.empty((), dtype=e.dtype).element_size(), e.name))
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    place = 0
+    for entry in ordered:
+        offsets = [place, place + entry.bytes]
+        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        place = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        for entry in ordered:
+            tensor = entry.read()
+            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+                raise LillamaError(
+                    f"the tensor became {tuple(tensor.shape)} {tensor.dtype}, not {entry.shape} {entry.dtype}",
+                    where=entry.name,
+                )
+            handle.write(raw(tensor))

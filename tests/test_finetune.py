@@ -1,0 +1,184 @@
+"""Fine-tuning after compression: factors stay factors, the encoder stays as it is, a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import tiny
+from conftest import tokenizer as word_tokenizer
+from safetensors import safe_open
+from speech_models import folder, save
+from torch.nn import functional as F
+
+from lillama import finetune, pipeline
+from lillama.errors import LillamaError
+from lillama.factors import is_factorised
+from lillama.recipe import Finetune, Recipe
+
+IGNORED = finetune.IGNORED
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LILLAMA_CACHE", str(tmp_path / "cache"))
+
+
+def speech_recipe(tmp_path, **section) -> Recipe:
+    model, speech = tmp_path / "model", tmp_path / "speech"
+    if not model.exists():
+        save(model)
+        folder(speech, 6)
+    return Recipe.parse(
+        {
+            "model": {"id": str(model), "dtype": "float32"},
+            "compress": {"reduction": 0.4, "of": "weights", "rank_multiple": 2, "init": "svd"},
+            "distill": {"batch_size": 2, "epochs": 1},
+            "calibration": {"dataset": str(speech)},
+            "finetune": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "checks": 2, **section},
+            "evaluate": {"wer": {"dataset": str(speech), "new_tokens": 4, "speed_tokens": 0}},
+            "run": {"out": str(tmp_path / "run"), "device": "cpu", "compute": "float32"},
+        }
+    )
+
+
+def tensors(path):
+    with safe_open(path / "model.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def test_speech_is_finetuned_with_the_encoder_frozen_and_the_factors_kept(tmp_path):
+    result = pipeline.compress(speech_recipe(tmp_path))
+    assert set(result.metrics) >= {"before", "after", "finetuned"}
+    assert result.metrics["finetuned"].keys() == result.metrics["before"].keys()
+    assert result.path == tmp_path / "run" / "finetuned"
+    compressed, tuned = tensors(tmp_path / "run" / "model"), tensors(result.path)
+    assert compressed.keys() == tuned.keys()
+    changed = {key for key in tuned if not torch.equal(tuned[key], compressed[key])}
+    assert changed and not any(".encoder." in key for key in changed)
+    assert any(key.endswith(".A") for key in changed) and any(key.endswith(".B") for key in changed)
+    import lillama
+
+    loaded = lillama.load(result.path)
+    assert sum(is_factorised(module) for module in loaded.modules()) == len(result.plan.ranks)
+    assert sum(p.numel() for p in loaded.parameters()) == result.plan.after
+    assert (result.path / "tokenizer.json").is_file() and (result.path / "generation_config.json").is_file()
+    assert not (tmp_path / "run" / "finetune").exists(), "the trainer's own files are not left behind"
+
+
+def test_a_finished_finetuning_is_not_done_again_and_other_settings_are_refused(tmp_path, monkeypatch):
+    pipeline.compress(speech_recipe(tmp_path))
+    monkeypatch.setattr(finetune, "finetune", lambda *_: pytest.fail("trained again"))
+    pipeline.compress(speech_recipe(tmp_path))
+    with pytest.raises(LillamaError, match=r"finetune\.learning_rate: .*another learning_rate"):
+        pipeline.compress(speech_recipe(tmp_path, learning_rate=1e-4))
+
+
+def test_finetuning_can_be_added_to_a_finished_run(tmp_path):
+    settings = speech_recipe(tmp_path)
+    first = pipeline.compress(settings.model_copy(update={"finetune": None}))
+    assert "finetuned" not in first.metrics and first.path.name == "model"
+    assert "finetuned" in pipeline.compress(settings).metrics
+
+
+def test_a_stopped_finetuning_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = tensors(pipeline.compress(speech_recipe(tmp_path / "a")).path)
+    settings = speech_recipe(tmp_path / "b")
+    loss_of, calls = finetune.loss_of, []
+
+    def stops(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 5:  # two updates and a check are done
+            raise KeyboardInterrupt
+        return loss_of(*arguments, **options)
+
+    monkeypatch.setattr(finetune, "loss_of", stops)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.compress(settings)
+    assert finetune.last_checkpoint(tmp_path / "b/run/finetune").name == "checkpoint-2"
+    calls.clear()
+    calls.extend([1] * 9)
+    resumed = tensors(pipeline.compress(settings).path)
+    assert len(calls) - 9 < 6, "it must not start from the beginning"
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_hours_limit_the_speech(tmp_path):
+    from lillama_whisper.data import finetune_examples
+
+    from lillama.progress import Progress
+
+    assert len(finetune_examples(speech_recipe(tmp_path), Progress())) == 6
+    assert len(finetune_examples(speech_recipe(tmp_path, hours=1 / 3600), Progress())) == 2
+
+
+def test_a_loss_that_is_not_finite_is_never_stored(tmp_path):
+    with pytest.raises(LillamaError, match="finetune: the loss became nan"):
+        pipeline.compress(speech_recipe(tmp_path, learning_rate=1e30, clip_norm=1e30, warmup=0.0))
+    assert not (tmp_path / "run" / "finetuned").exists()
+
+
+def test_text_is_finetuned_too_and_learns(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the cat sat on a mat and ran\n" * 200)
+    settings = Recipe.parse(
+        {
+            "model": {"id": str(tmp_path / "model"), "dtype": "float32"},
+            "compress": {"reduction": 0.2, "rank_multiple": 2},
+            "distill": {"batch_size": 4},
+            "calibration": {"dataset": str(tmp_path / "text.txt"), "sequence_length": 16},
+            "finetune": {"sequence_length": 16, "steps": 20, "learning_rate": 1e-2, "checks": 2},
+            "evaluate": {"perplexity": {"dataset": str(tmp_path / "text.txt"), "sequence_length": 16}},
+            "run": {"out": str(tmp_path / "run"), "device": "cpu", "compute": "float32"},
+        }
+    )
+    metrics = pipeline.compress(settings).metrics
+    assert metrics["finetuned"]["perplexity/perplexity"] < 0.5 * metrics["after"]["perplexity/perplexity"]
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    held = [event["held_out_loss"] for event in events if event.get("finetune")]
+    assert len(held) == 2 and held[1] < held[0]
+
+
+def test_the_loss_is_the_models_own_cross_entropy_and_the_teachers_at_its_share():
+    model, teacher = tiny(seed=0), tiny(seed=1)
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, 4:] = IGNORED
+    inputs = {"input_ids": ids, "labels": labels}
+    own, _ = finetune.loss_of(model, None, inputs, 0.0, True)
+    torch.testing.assert_close(own, model(input_ids=ids, labels=labels).loss)
+    taught, _ = finetune.loss_of(model, teacher, inputs, 1.0, True)
+    counts = labels[:, 1:] != IGNORED
+    p, q = (m(input_ids=ids).logits[:, :-1][counts].log_softmax(-1) for m in (teacher, model))
+    torch.testing.assert_close(taught, F.kl_div(q, p, log_target=True, reduction="batchmean"))
+    same, _ = finetune.loss_of(model, model, inputs, 1.0, True)
+    assert abs(float(same)) < 1e-6
+
+
+def test_batches_pad_what_is_long_and_keep_tuples():
+    examples = [
+        {"labels": torch.tensor([1, 2]), "ids": torch.tensor([5, 6]), "mask": torch.ones(2), "x": (torch.ones(3, 2),)},
+        {"labels": torch.tensor([3]), "ids": torch.tensor([7]), "mask": torch.ones(1), "x": (torch.zeros(3, 2),)},
+    ]
+    batch = finetune.Collator(9)(examples)
+    assert batch["labels"].tolist() == [[1, 2], [3, IGNORED]]
+    assert batch["ids"].tolist() == [[5, 6], [7, 9]] and batch["mask"].tolist() == [[1, 1], [1, 0]]
+    assert isinstance(batch["x"], tuple) and batch["x"][0].shape == (2, 3, 2)
+
+
+def test_globs_freeze_and_a_wrong_one_is_named(tiny_llama):
+    finetune.freeze(tiny_llama, ["*.self_attn.*"])
+    frozen = {name for name, p in tiny_llama.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in tiny_llama.named_parameters() if ".self_attn." in name}
+    with pytest.raises(LillamaError, match=r"finetune\.freeze: no parameter matches 'nothing'"):
+        finetune.freeze(tiny_llama, ["nothing"])
+    with pytest.raises(LillamaError, match="everything is frozen"):
+        finetune.freeze(tiny_llama, ["*"])
+
+
+def test_the_number_of_updates_rounds_up():
+    assert finetune.updates(17, Finetune(batch_size=4, gradient_accumulation=2, epochs=3)) == 9
