@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import lillama
-from lillama import calibration, checkpoint, device, distill, factors, finetune, host
+from lillama import calibration, checkpoint, device, factors, finetune, host
 from lillama.contract import Layer
+from lillama.distill import distill
 from lillama.errors import LillamaError
+from lillama.job import Job
 from lillama.plan import Plan, choose_ranks
 from lillama.progress import Progress
 from lillama.recipe import Finetune, Recipe
@@ -117,7 +119,7 @@ class Run:
         target = self.directory.path / MODEL
         if not self.directory.has(f"{MODEL}/config.json"):
             host.get().prepare(self.prepared.plugin, self.source.model, self.recipe)
-            job = distill.Job(
+            job = Job(
                 self.recipe,
                 self.source,
                 self.plan,
@@ -126,7 +128,7 @@ class Run:
                 self.progress,
                 batches,
             )
-            distill.distill(job)
+            distill(job)
             with self.progress.timed("write"):
                 self.write(job, target)
         after = self.measure("after")
@@ -232,7 +234,7 @@ class Run:
         self.directory.put_json(name, {"evaluate": wanted, "metrics": metrics, "details": context.details})
         return metrics
 
-    def write(self, job: distill.Job, target: Path) -> None:
+    def write(self, job: Job, target: Path) -> None:
         """Write the checkpoint from the finished layers."""
         import shutil
 

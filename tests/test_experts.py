@@ -67,10 +67,11 @@ def test_eager_and_grouped_agree_with_their_gradients(rank, only, planned):
         module.config._experts_implementation = implementation
         leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_(), *module.parameters()]
         y = module(leaves[0], index, leaves[1])
-        gradients = torch.autograd.grad(y.square().mean(), leaves, allow_unused=True)
+        gradients = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
         found.append([y, *(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, gradients))])
     for eager, grouped in zip(*found):
-        torch.testing.assert_close(eager, grouped, rtol=0, atol=1e-6)
+        # Of the largest entry: sums in another order differ by a few units in its last place.
+        assert (eager - grouped).abs().max() <= 1e-6 * eager.abs().max()
 
 
 def test_low_rank_is_what_the_product_says_under_autocast_too():
