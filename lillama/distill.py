@@ -12,5 +12,6 @@ def distill(job: Job) -> None:
     """Distil every planned layer that is not stored yet, by the recipe's schedule."""
     if all(job.directory.has(job.file(layer)) for layer in job.layers if job.plan.planned(layer)):
         return
-    memory.return_large_blocks()
+    if job.recipe.run.low_memory:
+        memory.return_large_blocks()
     {"sequential": sequential, "concurrent": concurrent}[job.recipe.distill.schedule](job)

@@ -25,7 +25,7 @@ from lillama.store import RunDirectory, write_text
 
 MODEL = "model"
 # Settings of a run that change nothing in its result.
-NOT_IN_THE_NUMBERS = {"out", "snapshot_seconds", "stream_memory", "stream_device_memory"}
+NOT_IN_THE_NUMBERS = {"out", "low_memory", "snapshot_seconds", "stream_memory", "stream_device_memory"}
 
 
 @dataclass

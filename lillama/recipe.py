@@ -175,6 +175,10 @@ class Run(Section):
     stream_device_memory: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         "auto", description="The same for the memory of the GPU, which is used first. auto: a quarter of what is free."
     )
+    low_memory: bool = Field(
+        False,
+        description="Give freed memory back to the system at once: a lower peak on a CPU, for up to a fifth more time.",
+    )
     snapshot_seconds: float = Field(
         300.0, ge=0, description="Concurrent schedule: how often the state is stored for a later resume."
     )
