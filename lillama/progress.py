@@ -54,6 +54,10 @@ class Bar:
         self.loss = loss if loss is not None else self.loss
         self._show(steps)
 
+    def _line(self, last: str) -> str:
+        """One line for where there is no bar."""
+        return " · ".join(part for part in (f"{self.name} {self.done}/{self.total}", self._details(), last) if part)
+
     def _details(self) -> str:
         parts = [self.what] if self.what else []
         seconds = time.monotonic() - self.started
@@ -71,13 +75,12 @@ class Bar:
         if self.progress.console is not None and now - self._spoke >= EVERY_SECONDS:
             self._spoke = now
             left = (now - self.started) / max(self.counted, 1) * (self.total - self.done)
-            self.progress.say(f"{self.name} {self.done}/{self.total} · {self._details()} · {clock(left)} left")
+            self.progress.say(self._line(f"{clock(left)} left"))
 
     def finish(self) -> None:
         """The closing line where there is no bar."""
         if self.rich is None and self.progress.console is not None:
-            took = clock(time.monotonic() - self.started)
-            self.progress.say(f"{self.name} {self.done}/{self.total} · {self._details()} · took {took}")
+            self.progress.say(self._line(f"took {clock(time.monotonic() - self.started)}"))
 
 
 class Progress:
