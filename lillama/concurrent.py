@@ -7,7 +7,6 @@ loaded or run.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from lillama.shelf import Shelf, Stream
 from lillama.snapshot import Snapshot
 from lillama.streams import Batch, Capture
 from lillama.student import Student
+from lillama.teachers import Teachers
 
 Inputs = dict[str, Tensor]
 
@@ -29,32 +29,17 @@ def concurrent(job: Job) -> None:
     """Batches outside, layers inside (the paper's schedule)."""
     init = _initial_factors(job)
 
-    def start_of(layer: Layer) -> dict[str, Tensor]:
-        tensors = job.directory.tensors(init[layer.name])
-        return {name: tensor.to(job.device.device) for name, tensor in tensors.items()}
-
     with contextlib.ExitStack() as stack:
         capture = stack.enter_context(job.captured())
-        teachers = [stack.enter_context(job.teacher(layer)) for layer in job.layers]
-        planned = {
-            position: Student(
-                layer,
-                position,
-                teachers[position],
-                job.plan,
-                job.recipe,
-                job.device,
-                start_of(layer),
-                job.total_steps,
-            )
-            for position, layer in enumerate(job.layers)
-            if job.plan.planned(layer)
-        }
+        teachers = Teachers(job, stack)
+        planned = _students(job, teachers, init)
         snapshot = Snapshot(job.directory, planned, job.recipe.run.snapshot_seconds)
         start = snapshot.restore(job.device.device)
         checks = job.check_steps()
         if start == 0 and job.held:
             _check(job, teachers, planned, capture)
+        if job.curve and start == 0:
+            job.curve.after_step(job, 0, teachers.at, planned)
         with job.progress.phase("distil", job.total_steps) as bar:
             bar.skip(start)
             for step in range(start + 1, job.total_steps + 1):
@@ -64,6 +49,8 @@ def concurrent(job: Job) -> None:
                 bar.advance(tokens=batch.tokens, loss=sum(loss.values()) / max(len(loss), 1))
                 if step in checks and job.held:
                     _check(job, teachers, planned, capture)
+                if job.curve:
+                    job.curve.after_step(job, step, teachers.at, planned)
                 snapshot.maybe(step)
         for student in planned.values():
             job.store(student)
@@ -71,9 +58,24 @@ def concurrent(job: Job) -> None:
         job.directory.forget(*init.values())
 
 
-def _pass(
-    job: Job, teachers: Sequence[nn.Module], planned: dict[int, Student], batch: Batch, *, update: bool
-) -> dict[int, float]:
+def _students(job: Job, teachers: Teachers, init: dict[str, str]) -> dict[int, Student]:
+    """The students by position, with their starting factors."""
+    found: dict[int, Student] = {}
+    for position, layer in enumerate(job.layers):
+        if job.plan.planned(layer):
+            tensors = job.directory.tensors(init[layer.name]) if layer.name in init else {}
+            start = {name: tensor.to(job.device.device) for name, tensor in tensors.items()}
+            best = job.directory.path / f"best.{position:04d}.safetensors" if job.recipe.run.low_memory else None
+            tied = {w.tied for w in job.plan.planned(layer)}
+            owner = next((s for s in found.values() if s.layer.weights and s.layer.weights[0].name in tied), None)
+            with teachers.at(position) as teacher:
+                found[position] = Student(
+                    layer, position, teacher, job.plan, job.recipe, job.device, start, job.total_steps, best, owner
+                )
+    return found
+
+
+def _pass(job: Job, teachers: Teachers, planned: dict[int, Student], batch: Batch, *, update: bool) -> dict[int, float]:
     """One batch through all layers, bottom to top; the losses of the planned ones.
 
     With `update`, every planned layer takes a step on its own inputs. The student stream carries each layer's output
@@ -81,29 +83,27 @@ def _pass(
     """
     losses = {}
     x: Inputs = {"teacher": batch.hidden, "student": batch.hidden}
-    for position, teacher in enumerate(teachers):
-        with torch.no_grad(), job.device.autocast():
-            target = batch.calls[position](teacher, x["teacher"])
+    for position in range(len(job.layers)):
         student = planned.get(position)
-        if student is None:
-            if "student" in job.streams and x["student"] is not x["teacher"]:
-                with torch.no_grad(), job.device.autocast():
-                    x["student"] = batch.calls[position](teacher, x["student"])
-            else:
-                x["student"] = target
-        else:
+        with teachers.at(position) as teacher, torch.no_grad(), job.device.autocast():
+            target = batch.calls[position](teacher, x["teacher"])
+            after = target
+            if student is None and "student" in job.streams and x["student"] is not x["teacher"]:
+                after = batch.calls[position](teacher, x["student"])
+        if student is not None:
             if update:
                 losses[position], outputs = student.step(batch, target, x)
             else:
                 with torch.no_grad():
                     loss, outputs = student.distances(batch, target, x)
                     losses[position] = float(loss)
-            x["student"] = outputs.get("student", target)
+            after = outputs.get("student", target)
+        x["student"] = after
         x["teacher"] = target
     return losses
 
 
-def _check(job: Job, teachers: Sequence[nn.Module], planned: dict[int, Student], capture: Capture) -> None:
+def _check(job: Job, teachers: Teachers, planned: dict[int, Student], capture: Capture) -> None:
     """Measure the held-out loss of every planned layer and let each keep its best state."""
     totals, tokens = dict.fromkeys(planned, 0.0), 0
     for raw in job.held:
@@ -123,7 +123,10 @@ def _initial_factors(job: Job) -> dict[str, str]:
 
     A resumed run starts from the same ones without computing them again.
     """
-    names = {layer.name: f"init/{job.file(layer).partition('/')[2]}" for layer in job.layers if job.plan.planned(layer)}
+    learn = [layer for layer in job.layers if any(not w.tied for w in job.plan.planned(layer))]
+    names = {layer.name: f"init/{job.file(layer).partition('/')[2]}" for layer in learn}
+    # The factors of an embedding with a tied head depend on the inputs of both.
+    due = {(job.tied_head(layer) if job.grams else None) or job.layers.index(layer): layer for layer in learn}
     if all(job.directory.has(name) for name in names.values()):
         return names
     shelf = Shelf(job.directory.path / "streams", job.device.device, place(job))
@@ -134,13 +137,15 @@ def _initial_factors(job: Job) -> dict[str, str]:
         batches, stream = captured_batches(job, shelf.new("0000-teacher"), job.recipe.compress.gram_tokens)
     with job.progress.phase("initialise", len(job.layers)) as bar:
         for position, layer in enumerate(job.layers):
-            wanted = layer.name in names and not job.directory.has(names[layer.name])
+            start = due.get(position)
+            wanted = start is not None and not job.directory.has(names[start.name])
             if wanted or stream is not None:
                 with job.teacher(layer) as teacher, torch.no_grad():
                     job.source.prefetch(after.name for after in job.layers[position + 1 : position + 2])
-                    if wanted:
-                        job.directory.put_tensors(names[layer.name], _start(job, position, teacher, batches, stream))
-                    if stream is not None:
+                    if start is not None and wanted:
+                        first = _start(job, start, position, teacher, batches, stream)
+                        job.directory.put_tensors(names[start.name], first)
+                    if stream is not None and position + 1 < len(job.layers):
                         before = stream
                         stream = through(job, shelf, position, teacher, batches, before, "teacher")
                         before.drop()
@@ -151,13 +156,17 @@ def _initial_factors(job: Job) -> dict[str, str]:
 
 
 def _start(
-    job: Job, position: int, teacher: nn.Module, batches: list[Batch], stream: Stream | None
+    job: Job, layer: Layer, position: int, teacher: nn.Module, batches: list[Batch], stream: Stream | None
 ) -> dict[str, Tensor]:
-    """The starting factors of one layer, from the stream that enters it where they depend on it."""
-    layer, grams = job.layers[position], None
+    """The starting factors of `layer`, from the stream that enters the layer at `position` where they depend on it.
+
+    That is another where the latter's factors are those of the former: a head tied to an embedding.
+    """
+    grams = None
     if stream is not None:
-        planned = job.plan.planned(layer)
-        listener = Grams(layer.name, teacher, planned, job.recipe.compress.gram_tokens, job.grams)
+        here = job.layers[position]
+        planned = job.plan.planned(here)
+        listener = Grams(here.name, teacher, planned, job.recipe.compress.gram_tokens, job.grams)
         with job.device.autocast():
-            grams = listener.add(batches, stream, position).close()
+            grams = job.statistics(layer, listener.add(batches, stream, position).close())
     return students.initial_factors(layer, teacher, job.plan, job.recipe, grams)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lillama import memory
 from lillama.concurrent import concurrent
 from lillama.job import Job
 from lillama.sequential import sequential
@@ -12,6 +11,4 @@ def distill(job: Job) -> None:
     """Distil every planned layer that is not stored yet, by the recipe's schedule."""
     if all(job.directory.has(job.file(layer)) for layer in job.layers if job.plan.planned(layer)):
         return
-    if job.recipe.run.low_memory:
-        memory.return_large_blocks()
     {"sequential": sequential, "concurrent": concurrent}[job.recipe.distill.schedule](job)

@@ -49,7 +49,8 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
     # so far stays on the host.
     rest = {name: sizes[name] - _replaced(plan, name) for name in factor_numbers}
     trained = factor_numbers if recipe.distill.train == "factors" else {n: rest[n] + factor_numbers[n] for n in rest}
-    best = 4 if device.device.type == "cpu" else 0
+    low = recipe.run.low_memory and recipe.distill.schedule == "concurrent"  # best states are in files then
+    best = 4 if device.device.type == "cpu" and not low else 0
     student = {n: 4 * (rest[n] + factor_numbers[n]) + (8 + best) * trained[n] for n in factor_numbers}
     gradient = 4 * max(trained.values(), default=0)
     # Of a layer's experts, a token passes through a few.
@@ -71,7 +72,8 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
         # Teacher weights are gathered from several tensors; a gradient is made when the Grams are gone.
         memory = held + layer_bytes + activations + max(gradient, 3 * grams)
     else:
-        layer_bytes = sum(teacher_bytes * n for n in sizes.values()) + sum(student.values())
+        teachers = [teacher_bytes * n for n in sizes.values()]
+        layer_bytes = (max(teachers, default=0) if low else sum(teachers)) + sum(student.values())
         memory = layer_bytes + activations + gradient + teacher_bytes * max(outside, 0)
     memory = max(memory, _evaluation_bytes(source, recipe))
     if device.device.type == "cpu":
@@ -103,6 +105,8 @@ def _evaluation_bytes(source: Source, recipe: Recipe) -> int:
 
 def _through(weight: Weight, chosen: int) -> int:
     """Numbers that go into and come out of a weight per token."""
+    if weight.kind == "embedding":  # token ids go in
+        return weight.shape[1]
     return sum(weight.shape) * (min(chosen, weight.copies) if weight.kind == "experts" else 1)
 
 
@@ -122,7 +126,7 @@ def _numbers(source: Source, name: str) -> int:
 
 def _replaced(plan: Plan, layer_name: str) -> int:
     layer = next(layer for layer in plan.layers if layer.name == layer_name)
-    return sum(w.parameters for w in plan.planned(layer))
+    return sum(w.shape[0] * w.shape[1] * w.copies for w in plan.planned(layer))  # a tied one's too
 
 
 def _throughput(device: Device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lillama.store import RunDirectory
 from lillama.student import Student
+from lillama.tensorfile import Entry, TensorFile
 
 NAME = "snapshot.safetensors"
 
@@ -30,44 +32,48 @@ class Snapshot:
     def save(self, step: int) -> None:
         """Store the state after `step`. Numbers and tensors go into one file, so that they cannot disagree."""
         tensors: dict[str, Tensor] = {}
+        entries: list[Entry] = []
         for position, student in self.students.items():
             for i, (name, parameter) in enumerate(student.trained.items()):
                 tensors[f"{position}/now/{name}"] = parameter.data
                 for key, value in student.optimizer.state.get(parameter, {}).items():
                     tensors[f"{position}/optimizer/{i}/{key}"] = value
-            for name, value in (student.best or {}).items():
-                tensors[f"{position}/best/{name}"] = value
-            numbers = torch.tensor([student.best_loss, student.first_loss], dtype=torch.float64)
+            entries += [dataclasses.replace(e, name=f"{position}/best/{e.name}") for e in student.best.entries()]
+            numbers = torch.tensor([student.best_loss, student.first_loss, student.best_together], dtype=torch.float64)
             tensors[f"{position}/losses"] = numbers
         tensors["step"] = torch.tensor(step)
-        self.directory.put_tensors(NAME, tensors)
+        self.directory.put_entries(NAME, [*entries, *(Entry.of(*item) for item in tensors.items())])
         self.directory.event("snapshot", step=step)
 
     def restore(self, device: torch.device) -> int:
         """Put the students back where the last snapshot left them; the number of steps done (0: none)."""
         if not self.directory.has(NAME):
             return 0
-        tensors = self.directory.tensors(NAME)
-        step = int(tensors["step"])
+        file = TensorFile(self.directory.path / NAME)  # read tensor by tensor: whole, it is larger than the students
+        step = int(file.read("step"))
         for position, student in self.students.items():
             optimizer: dict[int, dict[str, Any]] = {}
-            best = {}
-            for key, value in tensors.items():
+            best: dict[str, Tensor] = {}
+            for key in file:
                 owner, _, rest = key.partition("/")
                 if owner != str(position):
                     continue
                 kind, _, name = rest.partition("/")
                 if kind == "now":
-                    student.trained[name].data.copy_(value)
+                    student.trained[name].data.copy_(file.read(key))
                 elif kind == "best":
-                    best[name] = value.clone()
+                    best[name] = file.read(key)
                 elif kind == "optimizer":
                     index, _, field = name.partition("/")
-                    optimizer.setdefault(int(index), {})[field] = value
-            groups = student.optimizer.state_dict()["param_groups"]
-            student.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
-            student.best = best or None
-            student.best_loss, student.first_loss = tensors[f"{position}/losses"].tolist()
+                    optimizer.setdefault(int(index), {})[field] = file.read(key)
+            if student.owner is None:
+                groups = student.optimizer.state_dict()["param_groups"]
+                student.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+            student.best.drop()
+            if best:
+                student.best.keep(best)
+            losses = file.read(f"{position}/losses").tolist()
+            student.best_loss, student.first_loss, student.best_together = losses
             student.steps = step
         self.directory.event("resumed", step=step)
         return step

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ from lillama.errors import LillamaError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lillama.tensorfile import Entry
 
 MANIFEST = "MANIFEST.json"
 
@@ -95,8 +97,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write a safetensors file atomically."""
     from lillama import tensorfile
 
+    write_entries(path, [tensorfile.Entry.of(*item) for item in tensors.items()], metadata)
+
+
+def write_entries(path: Path, entries: list[Entry], metadata: dict[str, str] | None = None) -> None:
+    """The same of tensors that are read when their turn comes."""
+    from lillama import tensorfile
+
     with atomic_file(path) as temporary:
-        tensorfile.write(temporary, [tensorfile.Entry.of(*item) for item in tensors.items()], metadata)
+        tensorfile.write(temporary, entries, metadata)
 
 
 def sha256(path: Path) -> str:
@@ -114,6 +123,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._manifest: dict[str, Any] = {"version": 1, "fingerprint": {}, "files": {}}
+        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []  # of events
 
     def open(self, fingerprint: dict[str, Any]) -> None:
         """Start a run here, or continue the one whose fingerprint is the same.
@@ -195,6 +205,11 @@ class RunDirectory:
         write_tensors(self.path / name, tensors, metadata)
         self.record(name)
 
+    def put_entries(self, name: str, entries: list[Entry]) -> None:
+        """Write and record a safetensors file of tensors that are read when their turn comes."""
+        write_entries(self.path / name, entries)
+        self.record(name)
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Read a recorded safetensors file, into memory of its own."""
         from lillama.tensorfile import TensorFile
@@ -210,6 +225,8 @@ class RunDirectory:
         """Append one line to events.jsonl: what happened, when, with which numbers."""
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(_finite({"time": round(time.time(), 3), "event": kind, **data})) + "\n")
+        for listen in list(self.listeners):
+            listen(kind, data)
 
 
 def _differences(held: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -69,6 +69,17 @@ def test_schedules_agree_where_layers_are_independent(original, tmp_path, storag
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("loss", ["student", "teacher+student"])
+def test_less_memory_in_the_concurrent_schedule_changes_no_bit(original, tmp_path, loss):
+    same = {"distill__schedule": "concurrent", "distill__loss": loss, "distill__epochs": 3, "compress__init": "random"}
+    usual = run(original, tmp_path / "usual", **same)
+    low = run(original, tmp_path / "low", run__low_memory=True, run__snapshot_seconds=0.0, **same)
+    assert_same(layers_of(usual), layers_of(low))
+    # What it put on disk meanwhile is gone, and the original layers it let go are in the checkpoint.
+    assert not list((tmp_path / "low").glob("best.*"))
+    assert checkpoint.load(low.path)(**token_batches(tiny())[0]).logits.isfinite().all()
+
+
 def test_training_lowers_the_held_out_loss_and_the_best_state_is_kept(original, tmp_path):
     result = run(original, tmp_path, distill__epochs=8, distill__checks=8, compress__init="random")
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
