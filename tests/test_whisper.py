@@ -203,6 +203,19 @@ def test_variants_share_the_states_are_drawn_once_and_spare_the_clips_held_out(t
     assert fingerprint(calibration_batches(settings, Progress())) == fingerprint(batches)
 
 
+def test_altered_copies_are_transcribed_once_and_spare_the_clips_held_out(tmp_path, monkeypatch):
+    model, speech = save(tmp_path / "model"), folder(tmp_path / "speech", 6)
+    settings = recipe(tmp_path, model, speech, "calibration.augment=2", "distill.holdout=0.2")
+    plain = list(calibration_batches(recipe(tmp_path, model, speech), Progress()))
+    batches = list(calibration_batches(settings, Progress()))
+    assert len(batches) == 2 * 3 + 1  # two groups with two altered copies each, one without
+    assert torch.equal(batches[-1]["encoder_outputs"], plain[-1]["encoder_outputs"])
+    states = [batch["encoder_outputs"] for batch in batches]
+    assert not any(torch.equal(a, b) for i, a in enumerate(states) for b in states[:i])
+    monkeypatch.setattr(listening.Teacher, "_write", lambda *_: pytest.fail("transcribed again"))
+    assert fingerprint(calibration_batches(settings, Progress())) == fingerprint(batches)
+
+
 @given(st.integers(1, 60), st.integers(0, 5), st.floats(0.0, 0.6))
 def test_the_engine_holds_out_no_clip_that_has_variants(groups, variants, share):
     held = held_out(groups, variants, share)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lillama.audio import Clip, Clips, pieces, read_clips
+from lillama.augment import altered
 from lillama.errors import LillamaError
 from lillama_whisper.teacher import Heard, Teacher
 
@@ -27,7 +28,8 @@ def calibration_batches(recipe: Recipe, progress: Progress) -> list[dict[str, Te
     """Batches of encoder states, decoder inputs and their mask, the encoder's work done.
 
     `encoder_outputs` is [1, B, T, D]: the model takes what it is given for a tuple, and its first element. With
-    variants, batches of one group of clips share their states; the last groups, which the engine holds out, have none.
+    variants, batches of one group of clips share their states. The last groups, which the engine holds out, have
+    neither variants nor altered copies.
     """
     section, size = recipe.calibration, recipe.distill.batch_size
     teacher = Teacher(recipe)
@@ -41,7 +43,8 @@ def calibration_batches(recipe: Recipe, progress: Progress) -> list[dict[str, Te
         fraction=section.fraction,
         seed=section.seed,
     )
-    held = held_out(-(-len(clips) // size), section.variants, recipe.distill.holdout)
+    more = section.variants + section.augment
+    held = held_out(-(-len(clips) // size), more, recipe.distill.holdout)
     groups: list[_Group] = []
     tokens = 0
     for group in _heard(teacher, clips, size, progress):
@@ -49,9 +52,12 @@ def calibration_batches(recipe: Recipe, progress: Progress) -> list[dict[str, Te
         tokens += sum(len(sequence) - 1 for sequence in group.sequences)
         if section.tokens is not None and tokens >= section.tokens:
             break
-    learned = groups[: len(groups) - held] if section.variants else []
+    learned = groups[: len(groups) - held] if more else []
     batches = [_batch(teacher, group, group.sequences) for group in learned]
-    if learned:
+    if learned and section.augment:
+        copies = _altered(teacher, learned, section.augment, progress)
+        batches += [_batch(teacher, group, group.sequences) for group in copies]
+    if learned and section.variants:
         with progress.phase("sample transcripts", len(learned) * section.variants) as bar:
             for group, number in itertools.product(learned, range(section.variants)):
                 batches.append(_batch(teacher, group, _sampled(teacher, group, number, section.variants)))
@@ -96,6 +102,19 @@ def _heard(
                 return
 
 
+def _altered(teacher: Teacher, groups: list[_Group], copies: int, progress: Progress) -> Iterator[_Group]:
+    """Every group of clips again, altered, `copies` times."""
+    keep: Callable[[Tensor], Tensor] = teacher.keeper(sum(len(group.clips) for group in groups) * copies)
+    with progress.phase("alter and transcribe", len(groups) * copies) as bar:
+        for group in groups:
+            for clips in zip(*(list(altered(clip, copies, teacher.seconds)) for clip in group.clips)):
+                heard = teacher.hear(clips)
+                heard.states = keep(heard.states)
+                sequences = [teacher.tokens.sequence(*said) for said in zip(heard.texts, heard.languages)]
+                bar.advance(tokens=sum(map(len, sequences)))
+                yield _Group(list(clips), heard, sequences)
+
+
 def _sampled(teacher: Teacher, group: _Group, number: int, count: int) -> list[list[int]]:
     """Variant `number` of the group's sequences, hardly longer than the transcripts."""
     most = max(map(len, group.sequences)) + LONGER
@@ -117,7 +136,9 @@ def _batch(teacher: Teacher, group: _Group, sequences: list[list[int]]) -> dict[
 
 
 def finetune_examples(recipe: Recipe, progress: Progress) -> list[dict[str, Any]]:
-    """One example per clip: encoder states, decoder inputs and labels; by hours of speech where the recipe says so.
+    """Examples of encoder states, decoder inputs and labels, by hours of speech where the recipe says so.
+
+    One per clip, and one per further transcript and altered copy of it that the recipe asks for.
 
     What the section leaves open (dataset, config, split, column) is that of the calibration.
     """
@@ -135,17 +156,31 @@ def finetune_examples(recipe: Recipe, progress: Progress) -> list[dict[str, Any]
         where="finetune" if own else "calibration",
         seed=section.seed,
     )
-    examples: list[dict[str, Any]] = []
     enough = None if section.hours is None else section.hours * 3600
-    for group in _heard(teacher, clips, section.batch_size, progress, enough):
-        more = (_sampled(teacher, group, i, section.variants) for i in range(section.variants))
-        for sequences in (group.sequences, *more):
-            for states, sequence, language in zip(group.heard.states, sequences, group.heard.languages):
-                examples.append(
-                    {
-                        "encoder_outputs": (states,),
-                        "decoder_input_ids": torch.tensor(sequence[:-1]),
-                        "labels": torch.tensor(teacher.tokens.labels(sequence, language)),
-                    }
-                )
+    groups = list(_heard(teacher, clips, section.batch_size, progress, enough))
+    examples: list[dict[str, Any]] = []
+    for group in groups:
+        examples += _examples(teacher, group, group.sequences, group)
+        for number in range(section.variants):
+            sequences = _sampled(teacher, group, number, section.variants)
+            examples += _examples(teacher, group, sequences, group)
+    if section.augment:
+        copies = _altered(teacher, groups, section.augment, progress)
+        for number, group in enumerate(copies):
+            examples += _examples(teacher, group, group.sequences, groups[number // section.augment])
     return examples
+
+
+def _examples(teacher: Teacher, group: _Group, sequences: list[list[int]], originals: _Group) -> list[dict[str, Any]]:
+    """Every clip of a group as an example, under the name of the clip it was made of."""
+    return [
+        {
+            "encoder_outputs": (states,),
+            "decoder_input_ids": torch.tensor(sequence[:-1]),
+            "labels": torch.tensor(teacher.tokens.labels(sequence, language)),
+            "source": original.digest,
+        }
+        for states, sequence, language, original in zip(
+            group.heard.states, sequences, group.heard.languages, originals.clips
+        )
+    ]
