@@ -21,7 +21,7 @@ from lillama.factors import module_of
 from lillama.streams import Batch
 
 Found = dict[str, dict[str, Tensor]]  # weight name -> argument of the initialiser -> matrix (or one per expert)
-GRAMS = frozenset(("gram", "output_gram"))
+GRAMS = frozenset(("gram", "output_gram", "cross"))
 SAMPLE = 4096  # tokens of a layer kept for the prior of experts that saw few
 
 
@@ -58,6 +58,8 @@ class Grams:
         self._experts: list[_Experts] = []
         stacks: dict[str, list[Weight]] = {}
         for weight in weights:
+            if weight.kind == "embedding":  # its inputs are token counts (see embedding.py)
+                continue
             argument = which(weight, weights, wanted)
             name = module_of(weight.name, weight.kind)
             submodule = module.get_submodule(name.removeprefix(layer_name).removeprefix("."))

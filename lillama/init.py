@@ -2,8 +2,9 @@
 
 W is d_out x d_in. Statistics are given to an initialiser that names them: `gram`, H = sum of x x^T over the calibration
 inputs (d_in x d_in); `output_gram`, the same sum of W x x^T W^T over the outputs, bias left out (d_out x d_out). One
-that names both gets the one that is smaller and cheaper, and None for the other. One that names `generator` gets a
-seeded torch.Generator. Everything is computed in float64 and returned so; factors are balanced (equal norms per
+that names both gets the one that is smaller and cheaper, and None for the other. One that names `gram` and `cross` gets
+those of the student's inputs x' and of both, sums of x' x'^T and of x x'^T (refit.py). One that names `generator` gets
+a seeded torch.Generator. Everything is computed in float64 and returned so; factors are balanced (equal norms per
 component), which changes nothing in A B but lets one learning rate serve both.
 """
 
@@ -70,6 +71,18 @@ def whitened(W: Tensor, rank: int, gram: Tensor | None = None, output_gram: Tens
         lengths = values.flip(0)[:rank].clamp_min(values.max() * 1e-14 + 1e-300).sqrt()
         U, _ = torch.linalg.qr((M @ vectors.flip(1)[:, :rank]) / lengths)
     return balanced(U, U.T @ W)
+
+
+def compensated(W: Tensor, rank: int, gram: Tensor, cross: Tensor) -> Factors:
+    """The rank-r map that brings the student's inputs X' nearest to W X, the original's outputs (DESIGN 6).
+
+    `gram` is X' X'^T, `cross` is X X'^T. The best map of any rank is T = W C H'^-1; what rank r can keep of it on
+    these inputs is `whitened` of T. The ridge pulls T towards W.
+    """
+    ridge = RIDGE * gram.double().diagonal().mean().clamp_min(TINY)
+    C = cross.double() + ridge * torch.eye(len(cross), dtype=torch.float64, device=cross.device)
+    T = torch.linalg.solve(regularised(gram), (W.double() @ C).T).T
+    return whitened(T, rank, gram=gram)
 
 
 def regularised(gram: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from lillama import memory
 from lillama import student as students
 from lillama.contract import Layer
 from lillama.grams import Grams
-from lillama.job import Job, captured_batches, place, through
+from lillama.job import Job, Targets, captured_batches, place, through
 from lillama.progress import Bar
+from lillama.refit import refitted
 from lillama.shelf import Shelf, Stream
 from lillama.streams import Batch
 from lillama.student import Student
+from lillama.tied import distill_tied
 
 Streams = dict[str, Stream]
 
@@ -30,10 +32,19 @@ def sequential(job: Job) -> None:
     if embedded is not None:
         x = {"teacher": embedded, "student": embedded}
     steps = (job.total_steps or 1) * sum(1 for layer in job.layers if job.plan.planned(layer))
+    left = [job.file(layer) for layer in job.layers if job.plan.planned(layer)]
+    if job.curve and start == 0:
+        job.curve.after_layer(job, 0)
     with job.progress.phase("distil", steps) as bar, torch.no_grad():
         bar.unit = "tokens/s in this layer"
         bar.skip((job.total_steps or 1) * sum(1 for layer in job.layers[:start] if job.plan.planned(layer)))
         for position, layer in enumerate(job.layers[start:], start):
+            if all(job.directory.has(file) for file in left):
+                remaining = sum(1 for after in job.layers[position:] if job.plan.planned(after))
+                bar.skip((job.total_steps or 1) * remaining)
+                if job.curve and position > start:
+                    job.curve.after_layer(job, len(job.layers))
+                break
             bar.describe(layer.name)
             with job.teacher(layer) as teacher:
                 job.source.prefetch(after.name for after in job.layers[position + 1 : position + 2])
@@ -44,6 +55,8 @@ def sequential(job: Job) -> None:
                 stream.drop()
             x = y
             memory.give_back()
+            if job.curve:
+                job.curve.after_layer(job, position + 1)
     shelf.clear()
 
 
@@ -71,14 +84,23 @@ def _work(
     if stored and last:
         bar.skip(job.total_steps or 1)
         return {}
+    if layer.kind == "head":
+        targets = Targets(job, teacher, position, batches, x["teacher"])
+        _distill_layer(job, layer, position, teacher, batches, x, targets, bar)
+        return {}
     y = {"teacher": through(job, shelf, position, teacher, batches, x["teacher"], "teacher")}
     student: nn.Module | None = teacher if x["student"] is not x["teacher"] else None
     if planned and stored:
-        state = {name: value.to(job.device.device) for name, value in job.directory.tensors(job.file(layer)).items()}
-        student = students.finished(layer, teacher, job.plan, state) if "student" in job.streams else None
+        student = students.finished(layer, teacher, job.plan, job.stored(layer)) if "student" in job.streams else None
         bar.skip(job.total_steps or 1)
     elif planned:
-        trained = _distill_layer(job, layer, position, teacher, batches, x, y["teacher"], bar)
+        head = job.tied_head(layer)
+        if head is None:
+            trained = _distill_layer(job, layer, position, teacher, batches, x, y["teacher"], bar)
+        else:
+            final = _ahead(job, shelf, position + 1, head, batches, y["teacher"])
+            trained = distill_tied(job, layer, teacher, batches, (x["teacher"], y["teacher"], final), head, bar)
+            final.drop()
         if last:
             y["teacher"].drop()
             return {}
@@ -89,6 +111,17 @@ def _work(
     return y
 
 
+def _ahead(job: Job, shelf: Shelf, start: int, head: int, batches: list[Batch], stream: Stream) -> Stream:
+    """The teacher's stream that enters the layer `head`, from the one that enters the layer `start`."""
+    for position in range(start, head):
+        with job.teacher(job.layers[position]) as teacher:
+            after = through(job, shelf, position, teacher, batches, stream, "ahead")
+        if position > start:
+            stream.drop()
+        stream = after
+    return stream
+
+
 def _distill_layer(
     job: Job,
     layer: Layer,
@@ -96,20 +129,13 @@ def _distill_layer(
     teacher: nn.Module,
     batches: list[Batch],
     inputs: Streams,
-    targets: Stream,
+    targets: Stream | Targets,
     bar: Bar,
 ) -> nn.Module:
     """Initialise, train and store one layer of the sequential schedule; returns it, finished."""
-    grams = None
-    if job.grams:
-        listener = Grams(layer.name, teacher, job.plan.planned(layer), job.recipe.compress.gram_tokens, job.grams)
-        with job.device.autocast():
-            for name in sorted(job.streams):
-                listener.add(batches, inputs[name], position)
-        grams = listener.close()
-    init = students.initial_factors(layer, teacher, job.plan, job.recipe, grams)
+    init = _initial_factors(job, layer, position, teacher, batches, inputs)
     student = Student(layer, position, teacher, job.plan, job.recipe, job.device, init, job.total_steps)
-    del grams, init
+    del init
     n = len(job.train)
 
     def example(i: int) -> tuple[Batch, Tensor, dict[str, Tensor]]:
@@ -132,3 +158,22 @@ def _distill_layer(
         bar.advance()
     job.store(student)
     return student.module
+
+
+def _initial_factors(
+    job: Job, layer: Layer, position: int, teacher: nn.Module, batches: list[Batch], inputs: Streams
+) -> dict[str, Tensor]:
+    """The starting factors of a layer, from the streams that enter it where they depend on them."""
+    plan, recipe = job.plan, job.recipe
+    if "cross" in job.grams:
+        streams = (inputs["teacher"], inputs["student"])
+        with job.device.autocast():
+            return refitted(layer, position, teacher, plan, recipe, batches, streams)
+    grams = None
+    if job.grams:
+        listener = Grams(layer.name, teacher, plan.planned(layer), recipe.compress.gram_tokens, job.grams)
+        with job.device.autocast():
+            for name in sorted(job.streams):
+                listener.add(batches, inputs[name], position)
+        grams = job.statistics(layer, listener.close())
+    return students.initial_factors(layer, teacher, plan, recipe, grams)

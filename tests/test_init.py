@@ -60,3 +60,25 @@ def test_random_is_seeded_and_of_the_paper_s_size():
     first, second = (init.random(W, 64, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert first[1].std() == pytest.approx(900**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12)])
+@given(rank=st.integers(1, 9), seed=st.integers(0, 20))
+def test_compensated_makes_up_for_what_the_inputs_lost(shape, rank, seed):
+    W, X = problem(*shape, seed=seed)
+    lost = X + 0.3 * X.std() * torch.randn(X.shape, dtype=X.dtype, generator=torch.Generator().manual_seed(seed))
+    A, B = init.compensated(W, rank, lost @ lost.T, X @ lost.T)
+    # The part of W X that lies in the span of the rows of the inputs is all a map can reach; of it, rank r keeps the
+    # leading singular values.
+    reachable = W @ X @ torch.linalg.pinv(lost) @ lost
+    least = (W @ X - reachable).square().sum() + torch.linalg.svdvals(reachable)[rank:].square().sum()
+    error = (W @ X - A @ B @ lost).square().sum()
+    assert error <= least * 1.002 + 1e-6 * (W @ X).square().sum()
+    plain = torch.matmul(*init.whitened(W, rank, lost @ lost.T)) @ lost
+    assert error <= (W @ X - plain).square().sum() * (1 + 1e-6)
+
+
+def test_compensated_is_whitened_where_nothing_was_lost():
+    W, X = problem()
+    ours, plain = init.compensated(W, 5, X @ X.T, X @ X.T), init.whitened(W, 5, X @ X.T)
+    torch.testing.assert_close(ours[0] @ ours[1], plain[0] @ plain[1], rtol=1e-4, atol=1e-4)
