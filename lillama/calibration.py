@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lillama.dataset import is_lines, load_rows, render_rows
+from lillama.dataset import is_lines, keep_rows, load_rows, render_rows
 from lillama.errors import LillamaError
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def token_blocks(
 ) -> Tensor:
     """The calibration text as int64 blocks [N, sequence_length], at most `calibration.tokens` in all.
 
-    Rows are shuffled by `seed`, `fraction` of them kept, rendered, tokenised with the tokenizer's usual
-    special tokens, ended by EOS, joined and cut; what does not fill a block at the end is dropped. The lines
-    of a .txt file first become chunks of about a block's length (see `chunks`), which then count as rows.
+    Rows that pass `filter` are shuffled by `seed`, `fraction` of them, at most `rows`, kept, rendered, tokenised with
+    the tokenizer's usual special tokens, ended by EOS, joined and cut; what does not fill a block at the end is
+    dropped. The lines of a .txt file first become chunks of about a block's length (see `chunks`), which are shuffled.
     `progress` is called with the number of tokens so far. Raises LillamaError if there is not one block.
     """
     length, most = calibration.sequence_length, calibration.tokens
@@ -44,6 +44,7 @@ def token_blocks(
             hint=f"Raise it, or lower {where}.sequence_length.",
         )
     rows = load_rows(calibration.dataset, config=calibration.config, split=calibration.split, where=where)
+    rows = keep_rows(rows, calibration.filter, where)
     pieces: list[Tensor] = []
     total = 0
     texts = (text for text in _texts(rows, tokenizer, calibration, where) if text.strip())
@@ -119,8 +120,27 @@ def _texts(rows: Dataset, tokenizer: Any, calibration: Calibration, where: str) 
     if is_lines(rows):
         size = CHARACTERS_PER_TOKEN * calibration.sequence_length
         pieces = list(chunks(render_rows(rows, tokenizer, None, where), size))
-        return (pieces[i] for i in chosen(len(pieces)))
-    return render_rows(rows.select(chosen(len(rows))), tokenizer, calibration.column, where)
+        return _at_most(calibration.rows, (pieces[i] for i in chosen(len(pieces))))
+    rows = rows.select(chosen(len(rows))[: calibration.rows])
+    return render_rows(rows, tokenizer, calibration.column, where)
+
+
+def _at_most(lines: int | None, pieces: Iterator[str]) -> Iterator[str]:
+    """The first pieces that have `lines` lines with text in them, the last one cut there."""
+    left = lines
+    for piece in pieces:
+        if left is not None:
+            kept: list[str] = []
+            for line in piece.splitlines(keepends=True):
+                if not left:
+                    break
+                kept.append(line)
+                left -= bool(line.strip())
+            piece = "".join(kept)
+        if piece:
+            yield piece
+        if left == 0:
+            return
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:

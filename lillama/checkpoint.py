@@ -32,7 +32,7 @@ def write(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str],
         config = copy.deepcopy(source.config)
         config.dtype = source.dtype
         config.architectures = [type(source.model).__name__]
-        config.quantization_config = quantizer.LillamaConfig(plan.modules())
+        config.quantization_config = quantizer.LillamaConfig(plan.modules(), shared=source.shared)
         config.save_pretrained(directory)
         assert source.directory is not None
         copy_beside(source.directory, directory)
@@ -56,7 +56,7 @@ def _entries(source: Source, plan: Plan, run: RunDirectory, layer_files: list[st
                 replaced.add(name)
     opened: dict[Path, TensorFile] = {}
     for name, parts in source.index.items():
-        if name not in replaced:
+        if name not in replaced and name not in source.aliases:
             for path, key in parts:
                 tensors = opened.get(path) or opened.setdefault(path, TensorFile(path))
                 entries.append(tensors.entry(key, source.dtype))
@@ -94,8 +94,12 @@ def _write_shards(entries: list[Entry], directory: Path) -> None:
 
 def copy_beside(source: Path, target: Path) -> None:
     """Copy what stands beside the weights of `source` (tokenizer, processor, settings), less what `target` has."""
+    kinds = [".json", ".txt", ".model", ".jinja", ".tiktoken"]
+    said = [target / "config.json", *(f for f in source.glob("*config.json") if f.name not in NOT_COPIED)]
+    if any('"auto_map"' in file.read_text(encoding="utf-8") for file in said if file.exists()):
+        kinds.append(".py")  # code that the configuration names
     for file in sorted(source.iterdir()):
-        wanted = file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+        wanted = file.suffix in kinds
         if file.is_file() and wanted and file.name not in NOT_COPIED and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
 

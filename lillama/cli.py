@@ -62,7 +62,14 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def validate(args: argparse.Namespace) -> int:
-    """check a recipe without opening its model"""
+    """check a recipe, or all of a sweep's, without opening a model"""
+    from lillama import sweep
+
+    if sweep.is_sweep(args.recipe):
+        found, base = sweep.load(args.recipe)
+        count = len(sweep.recipes(found, base, list(sweep.rows(found, args.set))))
+        sys.stdout.write(f"{args.recipe}: valid, {count} runs\n")
+        return 0
     _recipe(args)
     sys.stdout.write(f"{args.recipe}: valid\n")
     return 0
@@ -70,14 +77,77 @@ def validate(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """evaluate a run's result, a compressed checkpoint, or any model"""
-    from lillama import show
+    from lillama import measure, show
 
     show.quiet_libraries()
-    metrics = show.evaluate_directory(Path(args.directory), args.recipe, args.set or [], args.device)
+    overrides = args.set or []
+    if args.tasks:
+        names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+        options = {"tasks": names, "files": args.files, "limit": args.limit, "batch_size": args.batch_size}
+        options = {name: value for name, value in options.items() if value is not None}
+        overrides = [f"evaluate={json.dumps({'harness': options})}", *overrides]
+    found = measure.evaluate_directory(Path(args.directory), args.recipe, overrides, args.device)
     if args.json:
-        sys.stdout.write(json.dumps(metrics, indent=2) + "\n")
+        sys.stdout.write(json.dumps(found.metrics, indent=2) + "\n")
     else:
-        _console().print(show.metrics(metrics))
+        _console().print(show.metrics(found.metrics))
+    if args.out:
+        from lillama.store import write_json
+
+        write_json(Path(args.out), {"metrics": found.metrics, "details": found.details})
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """time a compressed model against its original, in turn"""
+    from lillama import bench, show
+    from lillama.store import write_json
+
+    show.quiet_libraries()
+    original, compressed, run = bench.directories(args.models)
+    lengths = [int(part) for part in args.lengths.split(",")] if args.lengths else bench.LENGTHS
+    settings = bench.Settings(args.batch_size, lengths, args.new_tokens, args.repeats, args.seconds)
+    say = _console(stderr=True).print
+    found = bench.compare(original, compressed, settings, args.device, args.dtype, say)
+    if args.json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    else:
+        _console().print(show.bench(found))
+    if args.out:
+        write_json(Path(args.out), found)
+    if run:
+        from lillama import report
+
+        write_json(run / bench.FILE, found)
+        report.write(run)
+    return 0
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """run a recipe with every combination of chosen keys, and table the results"""
+    from lillama import sweep
+
+    found, base = sweep.load(args.sweep)
+    console = _console()
+    if args.table:
+        rows = sweep.collected(found)
+    else:
+        from lillama import show
+        from lillama.progress import Progress
+
+        show.quiet_libraries()
+        rows = sweep.run(found, base, Progress(console), args.set)
+    from lillama import sweeptable
+
+    console.print(sweeptable.terminal(sweeptable.table(found, rows)))
+    return 1 if any(row.error for row in rows) else 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """write one HTML file that says what a run did"""
+    from lillama import report
+
+    sys.stdout.write(f"wrote {report.write(Path(args.directory))}\n")
     return 0
 
 
@@ -173,10 +243,32 @@ def _parser() -> argparse.ArgumentParser:
     takes_recipe(verb(validate))
     sub = verb(evaluate, "eval")
     sub.add_argument("directory", help="a run directory, a checkpoint directory, or a hub id")
+    sub.add_argument("--tasks", help="measure these tasks of lm-eval alone: names with commas between; paper: its nine")
+    sub.add_argument("--files", metavar="DIR", help="with --tasks: local data, files named TASK.jsonl")
+    sub.add_argument("--limit", type=float, help="with --tasks: examples of each task at most")
+    sub.add_argument("--batch-size", type=int, help="with --tasks: examples at once")
+    sub.add_argument("--out", metavar="FILE", help="write metrics and details to this JSON file too")
     sub.add_argument("--recipe", help="take the `evaluate:` section of this recipe")
     sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a key, such as evaluate.speed={}")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     sub.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    sub = verb(bench)
+    sub.add_argument("models", nargs="+", metavar="DIR", help="a run directory, or ORIGINAL COMPRESSED")
+    sub.add_argument("--lengths", metavar="N,N,...", help="lengths of the prompts (512 to 16384, doubling)")
+    sub.add_argument("--batch-size", type=int, default=4, help="prompts at once")
+    sub.add_argument("--new-tokens", type=int, default=32, help="tokens to write")
+    sub.add_argument("--repeats", type=int, default=3, help="how often to measure each")
+    sub.add_argument("--seconds", type=float, default=300, help="leave out lengths that would take longer")
+    sub.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    sub.add_argument("--out", metavar="FILE", help="write it to this JSON file too (a run directory gets bench.json)")
+    sub = verb(sweep)
+    sub.add_argument("sweep", help="a sweep file (YAML): base, axes, out")
+    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a key in every run (repeatable)")
+    sub.add_argument("--table", action="store_true", help="run nothing, show what there is")
+    sub = verb(report)
+    sub.add_argument("directory", help="a run directory")
     verb(plugins)
     sub = verb(schema)
     sub.add_argument("--markdown", action="store_true", help="print the reference page docs/recipe.md instead")

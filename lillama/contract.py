@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,9 +17,10 @@ LayerKind = Literal["block", "embedding", "head"]
 class Weight:
     """One matrix of a layer that may be factorised.
 
-    `name` is the dotted name of its module in the whole model; `shape` is (d_out, d_in); `copies` is how
-    many such matrices are stacked (experts); weights of one `group` see the same input and share one
-    Gram matrix.
+    `name` is the dotted name of its module in the whole model, that of the layer where the layer is itself one weight
+    (an embedding, a head); `shape` is (d_out, d_in), of an embedding (vocabulary, width); `copies` is how many such
+    matrices are stacked (experts); weights of one `group` see the same input and share one Gram matrix; `tied` names
+    the embedding's weight that this one, a head's, is the same as: one pair of factors serves both.
     """
 
     name: str
@@ -27,10 +28,13 @@ class Weight:
     copies: int = 1
     kind: WeightKind = "linear"
     group: str | None = None
+    tied: str | None = None
 
     @property
     def parameters(self) -> int:
-        """How many numbers the dense weight holds, bias not counted."""
+        """How many numbers the dense weight holds, bias not counted; none of its own where it is tied."""
+        if self.tied:
+            return 0
         return self.shape[0] * self.shape[1] * self.copies
 
 
@@ -40,7 +44,7 @@ class Layer:
 
     Layers are listed in the order the stream runs through them, the ones that are only passed
     through (`weights=()`) included. A `block` maps hidden states to hidden states, an `embedding` token
-    ids to hidden states, a `head` hidden states to logits.
+    ids to hidden states, a `head` hidden states to logits; a head is the last layer.
     """
 
     name: str
@@ -66,3 +70,34 @@ class Layer:
                     shape = (linear.out_features, linear.in_features)
                     weights.append(Weight(f"{name}.{relative}", shape, group=f"{name}.{group[0]}"))
         return cls(name, tuple(weights))
+
+    @classmethod
+    def of_embedding(cls, model: nn.Module) -> Layer:
+        """The model's token embedding as a layer with one weight. Raises ValueError where it is no plain one."""
+        from torch import nn
+
+        name = _find(model, "get_input_embeddings", nn.Embedding)
+        embedding: Any = model.get_submodule(name)
+        shape = (embedding.num_embeddings, embedding.embedding_dim)
+        return cls(name, (Weight(name, shape, kind="embedding"),), kind="embedding")
+
+    @classmethod
+    def of_head(cls, model: nn.Module) -> Layer:
+        """The model's output head as a layer with one weight, tied where its matrix is the embedding's."""
+        from torch import nn
+
+        name = _find(model, "get_output_embeddings", nn.Linear)
+        head: Any = model.get_submodule(name)
+        inputs = model.get_input_embeddings()  # type: ignore[operator]
+        tied = _find(model, "get_input_embeddings", nn.Module) if inputs.weight is head.weight else None
+        weight = Weight(name, (head.out_features, head.in_features), tied=tied)
+        return cls(name, (weight,), kind="head")
+
+
+def _find(model: nn.Module, getter: str, kind: type) -> str:
+    """The dotted name of the module that `model.getter()` returns, which must be of `kind`."""
+    module = getattr(model, getter)()
+    name = next((name for name, found in model.named_modules() if found is module), None)
+    if name is None or not isinstance(module, kind):
+        raise ValueError(f"{getter}() of {type(model).__name__} gives no {kind.__name__} of the model")
+    return name

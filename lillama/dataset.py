@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import logging
 import re
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,29 @@ def load_rows(dataset: str, *, config: str | None = None, split: str, where: str
             rows = _hub_rows(dataset, config, split, where)
     if not len(rows):
         raise LillamaError(f"'{split}' of '{dataset}' has no rows", where=f"{where}.split", hint="Take a larger slice.")
+    return rows
+
+
+def keep_rows(rows: Dataset, wanted: Mapping[str, Any] | None, where: str) -> Dataset:
+    """The rows whose columns have the `wanted` values (one, or any of a list). Raises LillamaError at WHERE.filter."""
+    for column, values in (wanted or {}).items():
+        if column not in rows.column_names:
+            raise LillamaError(
+                f"there is no column '{column}'",
+                where=f"{where}.filter",
+                hint=f"The columns are: {', '.join(rows.column_names)}.",
+            )
+        held = rows.with_format(None)[column]
+        chosen = set(values if isinstance(values, list) else [values])
+        kept = [i for i, value in enumerate(held) if value in chosen]
+        if not kept:
+            present = sorted({str(value) for value in held})
+            raise LillamaError(
+                f"no row has {' or '.join(map(str, sorted(chosen, key=str)))} in the column '{column}'",
+                where=f"{where}.filter",
+                hint=f"It holds: {', '.join(present[:20])}{' ...' if len(present) > 20 else ''}.",
+            )
+        rows = rows.select(kept)
     return rows
 
 
@@ -269,6 +292,7 @@ _PAIRS = (
     ("instruction", ("output", "response")),
     ("prompt", ("completion", "response")),
     ("question", ("answer", "response")),
+    ("inputs", ("targets",)),
 )
 _ROLES = {"human": "user", "gpt": "assistant"}
 Turns = list[dict[str, str]]
@@ -278,8 +302,8 @@ def render_rows(rows: Dataset, tokenizer: Any, column: str | None, where: str) -
     """The text of every row, "" where there is none, in the order of the rows.
 
     Read are: `column` if given; else text or content; conversations (ShareGPT) or messages; instruction
-    [input, context], output; prompt, completion; question, answer [system_prompt]. All but plain text go
-    through the tokenizer's chat template, with the system's text in the first user turn where the template
+    [input, context], output; prompt, completion; question, answer [system_prompt]; inputs, targets. All but plain
+    text go through the tokenizer's chat template, with the system's text in the first user turn where the template
     refuses it, or are joined by blank lines where there is none. A .txt file and a package have no columns,
     so `column` does not apply. Raises LillamaError at WHERE.column that lists the columns there are.
     """

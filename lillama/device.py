@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -58,3 +60,19 @@ def choose(run: Run) -> Device:
     if run.compute == "auto":
         return Device(device, torch.bfloat16 if fast_bfloat16(device) else torch.float32)
     return Device(device, torch.bfloat16 if run.compute == "bfloat16" else torch.float32)
+
+
+def machine() -> str:
+    """What the machine calls its processor, and how many cores may be used."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{next(named, platform.processor() or platform.machine())}, {cores} cores"
+
+
+def name(device: torch.device) -> str:
+    """A device as people know it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -1,9 +1,8 @@
-"""Modules that hold low-rank factors in place of a dense weight.
+"""Factor modules in place of dense weights: the functions that tell the kinds of weights apart; nobody else needs to.
 
-`LowRankLinear` computes y = A (B x) + b with A (d_out x r) and B (r x d_in). `PivotedLinear` holds r
-rows of the same rank-r matrix and the coefficients of the other rows in them: r^2 numbers fewer
-(DESIGN 6; PIFA, arXiv 2501.19090). Both offer `weight`, which multiplies the factors back. Stacked experts are in
-experts.py. The functions below tell the kinds of weights apart; nobody else needs to.
+The modules are in lowrank.py (linears and embeddings) and experts.py (stacked experts). A weight is named below a
+root; the name is empty where the root is itself the weight (an embedding, a head), which then cannot be replaced in
+place: `replace` and `store_as` return the new root.
 """
 
 from __future__ import annotations
@@ -13,144 +12,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lillama.contract import Weight
 from lillama.errors import LillamaError
 from lillama.experts import PROJECTIONS, LowRankExperts, dense_weight, is_fused, replaced_parameters
+from lillama.lowrank import LowRankEmbedding, LowRankLinear, PivotedEmbedding, PivotedLinear
 
-
-class LowRankLinear(nn.Module):
-    """A linear map through `rank` dimensions. The bias stays on the output side."""
-
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.A = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.register_parameter("bias", nn.Parameter(self.A.new_empty(out_features)) if bias else None)
-
-    @property
-    def weight(self) -> Tensor:
-        """A @ B (d_out x d_in). Some architectures read a projection's weight directly (DESIGN 9)."""
-        return self.A @ self.B
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.B), self.A, self.bias)
-
-    def set_factors(self, A: Tensor, B: Tensor) -> None:
-        """Take over A (d_out x r) and B (r x d_in), cast to this module's dtype."""
-        with torch.no_grad():
-            self.A.copy_(A)
-            self.B.copy_(B)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
-
-
-class _Permute(torch.autograd.Function):
-    """x[..., order], whose gradient is a second gather: autograd's own would scatter, element by element."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(-1, order)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradient.index_select(-1, inverse), None, None
-
-
-class PivotedLinear(nn.Module):
-    """A rank-r linear map kept as r of its rows (B) and the coefficients (C) of the others in them.
-
-    `pivots` holds the row numbers of B's rows; the rows of C follow in rising order of the rest.
-    """
-
-    pivots: Tensor
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.B = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.C = nn.Parameter(torch.empty(out_features - rank, rank, device=device, dtype=dtype))
-        self.register_parameter("bias", nn.Parameter(self.B.new_empty(out_features)) if bias else None)
-        self.register_buffer("pivots", torch.arange(rank, device=device))
-        self._orders: tuple[Tensor, Tensor, Tensor] | None = None  # derived from pivots on first use
-
-    def _order(self) -> tuple[Tensor, Tensor]:
-        """(order, inverse): cat(pivot rows, others)[order] is the output in its own order."""
-        if self._orders is None or self._orders[2] is not self.pivots:
-            rest = torch.ones(self.out_features, dtype=torch.bool, device=self.pivots.device)
-            rest[self.pivots] = False
-            inverse = torch.cat([self.pivots, rest.nonzero().squeeze(1)])
-            self._orders = (inverse.argsort(), inverse, self.pivots)
-        return self._orders[:2]
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._orders = None  # the pivots were overwritten in place
-
-    @property
-    def weight(self) -> Tensor:
-        """The matrix (d_out x d_in) itself."""
-        return torch.cat([self.B, self.C @ self.B])[self._order()[0]]
-
-    def forward(self, x: Tensor) -> Tensor:
-        pivots = F.linear(x, self.B)
-        y: Tensor = _Permute.apply(torch.cat([pivots, F.linear(pivots, self.C)], -1), *self._order())
-        return y if self.bias is None else y + self.bias
-
-    def set_factors(self, A: Tensor, B: Tensor) -> None:
-        """Store A @ B, with pivot rows chosen by column-pivoted QR of A^T, in float64.
-
-        The pivots are then well spread, which keeps the coefficients small enough for bfloat16.
-        """
-        import scipy.linalg
-
-        r = self.rank
-        A64, B64 = A.detach().double().cpu(), B.detach().double().cpu()
-        _, R, order = scipy.linalg.qr(A64.T.numpy(), mode="economic", pivoting=True)
-        diagonal = abs(R.diagonal())
-        if diagonal.min() <= diagonal.max() * 1e-12:
-            # A of deficient rank has no r independent rows; the least-norm coefficients still serve.
-            coefficients = scipy.linalg.lstsq(R[:, :r], R[:, r:])[0].T
-        else:
-            coefficients = scipy.linalg.solve_triangular(R[:, :r], R[:, r:]).T
-        pivots, rest = torch.from_numpy(order[:r].copy()).long(), torch.from_numpy(order[r:].copy())
-        with torch.no_grad():
-            self.pivots.copy_(pivots)
-            self.B.copy_(A64[pivots] @ B64)
-            self.C.copy_(torch.from_numpy(coefficients)[rest.argsort()])
-        self._orders = None
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+__all__ = ["LowRankEmbedding", "LowRankExperts", "LowRankLinear", "PivotedEmbedding", "PivotedLinear"]
 
 
 STORAGES: dict[tuple[str, str], type[nn.Module]] = {
     ("linear", "factors"): LowRankLinear,
     ("linear", "pivoted"): PivotedLinear,
+    ("embedding", "factors"): LowRankEmbedding,
+    ("embedding", "pivoted"): PivotedEmbedding,
     ("experts", "factors"): LowRankExperts,
 }
 
@@ -170,7 +45,7 @@ def dense(root: nn.Module, name: str, kind: str) -> Tensor:
 
 def leaving(root: nn.Module, weights: Sequence[tuple[str, str]]) -> list[nn.Parameter]:
     """The dense parameters below `root` of which nothing is left when `weights` (name, kind) are replaced."""
-    names = [f"{name}.weight" for name, kind in weights if kind != "experts"]
+    names = [f"{name}.weight".removeprefix(".") for name, kind in weights if kind != "experts"]
     for owner in {module_of(name, kind) for name, kind in weights if kind == "experts"}:
         projections = [n.rpartition(".")[2] for n, kind in weights if module_of(n, kind) == owner and kind == "experts"]
         names += [f"{owner}.{parameter}" for parameter in replaced_parameters(projections)]
@@ -181,8 +56,9 @@ def replace(root: nn.Module, name: str, *, kind: str, storage: str, rank: int, d
     """Put an empty factor module of the same shape, bias and dtype in place of `root.name`.
 
     `device` is that of the factors (default: the old weight's). Returns the new module; the old bias is carried over
-    (shared, not copied). Of a module of experts, one projection is replaced per call. Raises LillamaError when the
-    module is not of the kind the plan says.
+    (shared, not copied). Of a module of experts, one projection is replaced per call. Where `name` is empty, the root
+    itself is meant, and only the caller can put the new module in its place. Raises LillamaError when the module is not
+    of the kind the plan says.
     """
     where = module_of(name, kind)
     old = root.get_submodule(where)
@@ -198,14 +74,26 @@ def replace(root: nn.Module, name: str, *, kind: str, storage: str, rank: int, d
             setattr(root.get_submodule(parent), child, old)
         old.factorise(projection, rank, device)
         return old
-    if not isinstance(old, nn.Linear):
-        raise LillamaError(f"the plan has a {kind} here, the model a {type(old).__name__}", where=name)
+    new = _like(old, kind, storage, rank, device, name)
+    if child:
+        setattr(root.get_submodule(parent), child, new)
+    return new.train(old.training)
+
+
+def _like(old: nn.Module, kind: str, storage: str, rank: int, device: Any, name: str) -> nn.Module:
+    """An empty factor module of the shape, bias and dtype of the dense module `old`."""
+    if kind == "embedding" and isinstance(old, nn.Embedding):
+        if type(old).forward is not nn.Embedding.forward:  # one that scales its output, say
+            raise LillamaError(f"a {type(old).__name__} does more than look vectors up", where=name)
+        options = (device or old.weight.device, old.weight.dtype)
+        return STORAGES[kind, storage](old.num_embeddings, old.embedding_dim, rank, old.padding_idx, *options)
+    if kind != "linear" or not isinstance(old, nn.Linear):
+        raise LillamaError(f"the plan has {kind} here, the model a {type(old).__name__}", where=name)
     new = STORAGES[kind, storage](
         old.in_features, old.out_features, rank, old.bias is not None, device or old.weight.device, old.weight.dtype
     )
     new.bias = old.bias
-    setattr(root.get_submodule(parent), child, new)
-    return new.train(old.training)
+    return new
 
 
 def set_factors(root: nn.Module, name: str, kind: str, A: Tensor, B: Tensor) -> None:
@@ -224,7 +112,7 @@ def is_factorised(module: nn.Module) -> bool:
 
 def kind_of(module: nn.Module) -> str | None:
     """The kind of weight that `module` holds factors of; None: it is not one of ours."""
-    return next((kind for (kind, _), cls in STORAGES.items() if isinstance(module, cls)), None)
+    return next((kind for (kind, _), cls in STORAGES.items() if type(module) is cls), None)
 
 
 def is_factor(root: nn.Module, name: str) -> bool:
@@ -263,14 +151,25 @@ def check_storage(weights: Iterable[Weight], storage: str) -> None:
             )
 
 
+def tie(head: Any, embedding: Any) -> list[str]:
+    """Make the factors of `head` those of `embedding`; the names of the parameters that are one now."""
+    names = ["A", "B"] if hasattr(embedding, "A") else ["B", "C"]
+    for name in names:
+        setattr(head, name, getattr(embedding, name))
+    return names
+
+
 def to_dense(module: Any) -> nn.Module:
     """The dense module that computes what a factor module computes."""
-    return module.to_dense() if isinstance(module, LowRankExperts) else to_linear(module)
-
-
-def to_linear(module: Any) -> nn.Linear:
-    """The dense `nn.Linear` that computes what a factor module computes."""
+    kind = kind_of(module)
+    if kind == "experts":
+        return cast(nn.Module, module.to_dense())
     weight = module.weight.detach()
+    if kind == "embedding":
+        shape = (module.num_embeddings, module.embedding_dim, module.padding_idx)
+        embedding = nn.Embedding(*shape, device="meta", dtype=weight.dtype)
+        embedding.weight = nn.Parameter(weight, requires_grad=False)
+        return embedding
     linear = nn.Linear(
         module.in_features, module.out_features, module.bias is not None, device="meta", dtype=weight.dtype
     )
@@ -279,16 +178,42 @@ def to_linear(module: Any) -> nn.Linear:
     return linear
 
 
-def store_as(root: nn.Module, name: str, kind: str, storage: str) -> None:
-    """Keep the replaced weight `name` below `root`, which holds two factors, in another storage."""
+def store_as(root: nn.Module, name: str, kind: str, storage: str) -> nn.Module:
+    """Keep the replaced weight `name` below `root`, which holds two factors, in another storage; returns the root."""
     if storage == "factors":
-        return
+        return root
     parent, _, child = name.rpartition(".")
-    module = cast(LowRankLinear, root.get_submodule(name))
-    new = STORAGES[kind, storage](
-        module.in_features, module.out_features, module.rank, module.bias is not None,
-        module.A.device, module.A.dtype,
-    )  # fmt: skip
-    new.set_factors(module.A, module.B)  # type: ignore[operator]
-    new.bias = module.bias  # type: ignore[assignment]
+    old: Any = root.get_submodule(name)
+    if kind == "embedding":
+        shape = (old.num_embeddings, old.embedding_dim, old.rank, old.padding_idx)
+    else:
+        shape = (old.in_features, old.out_features, old.rank, old.bias is not None)
+    new = STORAGES[kind, storage](*shape, old.A.device, old.A.dtype)
+    new.set_factors(old.A, old.B)  # type: ignore[operator]
+    if kind != "embedding":
+        new.bias = old.bias
+    if not child:
+        return new
     setattr(root.get_submodule(parent), child, new)
+    return root
+
+
+def train_as_factors(root: nn.Module) -> list[str]:
+    """Put two balanced factors in place of every pivoted linear below `root`; their names, for `store_as` afterwards.
+
+    Both hold the same matrices, but pivot rows and coefficients differ in size, and one learning rate does not suit both.
+    """
+    # A head that is tied stays as it is: the embedding's factors would no longer be its own.
+    tied = {id(m.B) for m in root.modules() if type(m) is PivotedEmbedding}
+    modules = [(name, module) for name, module in root.named_modules() if type(module) is PivotedLinear]
+    names = [name for name, module in modules if id(module.B) not in tied]
+    for name in names:
+        old: Any = root.get_submodule(name)
+        new = LowRankLinear(
+            old.in_features, old.out_features, old.rank, old.bias is not None, old.B.device, old.B.dtype
+        )
+        new.set_factors(*old.factors())
+        new.bias = old.bias
+        parent, _, child = name.rpartition(".")
+        setattr(root.get_submodule(parent), child, new.train(old.training))
+    return names

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lillama import checkpoint
+from lillama import checkpoint, factors
 from lillama.device import Device
 from lillama.errors import DistillationError, LillamaError
 from lillama.progress import Bar, Progress
@@ -43,6 +43,8 @@ def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune) -> Examples
             "config": section.config if own else section.config or base.config,
             "split": section.split or ("train" if own else base.split),
             "column": section.column if own else section.column or base.column,
+            "filter": None if own else base.filter,
+            "rows": None if own else base.rows,
             "fraction": 1.0,
             "tokens": section.tokens,
             "sequence_length": section.sequence_length,
@@ -91,11 +93,11 @@ def finetune(
     if not directory.has(SETTINGS) or directory.json(SETTINGS) != settings:
         shutil.rmtree(work, ignore_errors=True)  # of other settings, and not finished
         directory.put_json(SETTINGS, settings)
+    pivoted = factors.train_as_factors(model)
     freeze(model, section.freeze)
     generator = torch.Generator().manual_seed(section.seed)
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    held = max(round(len(examples) * section.holdout), 1) if section.holdout and len(examples) > 1 else 0
-    total = section.steps or updates(len(examples) - held, section)
+    learned, held = split(examples, section.holdout, generator)
+    total = section.steps or updates(len(learned), section)
     shifted = not model.config.is_encoder_decoder
     base = Trainer if shifted else Seq2SeqTrainer
 
@@ -111,8 +113,8 @@ def finetune(
         trainer = Finetuner(
             model=model,
             args=_arguments(section, device, work, total, bool(held), shifted),
-            train_dataset=[examples[i] for i in order[held:]],
-            eval_dataset=[examples[i] for i in order[:held]] or None,
+            train_dataset=learned,
+            eval_dataset=held or None,
             data_collator=Collator(model.config.get_text_config().pad_token_id or 0),
             callbacks=[_watcher(bar, directory)],
         )
@@ -123,6 +125,20 @@ def finetune(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if held and not math.isfinite(trainer.state.best_metric or math.nan):
         raise DistillationError("no held-out loss was finite", where="finetune", hint=_SLOWER)
+    for name in pivoted:
+        factors.store_as(model, name, "linear", "pivoted")
+
+
+def split(examples: Examples, share: float, generator: torch.Generator) -> tuple[Examples, Examples]:
+    """(to learn from, held out): about `share` of the examples, all those of one `source` on the same side."""
+    sources = [example.get("source", number) for number, example in enumerate(examples)]
+    order = list(dict.fromkeys(sources[i] for i in torch.randperm(len(examples), generator=generator).tolist()))
+    count = min(max(round(len(order) * share), 1), len(order) - 1) if share else 0
+    away = set(order[:count])
+    parts: tuple[Examples, Examples] = ([], [])
+    for source, example in zip(sources, examples):
+        parts[source in away].append({name: value for name, value in example.items() if name != "source"})
+    return parts
 
 
 def updates(examples: int, section: Finetune) -> int:

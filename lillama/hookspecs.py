@@ -45,7 +45,8 @@ def finetune_data(model: PreTrainedModel, recipe: Recipe, progress: Progress) ->
     """Examples for the recipe's `finetune:`, one clip or text each: forward arguments without a batch dimension.
 
     Each holds `labels` (-100 where nothing is learned); tensors of one dimension are padded to a batch, others
-    stacked. `model` is the skeleton. None: the host's own text blocks serve a causal model.
+    stacked. Those with an equal `source` (any text) are held out together. `model` is the skeleton. None: the host's
+    own text blocks serve a causal model.
     """
 
 
@@ -57,6 +58,22 @@ def evaluate(model: PreTrainedModel, recipe: Recipe) -> dict[str, float] | None:
 @hookspec(firstresult=True)
 def auto_class(config: PreTrainedConfig, recipe: Recipe) -> Any | None:
     """The transformers auto class that opens this model; None: AutoModelForCausalLM."""
+
+
+@hookspec(firstresult=True)
+def configuration(config: dict[str, Any]) -> PreTrainedConfig | None:
+    """The configuration for what a model's config.json says; None: transformers reads it itself.
+
+    For a model that comes with code of its own though transformers has its architecture: that code is not run then.
+    """
+
+
+@hookspec(firstresult=True)
+def shared_modules(model: PreTrainedModel, recipe: Recipe) -> Sequence[Sequence[str]] | None:
+    """Groups of modules of `model` that are one and the same, by name, the one to be stored first.
+
+    The copies in a checkpoint must be equal. They are counted once, saved once, and are still one after loading.
+    """
 
 
 @hookspec

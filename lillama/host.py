@@ -55,6 +55,11 @@ class Plugin:
         implemented = {name for name, _ in _implementations(self.module)}
         return [hook for hook in HOOKS if hook in implemented]
 
+    def first(self, hook: str) -> bool:
+        """Whether its `hook` is marked hookimpl(tryfirst=True)."""
+        found = (function for name, function in _implementations(self.module) if name == hook)
+        return any(function.lillama_impl.get("tryfirst") for function in found)
+
 
 def _implementations(module: Any) -> Iterator[tuple[str, Any]]:
     """The functions of a plugin that are marked with `hookimpl`, by the name of their hook."""
@@ -188,7 +193,8 @@ class Host:
         that says what would be needed when none does.
         """
         troubles = list(self._failures())
-        for plugin in self._chosen(recipe.plugin):
+        # One that asks to be tried first knows a single model of a family that another serves.
+        for plugin in sorted(self._chosen(recipe.plugin), key=lambda plugin: not plugin.first("enumerate_layers")):
             try:
                 layers = self._layers_of(plugin, model, recipe)
             except LillamaError as error:
@@ -233,6 +239,45 @@ class Host:
             if wanted is not None:
                 return wanted
         return None
+
+    def configuration(self, found: dict[str, Any]) -> Any | None:
+        """The configuration that any plugin makes of a model's config.json, or None."""
+        for plugin in self._chosen("auto"):
+            try:
+                made = self._call(plugin, "configuration", config=found)
+            except LillamaError as error:
+                log.warning("passed over: %s", error)
+                continue
+            if made is not None:
+                return made
+        return None
+
+    def own_configuration(self, where: str | os.PathLike[str], *, revision: str | None = None) -> Any | None:
+        """The configuration that a plugin makes for a model, whose own code is not to be run then; or None."""
+        from transformers import PreTrainedConfig
+
+        raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision)
+        return None if "quantization_config" in raw else self.configuration(raw)
+
+    def read_configuration(
+        self, where: str | os.PathLike[str], *, revision: str | None = None, trust: bool = False
+    ) -> Any:
+        """The configuration of a model (directory, config.json or hub id): a plugin's, else as transformers reads it.
+
+        Raises what transformers raises. A compressed checkpoint is always read by transformers.
+        """
+        from transformers import AutoConfig
+
+        made = self.own_configuration(where, revision=revision)
+        if made is not None:
+            return made
+        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust)
+
+    def shared_modules(self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe) -> list[list[str]]:
+        """The groups of modules that `plugin` says are one and the same."""
+        groups = self._call(plugin, "shared_modules", model=model, recipe=recipe)
+        with _guard(plugin, "shared_modules"):
+            return [list(group) for group in groups or ()]
 
     def calibration_stream(
         self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe, progress: Progress | None = None

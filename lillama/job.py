@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lillama import embedding
 from lillama import student as students
 from lillama.contract import Layer
+from lillama.curve import Curve
 from lillama.device import Device
+from lillama.grams import Found
 from lillama.plan import Plan
 from lillama.progress import Progress
 from lillama.recipe import Recipe
@@ -22,6 +26,7 @@ from lillama.streams import Batch, Capture, arguments, outputs
 from lillama.student import Student
 
 Batches = Sequence[dict[str, Tensor]]
+EMBEDDING = "embedding.json"  # the error of an embedding's vectors, by how often tokens occur
 
 
 @dataclass
@@ -35,6 +40,7 @@ class Job:
     directory: RunDirectory
     progress: Progress
     batches: Batches
+    curve: Curve | None = None
 
     def __post_init__(self) -> None:
         self.layers = self.plan.work
@@ -48,6 +54,38 @@ class Job:
         )
         self.total_steps = len(self.train) * self.recipe.distill.epochs
         self.streams, self.grams = students.needs(self.recipe)
+
+    def stored(self, layer: Layer) -> dict[str, Tensor]:
+        """The state of a finished layer, on the device; that of a tied head with the embedding's factors."""
+        tied = {weight.tied for weight in self.plan.planned(layer)}
+        owners = [other for other in self.plan.layers if any(w.name in tied for w in other.weights)]
+        tensors: dict[str, Tensor] = {}
+        for one in (*owners, layer):
+            tensors |= self.directory.tensors(self.file(one))
+        return {name: value.to(self.device.device) for name, value in tensors.items()}
+
+    @functools.cached_property
+    def counts(self) -> Tensor:
+        """How often each token occurs in the calibration data that is trained on."""
+        vocabulary = next(w.shape[0] for layer in self.layers for w in layer.weights if w.kind == "embedding")
+        return embedding.token_counts(self.train, vocabulary)
+
+    def statistics(self, layer: Layer, grams: Found | None) -> Found | None:
+        """`grams`, and what an initialiser is to know of an embedding in `layer`: token counts, a tied head's Gram."""
+        if grams is None or layer.kind != "embedding":
+            return grams
+        found = dict(grams)
+        for weight in self.plan.planned(layer):
+            given = {"counts": embedding.floored(self.counts, self.recipe.compress.embedding_floor)}
+            for _, use in self.plan.uses(weight):
+                given |= {"head_gram": grams[use.name]["gram"]} if use.name in grams else {}
+            found[weight.name] = given
+        return found
+
+    def tied_head(self, layer: Layer) -> int | None:
+        """The position of the head whose factors are those of the embedding `layer`."""
+        uses = [use for weight in self.plan.planned(layer) for use in self.plan.uses(weight)]
+        return uses[0][0] if uses else None
 
     def check_steps(self) -> set[int]:
         """After which steps the held-out loss is measured: evenly spaced, the last step included."""
@@ -90,7 +128,23 @@ class Job:
             initial_loss=student.first_loss,
             loss=student.best_loss,
         )
+        if student.embedding:
+            report = student.embedding.report(self.counts)
+            self.directory.put_json(EMBEDDING, report)
+            self.directory.event("embedding", layer=student.layer.name, **report)
         return state
+
+
+class Targets:
+    """What a head is to reproduce, computed when it is asked for: logits are too wide to be kept for all batches."""
+
+    def __init__(self, job: Job, head: nn.Module, position: int, batches: Sequence[Batch], inputs: Stream) -> None:
+        self.job, self.head, self.position, self.batches, self.inputs = job, head, position, batches, inputs
+
+    @torch.no_grad()
+    def __getitem__(self, index: int) -> Tensor:
+        with self.job.device.autocast():
+            return self.batches[index].calls[self.position](self.head, self.inputs[index])
 
 
 def place(job: Job) -> Place:

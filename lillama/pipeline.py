@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 from dataclasses import dataclass, field
@@ -12,20 +13,42 @@ import torch
 from torch import Tensor
 
 import lillama
-from lillama import calibration, checkpoint, device, factors, finetune, host
+from lillama import (
+    calibration,
+    checkpoint,
+    curve,
+    device,
+    factors,
+    finetune,
+    host,
+    measure,
+    memory,
+    refit,
+    sharing,
+    track,
+)
 from lillama.contract import Layer
 from lillama.distill import distill
 from lillama.errors import LillamaError
-from lillama.job import Job
+from lillama.job import EMBEDDING, Job
+from lillama.measure import MODEL
 from lillama.plan import Plan, choose_ranks
 from lillama.progress import Progress
 from lillama.recipe import Finetune, Recipe
-from lillama.source import Source, processor
+from lillama.source import Source
 from lillama.store import RunDirectory, write_text
 
-MODEL = "model"
 # Settings of a run that change nothing in its result.
-NOT_IN_THE_NUMBERS = {"out", "low_memory", "snapshot_seconds", "stream_memory", "stream_device_memory"}
+NOT_IN_THE_NUMBERS = {
+    "out",
+    "low_memory",
+    "snapshot_seconds",
+    "stream_memory",
+    "stream_device_memory",
+    "curve",
+    "curve_tokens",
+    "track",
+}
 
 
 @dataclass
@@ -58,13 +81,34 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
     """
     chosen = device.choose(recipe.run)
     hosts = host.get()
-    source = Source(recipe, lambda found: hosts.auto_class(found, recipe), config, chosen.working)
+    source = Source(
+        recipe,
+        lambda found: hosts.auto_class(found, recipe),
+        config,
+        chosen.working,
+        hosts.read_configuration,
+    )
     plugin, layers = hosts.layers(source.model, recipe)
+    source.share(hosts.shared_modules(plugin, source.model, recipe))
     if not any(layer.weights for layer in layers):
         raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
     plan = choose_ranks(layers, source.parameters, recipe.compress)
+    refit.check(plan, recipe)
     factors.check_storage((plan.weights[name] for name in plan.ranks), recipe.compress.storage)
+    _check_layers(layers, source)
     return Prepared(recipe, source, plugin, layers, plan, chosen)
+
+
+def _check_layers(layers: list[Layer], source: Source) -> None:
+    """LillamaError for a list of layers that no schedule could work on."""
+    shared = tuple(f"{name}." for group in source.shared for name in group)
+    for layer in layers:
+        if layer.kind == "head" and layer is not layers[-1]:
+            raise LillamaError("a head must be the last layer", where=layer.name)
+        if layer.kind == "embedding" and layer is not layers[0]:
+            raise LillamaError("an embedding must be the first layer", where=layer.name)
+        if found := next((w.name for w in layer.weights if f"{w.name}.".startswith(shared)), None):
+            raise LillamaError("a weight of shared modules cannot be factorised", where=found)
 
 
 def make_plan(recipe: Recipe, config: Any = None) -> Plan:
@@ -97,22 +141,34 @@ class Run:
         progress: Progress,
         restart: bool = False,
         batches: list[dict[str, Tensor]] | None = None,
+        before: dict[str, Any] | None = None,
     ) -> None:
+        """`before`: what another run's evaluation.before.json holds, of the same original."""
         self.prepared, self.progress = prepared, progress
         self.recipe, self.source, self.plan = prepared.recipe, prepared.source, prepared.plan
         self.directory = RunDirectory(Path(self.recipe.run.out))
         self.restart = restart
         self.given = batches
+        self.before = before
         self.details: dict[str, Any] = {}
 
     def execute(self) -> Result:
         """All phases, each skipped when its result is already there."""
         # The data is read first: a mistake in it must leave nothing behind.
         batches = self.batches()
+        points = self.curve(batches)
+        track.modules(self.recipe)
         if self.restart:
             self.directory.discard()
         self.directory.open(self.fingerprint(batches))
+        with track.tracked(self.recipe, self.directory, self.progress):
+            return self.phases(batches, points)
+
+    def phases(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> Result:
+        """What follows when the data is read and the directory open."""
         self.describe()
+        # Before anything large is allocated.
+        (memory.return_large_blocks if self.recipe.run.low_memory else memory.keep_large_blocks)()
         with self.progress.timed("fetch"):
             self.source.fetch(self.directory.path)
         before = self.measure("before")
@@ -127,6 +183,7 @@ class Run:
                 self.directory,
                 self.progress,
                 batches,
+                points,
             )
             distill(job)
             with self.progress.timed("write"):
@@ -153,22 +210,28 @@ class Run:
             raise LillamaError("the calibration data gives no batch", where="calibration")
         return batches
 
+    def curve(self, batches: list[dict[str, Tensor]]) -> curve.Curve | None:
+        """What measures the whole model while its layers learn, where the recipe wants that."""
+        windows = curve.text(self.recipe, self.tokenizer, batches)
+        return None if windows is None else curve.Curve(windows, self.recipe.run.curve)
+
     def tokenizer(self) -> Any:
         """The original's tokenizer."""
         from transformers import AutoTokenizer
 
         from lillama.source import explained
 
-        options = {"gguf_file": self.source.gguf} if self.source.gguf else {}
+        options: dict[str, Any] = {"gguf_file": self.source.gguf} if self.source.gguf else {}
         with explained(f"the tokenizer of '{self.recipe.model.id}'", "model.id"):
             unpacked = self.directory.path / "original"
             if self.source.gguf and unpacked.is_dir():
                 return AutoTokenizer.from_pretrained(unpacked)
+            revision, trust = self.recipe.model.revision, self.recipe.model.trust_remote_code
+            if not self.source.gguf:
+                own = host.get().own_configuration(self.source.where, revision=revision)
+                options, trust = ({}, trust) if own is None else ({"config": own}, False)
             return AutoTokenizer.from_pretrained(
-                self.source.where,
-                revision=self.recipe.model.revision,
-                trust_remote_code=self.recipe.model.trust_remote_code,
-                **options,
+                self.source.where, revision=revision, trust_remote_code=trust, **options
             )
 
     def fingerprint(self, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -195,12 +258,16 @@ class Run:
         write_text(path / "recipe.resolved.yaml", self.recipe.to_yaml())
         self.directory.record("recipe.yaml", "recipe.resolved.yaml")
         self.directory.put_json("plan.json", self.plan.to_dict())
-        self.directory.event("start", plugin=str(self.prepared.plugin), threads=torch.get_num_threads())
+        self.directory.event(
+            "start",
+            plugin=str(self.prepared.plugin),
+            machine=device.machine(),
+            device=device.name(self.prepared.device.device),
+            threads=torch.get_num_threads(),
+        )
 
     def measure(self, when: str) -> dict[str, float]:
         """Run the evaluators on the original ("before"), the compressed ("after") or the "finetuned" model, once."""
-        from lillama import evaluate
-
         name = f"evaluation.{when}.json"
         wanted = self.recipe.model_dump(mode="json")["evaluate"]
         if self.directory.has(name):
@@ -208,31 +275,28 @@ class Run:
             if held["evaluate"] == wanted:
                 self.details[when] = held["details"]
                 return dict(held["metrics"])
-        hooks = "evaluate" in self.prepared.plugin.hooks
-        if not wanted and not hooks:
+        if not wanted and "evaluate" not in self.prepared.plugin.hooks:
             return {}
+        if when == "before" and self.before and self.before["evaluate"] == wanted:
+            self.directory.put_json(name, self.before)
+            return self.measure(when)
         assert self.source.directory is not None
         places = {"after": self.directory.path / MODEL, "finetuned": self.directory.path / finetune.FINETUNED}
         place = places.get(when, self.source.directory)
-        chosen = self.prepared.device.device
         with self.progress.timed(f"evaluate {when}"):
             kinds = {"before": "original", "after": "compressed", "finetuned": "fine-tuned"}
             self.progress.say(f"evaluating the {kinds[when]} model")
+            trust = self.recipe.model.trust_remote_code
+            model = measure.opened(place, self.source.dtype, self.source.auto_class, trust)
             if when == "before":
-                model = self.source.auto_class.from_pretrained(place, dtype=self.source.dtype)
-            else:
-                model = checkpoint.load(place, dtype=self.source.dtype)
-            model.to(chosen).eval()
-            host.get().prepare(self.prepared.plugin, model, self.recipe)
-            context = evaluate.Context(processor(place), str(chosen), self.recipe.run.seed)
-            metrics = evaluate.evaluate(model, self.recipe, context)
-            if hooks:
-                metrics |= host.get().evaluate(self.prepared.plugin, model, self.recipe)
-        del model
-        gc.collect()
-        self.details[when] = context.details
-        self.directory.put_json(name, {"evaluate": wanted, "metrics": metrics, "details": context.details})
-        return metrics
+                sharing.share(model, self.source.shared)
+            found = measure.measure(model, place, self.recipe, self.prepared.plugin, self.prepared.device.device)
+            del model
+            gc.collect()
+        self.details[when] = found.details
+        self.directory.put_json(name, {"evaluate": wanted, "metrics": found.metrics, "details": found.details})
+        self.directory.event("measured", stage=when, **found.metrics)
+        return found.metrics
 
     def write(self, job: Job, target: Path) -> None:
         """Write the checkpoint from the finished layers."""
@@ -264,7 +328,9 @@ class Run:
         hosts.prepare(prepared.plugin, model, self.recipe)
         teacher = None
         if section.teacher > 0:
-            teacher = self.source.auto_class.from_pretrained(self.source.directory, dtype=self.source.working)
+            teacher = self.source.auto_class.from_pretrained(
+                self.source.directory, config=copy.deepcopy(self.source.config), dtype=self.source.working
+            )
         finetune.finetune(model, teacher, examples, section, prepared.device, self.directory, self.progress)
         finetune.save(model, self.source.dtype, compressed, self.directory, self.card())
         if self.directory.has("evaluation.finetuned.json"):  # of an earlier one that was removed
@@ -304,6 +370,7 @@ class Run:
             "before": before,
             "after": after,
             **({} if tuned is None else {"finetuned": tuned}),
+            **({"embedding": self.directory.json(EMBEDDING)} if self.directory.has(EMBEDDING) else {}),
             "seconds": seconds,
             "peak_memory_bytes": max(peak_memory(), previous.get("peak_memory_bytes", 0)),
         }
@@ -312,8 +379,18 @@ class Run:
             metrics["peak_device_memory_bytes"] = max(peak, previous.get("peak_device_memory_bytes", 0))
         self.directory.put_json("metrics.json", metrics)
         self.directory.event("done")
+        self.report()
         target = target if tuned is None else self.directory.path / finetune.FINETUNED
         return Result(target, self.plan, metrics, self.details, self.source.auto_class.__name__)
+
+    def report(self) -> None:
+        """Write report.html; whatever goes wrong there must not cost the run."""
+        from lillama import report
+
+        try:
+            report.write(self.directory.path)
+        except Exception as error:
+            self.progress.say(f"the report could not be written ({type(error).__name__}: {error})")
 
 
 def peak_memory() -> int:

@@ -23,8 +23,10 @@ def stored(weight: Weight, rank: int, storage: str) -> int:
     """How many numbers a rank-`rank` version of `weight` holds (DESIGN 6).
 
     Two factors hold r (d_out + d_in); pivoted storage r^2 fewer. Row numbers of pivots are not counted:
-    they are indices, not parameters.
+    they are indices, not parameters. A tied weight holds nothing of its own.
     """
+    if weight.tied:
+        return 0
     numbers = rank * sum(weight.shape)
     if storage == "pivoted":
         numbers -= rank * rank
@@ -159,10 +161,17 @@ class Plan:
 
     def modules(self) -> dict[str, dict[str, Any]]:
         """What config.json says of every replaced module."""
+        weights = {name: self.weights[name] for name in self.ranks}
         return {
-            name: {"kind": self.weights[name].kind, "storage": self.storage, "rank": rank}
-            for name, rank in self.ranks.items()
+            name: {"kind": w.kind, "storage": self.storage, "rank": self.ranks[name]}
+            | ({"tied": w.tied} if w.tied else {})
+            for name, w in weights.items()
         }
+
+    def uses(self, weight: Weight) -> list[tuple[int, Weight]]:
+        """The tied weights that the factors of `weight` serve as well, with the positions of their layers."""
+        layers = enumerate(self.layers)
+        return [(i, w) for i, layer in layers for w in self.planned(layer) if w.tied == weight.name]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plan.json holds it."""
@@ -172,6 +181,7 @@ class Plan:
                 rank = self.ranks.get(w.name)
                 after = w.parameters if rank is None else stored(w, rank, self.storage)
                 row = {"layer": layer.name, "weight": w.name, "shape": list(w.shape), "copies": w.copies}
+                row |= {"tied": w.tied} if w.tied else {}
                 weights.append(row | {"rank": rank, "parameters": w.parameters, "after": after})
         return {
             "strategy": self.strategy,
@@ -187,10 +197,10 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress) -> Pl
 
     Raises LillamaError with the largest possible reduction when the strategy cannot reach the recipe's.
     """
-    offered = [
-        Layer(layer.name, tuple(w for w in layer.weights if not _skipped(w, compress.skip)), layer.kind)
-        for layer in layers
-    ]
+    # What is tied has the factors of its embedding, or both stay dense.
+    stay = {w.tied for layer in layers for w in layer.weights if _skipped(w, compress.skip)}
+    stay |= {w.name for layer in layers for w in layer.weights if w.tied or _skipped(w, compress.skip)}
+    offered = [Layer(layer.name, tuple(w for w in layer.weights if w.name not in stay), layer.kind) for layer in layers]
     total = sum(w.parameters for layer in layers for w in layer.weights)
     base = before if compress.of == "model" else total
     remove = -int(-compress.reduction * base // 1)  # rounded up
@@ -206,7 +216,8 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress) -> Pl
             where="compress.reduction",
             hint=f"{error.hint}, ask for less, or skip fewer weights.",
         ) from error
-    return Plan(tuple(layers), ranks, compress.storage, before, compress.strategy)
+    tied = {w.name: ranks[w.tied] for layer in layers for w in layer.weights if w.tied in ranks}
+    return Plan(tuple(layers), ranks | tied, compress.storage, before, compress.strategy)
 
 
 def _skipped(weight: Weight, globs: Iterable[str]) -> bool:

@@ -67,6 +67,12 @@ class Compress(Section):
     gram_tokens: int = Field(
         65536, ge=1, description="Calibration tokens that input statistics are taken over (whitened)."
     )
+    embedding_floor: float = Field(
+        0.1,
+        ge=0,
+        description="Embeddings: every token of the vocabulary counts for at least this share of the mean token's "
+        "count, so that those which the calibration text lacks keep their meaning.",
+    )
     skip: list[str] = Field(default_factory=list, description="Globs of weights that stay dense.")
 
 
@@ -105,6 +111,10 @@ class Calibration(Section):
     config: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split, slices allowed: train[:80%].")
     column: str | None = Field(None, description="Column of the text; null: found by its usual names.")
+    filter: dict[str, str | int | list[str | int]] | None = Field(
+        None, description="Rows to keep: a column's value, or a list of values. {language: hau}, for example."
+    )
+    rows: int | None = Field(None, gt=0, description="How many rows (lines of a .txt file) to use at most; null: all.")
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the rows to use.")
     tokens: int | None = Field(None, gt=0, description="How many tokens to use at most; null: all.")
     sequence_length: int = Field(512, ge=2, description="Tokens per sequence; rows are joined and cut to this.")
@@ -113,6 +123,12 @@ class Calibration(Section):
         ge=0,
         description="Speech: further transcripts of every clip, sampled from the original at rising temperatures. They "
         "show the decoder more words where there is little data.",
+    )
+    augment: int = Field(
+        0,
+        ge=0,
+        description="Speech: altered copies of every clip (parts of it, another speed, noise), which the original "
+        "transcribes.",
     )
     seed: int = Field(0, description="Seed of the order of rows.")
 
@@ -128,6 +144,7 @@ class Finetune(Section):
     variants: int = Field(
         0, ge=0, description="Speech: further transcripts of every clip, as for calibration; for teacher: 1."
     )
+    augment: int = Field(0, ge=0, description="Speech: altered copies of every clip, as for calibration.")
     tokens: int | None = Field(None, gt=0, description="Tokens of text to use at most; null: all.")
     sequence_length: int = Field(512, ge=2, description="Tokens per sequence of text.")
     epochs: int = Field(1, ge=1, description="Passes over the data.")
@@ -177,7 +194,20 @@ class Run(Section):
     )
     low_memory: bool = Field(
         False,
-        description="Give freed memory back to the system at once: a lower peak on a CPU, for up to a fifth more time.",
+        description="A lower peak for more time: freed memory goes back to the system at once; in the concurrent "
+        "schedule one original layer is on the device at a time (others wait in the host's memory; on a CPU, on disk) "
+        "and best states are kept in files.",
+    )
+    curve: int = Field(
+        0,
+        ge=0,
+        description="Points of a curve of the whole model's perplexity while it is distilled, on the text of the first "
+        "perplexity evaluator, else on held-out calibration data; 0: none.",
+    )
+    curve_tokens: int = Field(4096, ge=2, description="Tokens of text for each of these points.")
+    track: list[Literal["wandb", "trackio"]] = Field(
+        default_factory=list,
+        description="Where to send losses and metrics while the run goes on; events.jsonl has them always.",
     )
     snapshot_seconds: float = Field(
         300.0, ge=0, description="Concurrent schedule: how often the state is stored for a later resume."

@@ -127,6 +127,7 @@ INITIALISERS = Registry(
         "svd": "lillama.init:svd",
         "random": "lillama.init:random",
         "whitened": "lillama.init:whitened",
+        "compensated": "lillama.init:compensated",
     },
 )
 OBJECTIVES = Registry(
@@ -148,8 +149,10 @@ LOSSES = Registry(
 EVALUATORS = Registry(
     "evaluator",
     {
+        "harness": "lillama.evaluate.harness:harness",
         "perplexity": "lillama.evaluate.perplexity:perplexity",
         "speed": "lillama.evaluate.speed:speed",
+        "stable_rank": "lillama.evaluate.stable_rank:stable_rank",
         "sample": "lillama.evaluate.sample:sample",
         "wer": "lillama.evaluate.speech:wer",
     },

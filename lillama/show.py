@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
@@ -16,10 +15,12 @@ from rich.text import Text
 
 from lillama.errors import LillamaError
 from lillama.estimate import estimate
-from lillama.pipeline import MODEL, Prepared, Result
+from lillama.pipeline import Prepared, Result
 from lillama.plan import Plan, stored
 from lillama.progress import clock
 from lillama.recipe import Recipe
+
+ERROR = "_stderr"  # what a metric's standard error is called after it
 
 
 def quiet_libraries() -> None:
@@ -63,7 +64,8 @@ def plan(prepared: Prepared) -> RenderableType:
         )
         before = sum(w.parameters for w in rows)
         after = sum(stored(w, p.ranks[w.name], p.storage) if w.name in p.ranks else w.parameters for w in rows)
-        table.add_row(name, shape, ranks, f"{millions(before)} -> {millions(after)}")
+        sizes = f"with {rows[0].tied}" if rows[0].tied else f"{millions(before)} -> {millions(after)}"
+        table.add_row(name, shape, ranks, sizes)
     e = estimate(prepared.source, p, recipe, prepared.device)
     layers = sum(1 for layer in p.layers if p.planned(layer))
     compute = str(prepared.device.compute).removeprefix("torch.")
@@ -101,10 +103,12 @@ def result(found: Result, recipe: Recipe) -> RenderableType:
         change = f"{after / before - 1:+.1%}"
         table.add_row(name, show(before), show(after), change, *(() if tuned is None else (show(after), change)))
     for name in [*m["before"], *(n for n in m["after"] if n not in m["before"])]:
+        if name.endswith(ERROR):
+            continue
         before, after = m["before"].get(name), m["after"].get(name)
-        row = [_number(before), _number(after), _ratio(before, after)]
+        row = [_measured(m["before"], name), _measured(m["after"], name), _ratio(before, after)]
         if tuned is not None:
-            row += [_number(tuned.get(name)), _ratio(before, tuned.get(name))]
+            row += [_measured(tuned, name), _ratio(before, tuned.get(name))]
         table.add_row(name, *row)
     parts: list[RenderableType] = [Text(), table, Text()]
     for key, detail in found.details.get("after", {}).items():
@@ -129,6 +133,12 @@ def _completions(prompt: str, before: str, after: str) -> list[RenderableType]:
     ]
 
 
+def _measured(values: dict[str, float], name: str) -> str:
+    """A metric, with its standard error where it has one."""
+    error = values.get(f"{name}{ERROR}")
+    return _number(values.get(name)) + (f" ± {error:.2g}" if error else "")
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return ""
@@ -144,57 +154,54 @@ def metrics(values: dict[str, float]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    for name, value in values.items():
-        table.add_row(name, _number(value))
+    for name in values:
+        if not name.endswith(ERROR):
+            table.add_row(name, _measured(values, name))
     return table
 
 
 def read_config(path: str) -> Any:
     """A transformers configuration from a config.json that stands alone."""
-    from transformers import AutoConfig
-
+    from lillama import host
     from lillama.source import explained
 
     file = Path(path)
     if not file.is_file():
         raise LillamaError("there is no such file", where=path)
     with explained(f"the configuration '{path}'", "--config"):
-        return AutoConfig.from_pretrained(file)
+        return host.get().read_configuration(file)
 
 
-def evaluate_directory(directory: Path, recipe_path: str | None, overrides: list[str], device: str) -> dict[str, float]:
-    """Evaluate a run's result (by its own recipe), a checkpoint or any model (by `recipe_path` or overrides)."""
-    from transformers import AutoConfig
-
-    from lillama import checkpoint, evaluate, host
-    from lillama.device import choose
-    from lillama.source import explained, processor
-
-    place = directory / MODEL if (directory / MODEL / "config.json").is_file() else directory
-    own = directory / "recipe.resolved.yaml"
-    data = [f"model.id={json.dumps(str(place))}", *overrides]
-    if recipe_path or own.is_file():
-        recipe = Recipe.load(recipe_path or own, data)
-    else:
-        base = {"model": {"id": str(place)}, "compress": {"reduction": 0.5}}
-        recipe = Recipe.parse(base | {"calibration": {"dataset": "-"}, "run": {"out": "-"}}, data)
-    if not recipe.evaluate:
-        raise LillamaError(
-            "there is nothing to measure",
-            where="evaluate",
-            hint="Give --recipe FILE, or --set 'evaluate.perplexity={dataset: FILE}'.",
-        )
-    chosen = choose(recipe.run.model_copy(update={"device": device})).device
-    with explained(f"the model '{place}'", "directory"):
-        config = AutoConfig.from_pretrained(place)
-        if getattr(config, "quantization_config", None):
-            model = checkpoint.load(place)
-        else:
-            from transformers import AutoModelForCausalLM
-
-            auto = host.get().auto_class(config, recipe) or AutoModelForCausalLM
-            model = auto.from_pretrained(place, dtype="auto")
-        reader = processor(place)
-    context = evaluate.Context(reader, str(chosen), recipe.run.seed)
-    found: dict[str, float] = evaluate.evaluate(model.to(chosen).eval(), recipe, context)
-    return found
+def bench(found: dict[str, Any]) -> RenderableType:
+    """The comparison of two models' speeds as a table, with how much smaller the one is."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("prompt", "phase", "original", "compressed", "ratio", "spread", "peak memory"):
+        table.add_column(column, justify="left" if column in ("phase", "peak memory") else "right")
+    for row in found["rows"]:
+        for phase in ("prefill", "decode"):
+            speeds = row.get(phase) or {}
+            if not speeds:
+                continue
+            ratio = speeds.get("ratio")
+            memory = row.get("peak_memory_bytes", {}) if phase == "prefill" else {}
+            table.add_row(
+                str(row["length"]),
+                phase,
+                *(f"{speeds[name]:,.1f}" if name in speeds else "" for name in ("original", "compressed")),
+                f"x {ratio[0]:.2f}" if ratio else "",
+                f"{ratio[1]:.2f} to {ratio[2]:.2f}" if ratio else "",
+                ", ".join(size(value) for value in memory.values()),
+            )
+        if "note" in row:
+            table.add_row(str(row["length"]), row["note"])
+    sizes = [
+        f"{name}: {model['parameters']:,} parameters, {size(model['weight_bytes'])}"
+        for name, model in found["models"].items()
+    ]
+    parameters = [model["parameters"] for model in found["models"].values()]
+    lines = [
+        *sizes,
+        f"parameters x {parameters[1] / parameters[0]:.2f}; {found['machine']}, {found['threads']} threads, "
+        f"{found['dtype']}; tokens per second of {found['batch_size']} prompts at once, medians of {found['repeats']}",
+    ]
+    return Group(*(Text(line) for line in lines), Text(), table)

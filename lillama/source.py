@@ -19,6 +19,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lillama import sharing
 from lillama.errors import LillamaError
 from lillama.recipe import Model, Recipe
 from lillama.tensorfile import Lazy, TensorFile
@@ -107,11 +108,13 @@ class Source:
         auto_class: Callable[[Any], Any] | None = None,
         config: Any = None,
         working: Callable[[torch.dtype], torch.dtype] | None = None,
+        configure: Callable[..., Any] | None = None,
     ) -> None:
         """Read the configuration and build the skeleton; no weight is read.
 
         `auto_class` may name, for a configuration, another auto class than AutoModelForCausalLM. `config` replaces the
         configuration that `recipe.model` names. `working` gives the type weights are held in while distilling.
+        `configure` reads the configuration in the place of transformers (see `Host.read_configuration`).
         """
         self.recipe = recipe
         self.where, self.gguf = resolve(recipe.model) if config is None else (recipe.model.id, None)
@@ -119,6 +122,9 @@ class Source:
         if self.gguf:
             options["gguf_file"] = self.gguf
         with explained(f"the model '{recipe.model.id}'", "model.id"):
+            if config is None and configure and not self.gguf:
+                model = recipe.model
+                config = configure(self.where, revision=model.revision, trust=model.trust_remote_code)
             self.config = config or AutoConfig.from_pretrained(self.where, **options)
         if getattr(self.config, "quantization_config", None) is not None:
             raise LillamaError(
@@ -129,6 +135,8 @@ class Source:
         self.auto_class = (auto_class and auto_class(self.config)) or AutoModelForCausalLM
         self.dtype = self._dtype()
         self.working = working(self.dtype) if working else self.dtype
+        self.shared: list[list[str]] = []  # see `share`
+        self.aliases: dict[str, str] = {}
         self.model = self.skeleton()
         self.directory: Path | None = None  # of safetensors files, once `fetch` was called
         self._keys: dict[str, list[tuple[Path, str]]] = {}
@@ -150,7 +158,14 @@ class Source:
         ):
             model = self.auto_class.from_config(self.config, dtype=self.working, trust_remote_code=trust)
         model.tie_weights()
+        sharing.share(model, self.shared)
         return model.eval().requires_grad_(False)
+
+    def share(self, groups: sharing.Groups) -> None:
+        """Have the modules of each group be one; `fetch` sees to it that their copies in the files are equal."""
+        self.shared = [list(group) for group in groups]
+        sharing.share(self.model, self.shared)
+        self.aliases = sharing.aliases(self.model, self.shared)
 
     def identity(self) -> dict[str, Any]:
         """What tells these weights from others: a hub commit, or place, size and date of local files."""
@@ -178,7 +193,23 @@ class Source:
         else:
             self.directory = _download(self.where, self.recipe.model.revision)
         self._keys = self._index(self.directory)
+        self._check_copies()
         return self.directory
+
+    def _check_copies(self) -> None:
+        """LillamaError unless the copies of shared parameters are equal; such as no file holds are the first."""
+        for name, first in self.aliases.items():
+            mine, theirs = self._keys.get(name), self._keys[first]
+            if mine is None:
+                self._keys[name] = theirs
+                continue
+            for (file, key), (other_file, other) in zip(mine, theirs, strict=True):
+                if not torch.equal(self._files[file].read(key), self._files[other_file].read(other)):
+                    raise LillamaError(
+                        f"'{key}' and '{other}' are different, though the model is known to use one for both",
+                        where=str(file),
+                        hint="This is another model, or a damaged copy: use another plugin, or download it again.",
+                    )
 
     def _index(self, directory: Path) -> dict[str, list[tuple[Path, str]]]:
         """Model key -> the file tensors it is made of."""
@@ -196,7 +227,7 @@ class Source:
             for key in self._files[file]:
                 name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
                 index.setdefault(name, []).append((file, key))
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        tied = {*(getattr(self.model, "all_tied_weights_keys", None) or {}), *self.aliases}
         if missing := [k for k, t in state.items() if t.is_meta and k not in index and k not in tied]:
             raise LillamaError(
                 f"the checkpoint lacks {len(missing)} tensors of {type(self.model).__name__}, such as {missing[0]}",
@@ -223,7 +254,10 @@ class Source:
         from transformers.modeling_utils import LoadStateDictConfig
         from transformers.utils import logging
 
-        state = {key: Lazy(self._files[file], key) for file, key in self.tensors_below(prefixes)}
+        prefixes = tuple(prefixes)
+        tied = self._tied_below(prefixes)
+        absent = {stored for stored in tied.values() if self.model.get_parameter(stored).is_meta}
+        state = {key: Lazy(self._files[file], key) for file, key in self.tensors_below([*prefixes, *absent])}
         settings = LoadStateDictConfig(
             device_map={"": device},
             dtype=self.working,
@@ -234,7 +268,18 @@ class Source:
         if info.conversion_errors or info.mismatched_keys or info.error_msgs:
             trouble = info.conversion_errors or info.mismatched_keys or info.error_msgs
             raise LillamaError(f"tensors do not fit the model: {trouble}", where=str(self.directory))
+        for name, stored in tied.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, self.model.get_parameter(stored))
+            if stored in absent and not stored.startswith(tuple(f"{p}." for p in prefixes)) and stored not in prefixes:
+                self.release_keys([stored])
         self.model.requires_grad_(False)
+
+    def _tied_below(self, prefixes: tuple[str, ...]) -> dict[str, str]:
+        """Parameters below `prefixes` that no file holds -> those they are tied to."""
+        dotted = tuple(f"{p}." for p in prefixes)
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return {k: v for k, v in tied.items() if k not in self._keys and (k in prefixes or k.startswith(dotted))}
 
     def prefetch(self, prefixes: Iterable[str]) -> None:
         """Have the system read the modules named by `prefixes` in the background, for a `materialise` to come.

@@ -134,8 +134,8 @@ class Capture:
             if len(captured) == len(self.layers):
                 raise _Stop
             if layer.kind == "embedding":
-                width = cast(nn.Embedding, module).embedding_dim
-                return torch.zeros(*hidden.shape, width, device=hidden.device)
+                weight = cast(nn.Embedding, module).weight
+                return torch.zeros(*hidden.shape, weight.shape[1], device=hidden.device, dtype=weight.dtype)
             return hidden
 
         return record

@@ -7,12 +7,14 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from lillama import factors, registry
+from lillama import embedding, factors, registry
+from lillama.best import Best
 from lillama.contract import Layer, Weight
 from lillama.device import Device
 from lillama.errors import DistillationError, LillamaError
@@ -36,16 +38,23 @@ def needs(recipe: Recipe) -> tuple[set[str], frozenset[str]]:
 
 
 def initial_factors(
-    layer: Layer, teacher: nn.Module, plan: Plan, recipe: Recipe, grams: Found | None
+    layer: Layer,
+    teacher: nn.Module,
+    plan: Plan,
+    recipe: Recipe,
+    grams: Found | None,
+    weights: Iterable[Weight] | None = None,
 ) -> dict[str, Tensor]:
-    """The starting factors of a layer's planned weights, as `<weight>.A` and `<weight>.B` in float32.
+    """The starting factors of a layer's planned weights, or of `weights`: `<weight>.A`, `<weight>.B` in float32.
 
     Those of stacked weights have one more dimension, in front.
     """
     initialise = registry.INITIALISERS.get(recipe.compress.init)
     wanted = inspect.signature(initialise).parameters
     found = {}
-    for weight in plan.planned(layer):
+    for weight in plan.planned(layer) if weights is None else weights:
+        if weight.tied:
+            continue
         W = factors.dense(teacher, relative(weight, layer), weight.kind)
         given = grams[weight.name] if grams is not None else {}
         arguments: dict[str, Any] = {}
@@ -60,6 +69,8 @@ def initial_factors(
                 for i, one in enumerate(W)
             ]
             A, B = (torch.stack(one) for one in zip(*each))
+        elif weight.kind == "embedding":
+            A, B = embedding.factorise(initialise, wanted, W, rank, arguments, **given)
         else:
             A, B = initialise(W, rank, **arguments, **given)
         found[f"{weight.name}.A"], found[f"{weight.name}.B"] = A.float(), B.float()
@@ -76,7 +87,8 @@ def build(layer: Layer, teacher: nn.Module, plan: Plan, storage: str) -> nn.Modu
     student = copy.deepcopy(teacher, hollow).float().eval()
     for path, weight in planned:
         rank = plan.ranks[weight.name]
-        factors.replace(student, path, kind=weight.kind, storage=storage, rank=rank, device=device)
+        new = factors.replace(student, path, kind=weight.kind, storage=storage, rank=rank, device=device)
+        student = student if path else new
     return student.requires_grad_(False)
 
 
@@ -118,24 +130,43 @@ class Student:
         device: Device,
         init: dict[str, Tensor],
         total_steps: int,
+        best_file: Path | None = None,
+        owner: Student | None = None,
     ) -> None:
+        """`best_file`: where the best state is kept, if not in memory.
+
+        `owner` is the student of the embedding that a head is tied to. They have one pair of factors: a step is one
+        `step` of the embedding's and one of the head's, after which both gradients are applied together.
+        """
         self.layer, self.position, self.plan, self.device = layer, position, plan, device
         self.distill = recipe.distill
         self.total_steps = total_steps
         self.module = build(layer, teacher, plan, "factors")
+        self.owner = owner
+        self.follower: Student | None = None
         for weight in plan.planned(layer):
+            if weight.tied:
+                continue
             A, B = init[f"{weight.name}.A"], init[f"{weight.name}.B"]
             factors.set_factors(self.module, relative(weight, layer), weight.kind, A, B)
-        self.trained = self._trained()
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=self.distill.learning_rate, weight_decay=self.distill.weight_decay
-        )
+        self.embedding: embedding.Watch | None = None
+        if layer.kind == "embedding":
+            self.embedding = embedding.Watch(teacher, self.module, recipe.compress.embedding_floor)
+        self.trained = self._trained() if owner is None else {}
+        if owner is None:
+            self.optimizer = torch.optim.AdamW(
+                self.trained.values(), lr=self.distill.learning_rate, weight_decay=self.distill.weight_decay
+            )
+        else:
+            factors.tie(self.module, owner.module)
+            owner.follower, self.optimizer = self, owner.optimizer
         self.objective: Callable[..., Tensor] = registry.OBJECTIVES.get(self.distill.objective)
         self.loss: Callable[..., Tensor] = registry.LOSSES.get(self.distill.loss)
         self.wants = [name.removeprefix("on_") for name in inspect.signature(self.loss).parameters]
         self.steps = 0
-        self.best: dict[str, Tensor] | None = None
-        self.best_loss = math.inf
+        self.best = Best(best_file)
+        self.best_loss = self._loss = math.inf
+        self.best_together = math.inf  # of an embedding and the head tied to it
         self.first_loss = math.nan
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -148,11 +179,21 @@ class Student:
 
     def distances(self, batch: Batch, target: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, outputs by stream) of one batch; `inputs` holds the streams the loss wants."""
-        outputs, on = {}, {}
+        outputs: dict[str, Tensor] = {}
+        on: dict[str, Tensor] = {}
         for name in self.wants:
+            first = next(iter(outputs), name)
+            if first != name and (self.embedding or inputs[name] is inputs[first]):
+                outputs[name], on[f"on_{name}"] = outputs[first], on[f"on_{first}"]
+                continue
             with self.device.autocast():
                 outputs[name] = batch.calls[self.position](self.module, inputs[name])
-            on[f"on_{name}"] = token_mean(self.objective(outputs[name].float(), target.float()), batch.mask)
+            distance = token_mean(self.objective(outputs[name].float(), target.float()), batch.mask)
+            if self.embedding:
+                # Checks are made on the same tokens every time.
+                seed = self.steps + 1 if torch.is_grad_enabled() else 0
+                distance = self.embedding.with_all_tokens(distance, self.module, self.objective, batch.tokens, seed)
+            on[f"on_{name}"] = distance
         return self.loss(**on), outputs
 
     def step(self, batch: Batch, target: Tensor, inputs: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
@@ -168,10 +209,11 @@ class Student:
                 hint=f"Lower distill.learning_rate ({self.distill.learning_rate:g}) or set distill.clip_norm.",
             )
         loss.backward()
-        if self.distill.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.trained.values(), self.distill.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.follower is None:  # else the head's gradient is still to come
+            if self.distill.clip_norm is not None:
+                nn.utils.clip_grad_norm_((self.owner or self).trained.values(), self.distill.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         return value, {name: output.detach() for name, output in outputs.items()}
 
@@ -188,14 +230,16 @@ class Student:
         """Take note of a held-out loss of the present state."""
         if self.steps == 0:
             self.first_loss = loss
-        if loss < self.best_loss:
+        if self.follower is not None:  # judged together with the head, which comes next
+            self._loss = loss
+        elif self.owner is not None:
+            together = self.owner._loss + loss
+            if together < self.owner.best_together:
+                self.owner.best_together, self.owner.best_loss, self.best_loss = together, self.owner._loss, loss
+                self.owner.best.keep(self.owner.trained)
+        elif loss < self.best_loss:
             self.best_loss = loss
-            if self.best is None:
-                # On the host: as large as the factors, and touched a few times in a run.
-                self.best = {name: torch.empty_like(p, device="cpu") for name, p in self.trained.items()}
-            with torch.no_grad():
-                for name, p in self.trained.items():
-                    self.best[name].copy_(p)
+            self.best.keep(self.trained)
         return loss
 
     def state(self) -> dict[str, Tensor]:
@@ -203,12 +247,15 @@ class Student:
 
         Names are relative to the layer; factors are in the plan's storage.
         """
-        if self.best is not None:
-            with torch.no_grad():
-                for name, value in self.best.items():
-                    self.trained[name].copy_(value)
+        if self.owner is not None:  # which was stored before
+            return {"pivots": self.owner.module.get_buffer("pivots")} if self.plan.storage == "pivoted" else {}
+        if self.best:
+            self.best.restore(self.trained)
+        if self.embedding:
+            self.embedding.finish(self.module)
         for weight in self.plan.planned(self.layer):
-            factors.store_as(self.module, relative(weight, self.layer), weight.kind, self.plan.storage)
+            path = relative(weight, self.layer)
+            self.module = factors.store_as(self.module, path, weight.kind, self.plan.storage)
         state = {
             name: value
             for name, value in self.module.state_dict().items()

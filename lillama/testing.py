@@ -29,11 +29,12 @@ Batches = list[dict[str, Tensor]]
 
 _FRESH = """
 import sys
-import lillama, transformers
+import lillama, torch, transformers
 from safetensors.torch import load_file, save_file
 directory, inputs, outputs, name = sys.argv[1:]
 model = getattr(transformers, name).from_pretrained(directory, dtype="float32").eval()
-save_file({"logits": model(**load_file(inputs)).logits.detach().contiguous()}, outputs)
+parameters = torch.tensor(sum(p.numel() for p in model.parameters()))
+save_file({"logits": model(**load_file(inputs)).logits.detach().contiguous(), "parameters": parameters}, outputs)
 """
 
 
@@ -51,7 +52,8 @@ def check_architecture(model: Any, directory: Path, batches: Batches | None = No
 
     - full rank reproduces the logits to 1e-5;
     - planned parameters equal the actual ones exactly;
-    - a saved checkpoint loads bit-equal in a fresh process, and once more after `save_pretrained`;
+    - a saved checkpoint loads bit-equal in a fresh process, and once more after `save_pretrained`, with what is tied
+      or shared still so;
     - every loss, schedule and storage runs.
 
     `batches` are the model's forward arguments (default: random token ids). `directory` must be empty or new.
@@ -75,10 +77,23 @@ def check_architecture(model: Any, directory: Path, batches: Batches | None = No
         assert actual == result.plan.after, f"{changes}: planned {result.plan.after} parameters, got {actual}"
     _same_in_a_fresh_process(result.path, inputs, directory)
     loaded.save_pretrained(directory / "again")
+    first, second = checkpoint.load(result.path).eval(), checkpoint.load(directory / "again").eval()
     with torch.no_grad():
-        once = checkpoint.load(result.path).eval()(**inputs).logits
-        twice = checkpoint.load(directory / "again").eval()(**inputs).logits
+        once, twice = first(**inputs).logits, second(**inputs).logits
     assert torch.equal(once, twice), "saving the loaded model changed it"
+    assert one_and_the_same(first) == one_and_the_same(second), "saving the loaded model changed what it shares"
+    assert sum(p.numel() for p in second.parameters()) == result.plan.after, "it is no longer as small"
+    first.tie_weights()  # evaluators do so
+    with torch.no_grad():
+        assert torch.equal(once, first(**inputs).logits), "config.tie_word_embeddings is not what the model is"
+
+
+def one_and_the_same(model: Any) -> set[frozenset[str]]:
+    """The groups of names that are one parameter in `model`: tied weights, shared modules."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
 
 
 def recipe_for(model: Path, out: Path, plugin: str = "auto", changes: dict[str, Any] | None = None) -> Recipe:
@@ -113,7 +128,7 @@ def _storages(original: Path, plugin: str) -> list[str]:
         prepared.source.model.get_submodule(layer.name)
         for weight in layer.weights:
             assert weight.name.startswith(layer.name), f"{weight.name} is not inside {layer.name}"
-            assert stored(weight, 1, "factors") > 0
+            assert weight.tied or stored(weight, 1, "factors") > 0
     kinds = {w.kind for layer in prepared.layers for w in layer.weights}
     return sorted(s for s in {s for _, s in STORAGES} if all((kind, s) in STORAGES for kind in kinds))
 
@@ -150,4 +165,7 @@ def _same_in_a_fresh_process(path: Path, inputs: dict[str, Tensor], directory: P
         here = loaded(**inputs).logits
     arguments = [str(path), str(directory / "inputs.safetensors"), str(out), type(loaded).__name__]
     subprocess.run([sys.executable, "-c", _FRESH, *arguments], check=True, capture_output=True, text=True)
-    assert torch.equal(here, load_file(out)["logits"]), "a fresh process computes other logits"
+    found = load_file(out)
+    assert torch.equal(here, found["logits"]), "a fresh process computes other logits"
+    parameters = sum(p.numel() for p in loaded.parameters())
+    assert parameters == int(found["parameters"]), "a fresh process does not share what is shared"

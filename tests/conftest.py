@@ -73,3 +73,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     return tiny()
+
+
+@pytest.fixture(autouse=True)
+def _without_reports(request, monkeypatch):
+    """Reports take half a second each: drawn where a test is marked `report` alone."""
+    if not request.node.get_closest_marker("report"):
+        monkeypatch.setattr("lillama.report.write", lambda path: path / "report.html")

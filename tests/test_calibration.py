@@ -372,6 +372,31 @@ def test_order_and_share_of_rows_follow_seed_and_fraction(tmp_path: Path) -> Non
     )
 
 
+def test_rows_of_one_language_are_kept_and_no_more_than_asked_for(tmp_path: Path) -> None:
+    rows = [{"inputs": f"in {i:03}", "targets": f"out {i:03}", "language": ("hau", "swa")[i % 2]} for i in range(200)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    text = TOKENIZER.decode(blocks(path, sequence_length=4, filter={"language": "hau"}, rows=30).flatten())
+    kept = [row.split("</s>")[0] for row in text.split("<s>")[1:]]
+    assert len(set(kept)) == len(kept) == 30
+    assert all(int(row[3:6]) % 2 == 0 and row[3:6] in row.partition("out")[2] for row in kept[:-1])
+    both = blocks(path, sequence_length=4, filter={"language": ["hau", "swa"]})
+    assert torch.equal(both, blocks(path, sequence_length=4))
+    with pytest.raises(LillamaError, match="no row has yor in the column 'language'") as caught:
+        blocks(path, filter={"language": "yor"})
+    assert caught.value.where == "calibration.filter" and "hau, swa" in str(caught.value)
+    with pytest.raises(LillamaError, match="no column 'lang'"):
+        blocks(path, filter={"lang": "hau"})
+
+
+@pytest.mark.parametrize("wanted", [1, 30, 1000])
+def test_rows_of_a_text_file_are_its_lines(tmp_path: Path, wanted: int) -> None:
+    lines = [f"line {i:04} of a long story" if i % 4 else "" for i in range(400)]
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(lines))
+    text = TOKENIZER.decode(blocks(path, sequence_length=2, rows=wanted).flatten())
+    assert text.count("line ") == min(wanted, 300)
+
+
 def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"text": "the quick brown fox"}] * 1000)
     seen: list[int] = []

@@ -188,7 +188,8 @@ def test_plugins_and_doctor_say_what_is_there(home, capsys):
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_is_valid_and_says_how_to_run_it(recipe, capsys):
     assert call("validate", recipe) == 0
-    assert f"lillama run recipes/{recipe.relative_to(REPOSITORY / 'recipes')}" in recipe.read_text()
+    verb = "sweep" if recipe.parent.name == "paper" else "run"
+    assert f"lillama {verb} recipes/{recipe.relative_to(REPOSITORY / 'recipes')}" in recipe.read_text()
 
 
 PROBE = """

@@ -156,6 +156,7 @@ def test_rows_are_joined_by_blank_lines_in_order_and_blank_ones_kept(
 def test_a_long_text_is_tokenised_without_complaints(
     model: Any, context: Context, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, logger="transformers")  # whatever ran before
     context.tokenizer.deprecation_warnings = {}  # it warns once
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
@@ -205,6 +206,9 @@ def test_speed_counts_the_tokens_that_were_timed(
     finally:
         handle.remove()
     assert ticks[0] == 3 * 6, "a warm-up and two repeats, whatever the model would have ended with"
+    assert result.pop("weight_bytes") == sum(p.numel() * 4 for p in subject.parameters()) + sum(
+        b.numel() * 4 for b in subject.buffers()
+    )
     assert result == {"prefill_tokens_per_second": 20.0, "decode_tokens_per_second": 2.0}
 
 
@@ -213,6 +217,25 @@ def test_speed_does_not_stop_at_the_end_of_a_sequence(context: Context, model: A
     ended.config.eos_token_id = ended.generation_config.eos_token_id = list(range(1, 200))
     result = speed(ended, context, prompt_tokens=4, new_tokens=6, repeats=1)
     assert all(0 < value < math.inf for value in result.values())
+
+
+def test_speed_at_further_lengths_of_prompt(model: Any, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A length that runs out of memory is noted and the others still count; one beyond the positions is left out."""
+    whole = model.generate
+
+    def generate(ids: Any, **options: Any) -> Any:
+        if ids.shape[1] == 30:
+            raise torch.OutOfMemoryError("no memory left")
+        return whole(ids, **options)
+
+    monkeypatch.setattr(model, "generate", generate)
+    result = speed(model, context, prompt_tokens=4, new_tokens=2, repeats=1, lengths=[20, 30, 40, 95])
+    assert {name for name in result if name.startswith("prefill")} == {
+        "prefill_tokens_per_second",
+        "prefill_20_tokens_per_second",
+        "prefill_40_tokens_per_second",
+    }
+    assert context.details == {"out_of_memory": [30]}
 
 
 def test_speed_refuses_more_tokens_than_positions(model: Any, context: Context) -> None:
@@ -301,9 +324,9 @@ def test_an_evaluator_gets_its_options_and_knows_its_place(
     assert seen == [("model", "evaluate.count/a", 4, 3, "none")]
 
 
-def test_a_missing_file_is_reported_at_the_evaluators_key(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_missing_file_is_reported_at_the_evaluators_key(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(LillamaError) as caught:
-        evaluate(None, recipe({"perplexity/x": {"dataset": "./absent.txt"}}), Context(tokenizer, "cpu"))
+        evaluate(model, recipe({"perplexity/x": {"dataset": "./absent.txt"}}), Context(tokenizer, "cpu"))
     assert caught.value.where == "evaluate.perplexity/x.dataset"
 
 

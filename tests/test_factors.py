@@ -126,3 +126,22 @@ def test_replace_keeps_bias_and_refuses_what_is_not_a_linear():
         factors.replace(model, "1", kind="linear", storage="factors", rank=2)
     with pytest.raises(LillamaError, match="no 'zip' storage"):
         factors.replace(nn.Sequential(nn.Linear(4, 6)), "0", kind="linear", storage="zip", rank=2)
+
+
+@given(st.integers(0, 20), st.booleans())
+def test_a_pivoted_linear_trains_as_balanced_factors_of_the_same_matrix(seed, bias):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(9, 12, bias=bias), torch.nn.Linear(12, 7, bias=bias))
+    for name in ("0", "1"):
+        factors.replace(model, name, kind="linear", storage="pivoted", rank=4)
+        shape = (model[int(name)].out_features, 4), (4, model[int(name)].in_features)
+        model[int(name)].set_factors(*map(torch.randn, shape))
+    x = torch.randn(5, 9)
+    before = model(x)
+    assert factors.train_as_factors(model) == ["0", "1"]
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model[0].A.norm(dim=0), model[0].B.norm(dim=1), rtol=1e-4, atol=1e-4)
+    for name in ("0", "1"):
+        factors.store_as(model, name, "linear", "pivoted")
+    assert type(model[0]) is factors.PivotedLinear
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import tiny
 from conftest import tokenizer as word_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from speech_models import folder, save
 from torch.nn import functional as F
@@ -182,3 +184,17 @@ def test_globs_freeze_and_a_wrong_one_is_named(tiny_llama):
 
 def test_the_number_of_updates_rounds_up():
     assert finetune.updates(17, Finetune(batch_size=4, gradient_accumulation=2, epochs=3)) == 9
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=12), share=st.floats(0, 0.9))
+def test_examples_of_one_source_are_held_out_together(sizes, share):
+    examples = [
+        {"input_ids": torch.tensor([i, j]), "source": f"clip {i}"} for i, n in enumerate(sizes) for j in range(n)
+    ]
+    learned, held = finetune.split(examples, share, torch.Generator().manual_seed(0))
+    sources = [{int(e["input_ids"][0]) for e in part} for part in (learned, held)]
+    assert not sources[0] & sources[1]
+    assert len(learned) + len(held) == len(examples)
+    assert bool(held) == (share > 0 and len(sizes) > 1)
+    assert learned
+    assert all("source" not in example for example in (*learned, *held))

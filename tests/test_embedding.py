@@ -1,0 +1,331 @@
+"""Embeddings and heads as layers of one weight: modules, statistics, tied factors, what a run leaves."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import tiny, tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lillama import checkpoint, curve, embedding, factors, job, pipeline, sequential
+from lillama.contract import Layer, Weight
+from lillama.errors import LillamaError
+from lillama.evaluate import perplexity
+from lillama.init import svd, whitened
+from lillama.plan import choose_ranks
+from lillama.progress import Progress
+from lillama.recipe import Compress, Recipe
+from lillama.testing import check_architecture, one_and_the_same, recipe_for, token_batches
+
+V, D = 60, 16
+
+
+def table(rank: int | None = None, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(V, D, generator=generator, dtype=torch.float64)
+    return W if rank is None else W[:, :rank] @ torch.randn(rank, D, generator=generator, dtype=torch.float64)
+
+
+def replaced(W: torch.Tensor, storage: str, rank: int, **options) -> nn.Module:
+    dense = nn.Embedding(*W.shape, **options, dtype=W.dtype)
+    dense.weight = nn.Parameter(W)
+    holder = nn.Module()
+    holder.table = dense
+    factors.replace(holder, "table", kind="embedding", storage="factors", rank=rank)
+    factors.set_factors(holder, "table", "embedding", *svd(W, rank))
+    factors.store_as(holder, "table", "embedding", storage)
+    return holder.table
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("rank", [1, 5, D])
+def test_a_low_rank_table_is_looked_up_exactly(storage, rank):
+    W = table(rank)
+    module = replaced(W, storage, rank)
+    ids = torch.arange(V).view(4, 15)
+    assert torch.allclose(module(ids), W[ids], atol=1e-9)
+    assert torch.allclose(module.weight, W, atol=1e-9)
+    numbers = sum(p.numel() for p in module.parameters())
+    assert numbers == rank * (V + D) - (rank * rank if storage == "pivoted" else 0)
+    dense = factors.to_dense(module)
+    assert type(dense) is nn.Embedding and torch.allclose(dense(ids), W[ids], atol=1e-9)
+    assert factors.kind_of(module) == "embedding"
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_the_residual_stream_begins_in_full_precision_under_autocast(storage):
+    module = replaced(table(4).float(), storage, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(torch.arange(5)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_gradients_of_a_table_are_those_of_its_matrix(storage):
+    W = table(4)
+    module = replaced(W, storage, 4)
+    ids = torch.tensor([[3, 3, 0, 59]])
+    target = torch.randn(1, 4, D, dtype=torch.float64)
+    ((module(ids) - target) ** 2).sum().backward()
+    found = {name: p.grad.clone() for name, p in module.named_parameters()}
+    module.zero_grad()
+    ((module.weight[ids] - target) ** 2).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert torch.allclose(parameter.grad, found[name])
+
+
+def test_an_embedding_that_does_more_is_refused():
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 8
+
+    holder = nn.Module()
+    holder.table = Scaled(V, D)
+    with pytest.raises(LillamaError, match="more than look vectors up"):
+        factors.replace(holder, "table", kind="embedding", storage="factors", rank=2)
+
+
+def errors(W, A, B):
+    return embedding.row_errors(W, A, B).double()
+
+
+def test_frequent_tokens_come_first_and_the_floor_keeps_unseen_ones():
+    W = table()
+    counts = torch.zeros(V, dtype=torch.float64)
+    counts[:10], counts[10:20] = 1000.0, 1.0
+
+    def at(floor):
+        arguments = (whitened, ("gram", "output_gram"), W, 8, {})
+        return errors(W, *embedding.factorise(*arguments, counts=embedding.floored(counts, floor)))
+
+    plain = errors(W, *embedding.factorise(svd, (), W, 8, {}))
+    weighted, kept = at(0.0), at(1.0)
+    assert weighted[:10].mean() < 0.3 * plain[:10].mean()
+    assert kept[20:].mean() < weighted[20:].mean()
+    assert kept[:10].mean() < plain[:10].mean()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), rank=st.integers(1, D - 1))
+def test_both_uses_beat_the_best_of_either_use(seed, rank):
+    generator = torch.Generator().manual_seed(seed)
+    W = table(seed=seed)
+    counts = torch.rand(V, generator=generator, dtype=torch.float64) ** 4 * 100 + 0.1
+    X = torch.randn(200, D, generator=generator, dtype=torch.float64) @ torch.diag(torch.arange(1.0, D + 1).double())
+    H = X.T @ X
+
+    def cost(A, B):
+        gap = W - A @ B
+        up, out = (counts * gap.square().sum(1)).sum(), (gap @ H * gap).sum()
+        return float(up / (counts * W.square().sum(1)).sum() + out / (W @ H * W).sum())
+
+    both = cost(*embedding.both_uses(W, rank, counts, H))
+    up = embedding.factorise(whitened, ("output_gram",), W, rank, {}, counts=counts)
+    assert both <= cost(*up) * (1 + 1e-6)
+    assert both <= cost(*whitened(W, rank, gram=H)) * (1 + 1e-2)
+
+
+def test_an_initialiser_of_input_grams_alone_says_so():
+    with pytest.raises(LillamaError, match="has not"):
+        embedding.factorise(svd, ("gram",), table(), 4, {}, counts=torch.ones(V))
+
+
+def test_counts_leave_padding_out_and_groups_cover_the_vocabulary():
+    batches = [
+        {"input_ids": torch.tensor([[1, 1, 2, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])},
+        {"input_ids": torch.tensor([[1, 1, 1, 3]])},
+    ]
+    counts = embedding.token_counts(batches, 6)
+    assert counts.tolist() == [0, 5, 1, 1, 0, 0]
+    groups = embedding.frequency_groups(counts)
+    assert groups["frequent"].nonzero().flatten().tolist() == [1, 2]
+    assert groups["rare"].nonzero().flatten().tolist() == [3]
+    assert groups["unseen"].nonzero().flatten().tolist() == [0, 4, 5]
+    report = embedding.by_frequency(torch.tensor([9.0, 1.0, 2.0, 3.0, 9.0, 9.0]), counts)
+    assert report == pytest.approx({"frequent": 1.5, "rare": 3.0, "unseen": 9.0, "mean": 10 / 7})
+
+
+def test_a_tied_weight_is_counted_once_and_has_the_ranks_of_its_embedding():
+    low = Layer("up", (Weight("up", (100, 20), kind="embedding"),), "embedding")
+    top = Layer("out", (Weight("out", (100, 20), tied="up"),), "head")
+    compress = Compress.model_validate({"reduction": 0.5, "of": "weights", "rank_multiple": 1})
+    plan = choose_ranks([low, top], 2500, compress)
+    assert plan.ranks["up"] == plan.ranks["out"] == 8
+    assert plan.after == 2500 - 2000 + 8 * 120
+    assert plan.modules()["out"]["tied"] == "up"
+    for name in ("up", "out"):
+        with pytest.raises(LillamaError, match="no ranks reach"):
+            choose_ranks([low, top], 2500, compress.model_copy(update={"skip": [name]}))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen2"])  # tied, untied, tied
+def test_embedding_and_head_pass_the_contract(name, tmp_path):
+    check_architecture(tiny(name), tmp_path, plugin="inkuba")
+
+
+def run(model, tmp_path, name="run", **changes):
+    original = tmp_path / "model"
+    if not original.exists():
+        model.save_pretrained(original)
+    changes = {"compress.reduction": 0.5, "distill.epochs": 4, "distill.learning_rate": 1e-2} | {
+        key.replace("__", "."): value for key, value in changes.items()
+    }
+    prepared = pipeline.prepare(recipe_for(original, tmp_path / name, "inkuba", changes))
+    batches = token_batches(model, batches=6)
+    return pipeline.Run(prepared, Progress(), batches=batches).execute()
+
+
+def events(path, kind):
+    lines = (path / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
+@pytest.mark.parametrize("name", ["llama", "llama-bias"])
+def test_both_learn_and_the_run_says_how_well_tokens_are_kept(schedule, name, tmp_path):
+    result = run(tiny(name), tmp_path, distill__schedule=schedule, compress__init="random")
+    learned = {event["layer"]: event for event in events(tmp_path / "run", "layer")}
+    assert set(learned) == {"model.embed_tokens", "lm_head"}
+    for event in learned.values():
+        assert event["steps"] == 4 * 4
+        assert event["loss"] < event["initial_loss"]
+    report = result.metrics["embedding"]
+    assert report == json.loads((tmp_path / "run" / "embedding.json").read_text())
+    assert sum(report["tokens"].values()) == 97
+    assert set(report["error"]) == {"frequent", "rare", "unseen", "mean"}
+    # Those of the text improve most; the floor's share of the loss keeps the unseen from drifting away.
+    assert report["error"]["mean"] < report["initial_error"]["mean"]
+    assert report["error"]["unseen"] < 1.1 * report["initial_error"]["unseen"]
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
+def test_tied_factors_learn_from_both_uses(schedule, tmp_path):
+    """After one step, the factors differ from what either use alone would have made of them."""
+    changes = {"distill__schedule": schedule, "distill__epochs": 1, "distill__checks": 1, "distill__holdout": 0}
+    model = tiny("llama")
+    both = checkpoint.load(run(model, tmp_path, **changes).path)
+    assert both.lm_head.A is both.model.embed_tokens.A
+    alone = checkpoint.load(run(model, tmp_path, "none", **(changes | {"distill__epochs": 0})).path)
+    untied = copy.deepcopy(model)
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    other = tmp_path / "untied"
+    other.mkdir()
+    separate = checkpoint.load(run(untied, other, **changes).path)
+    for factor in ("A", "B"):
+        found = getattr(both.model.embed_tokens, factor)
+        assert not torch.allclose(found, getattr(alone.model.embed_tokens, factor))
+        assert not torch.allclose(found, getattr(separate.model.embed_tokens, factor))
+
+
+def test_logits_are_not_kept_for_all_batches(tmp_path, monkeypatch):
+    kept = []
+    whole = job.through
+
+    def watched(job, shelf, position, *args):
+        kept.append(job.layers[position].name)
+        return whole(job, shelf, position, *args)
+
+    monkeypatch.setattr(sequential, "through", watched)
+    run(tiny("llama-bias"), tmp_path)
+    assert "model.norm" in kept and "lm_head" not in kept
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
+def test_a_tied_run_continues_where_it_was_stopped(schedule, tmp_path, monkeypatch):
+    from lillama import student
+
+    whole = run(tiny("llama"), tmp_path, "whole", distill__schedule=schedule).path
+    steps, step = [], student.Student.step
+
+    def stopped(self, *args):
+        steps.append(self.layer.name)
+        if len(steps) == 11:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    from lillama import snapshot
+
+    monkeypatch.setattr(student.Student, "step", stopped)
+    monkeypatch.setattr(snapshot.Snapshot, "maybe", lambda self, step: self.save(step))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny("llama"), tmp_path, "again", distill__schedule=schedule)
+    monkeypatch.setattr(student.Student, "step", step)
+    again = run(tiny("llama"), tmp_path, "again", distill__schedule=schedule).path
+    assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias"])
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_dense_again_has_the_same_logits_and_ties(name, storage, tmp_path):
+    result = run(tiny(name), tmp_path, compress__storage=storage, distill__epochs=0)
+    checkpoint.export_dense(result.path, tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    small = checkpoint.load(result.path).eval()
+    ids = token_batches(small)[0]["input_ids"]
+    with torch.no_grad():
+        assert torch.allclose(dense(ids).logits, small(ids).logits, atol=1e-5)
+    assert (dense.lm_head.weight is dense.model.embed_tokens.weight) is (name == "llama")
+    assert bool(one_and_the_same(small)) is (name == "llama")
+
+
+def test_without_us_transformers_refuses_the_checkpoint(tmp_path):
+    path = run(tiny("llama"), tmp_path, distill__epochs=0).path
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_a_head_must_come_last(tmp_path):
+    model = tiny("llama-bias")
+    model.save_pretrained(tmp_path / "model")
+    source = pipeline.prepare(recipe_for(tmp_path / "model", tmp_path / "run", "inkuba")).source
+    layers = [Layer.of_head(source.model), Layer.of_embedding(source.model)]
+    with pytest.raises(LillamaError, match="last layer"):
+        pipeline._check_layers(layers, source)
+
+
+def test_finetuning_keeps_tied_factors_tied(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on a mat and ran\n" * 60)
+    tiny("llama").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    settings = recipe_for(tmp_path / "model", tmp_path / "run", "inkuba").model_dump(mode="json")
+    settings["compress"] |= {"reduction": 0.5, "storage": "pivoted"}
+    settings["calibration"] |= {"dataset": str(text), "sequence_length": 8}
+    settings["finetune"] = {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, "sequence_length": 8, "checks": 2}
+    result = pipeline.compress(Recipe.parse(settings))
+    compressed, tuned = checkpoint.load(tmp_path / "run" / "model"), checkpoint.load(result.path)
+    assert sum(p.numel() for p in tuned.parameters()) == result.plan.after
+    assert one_and_the_same(tuned) == one_and_the_same(compressed) != set()
+    assert not torch.equal(tuned.lm_head.C, compressed.lm_head.C)
+    assert torch.equal(tuned.lm_head.weight, tuned.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
+@pytest.mark.parametrize("name", ["llama", "llama-bias"])
+def test_the_curve_ends_at_the_perplexity_of_the_result(name, schedule, tmp_path):
+    result = run(tiny(name), tmp_path, distill__schedule=schedule, distill__checks=1, run__curve=2)
+    points = events(tmp_path / "run", "curve")
+    assert points and all(point["perplexity"] > 1 for point in points)
+    windows = curve.text(
+        Recipe.load(tmp_path / "run" / "recipe.resolved.yaml"), None, token_batches(tiny(name), batches=6)
+    )
+    found = perplexity.score(checkpoint.load(result.path), windows, 4, "cpu")["perplexity"]
+    if schedule == "sequential":  # the other's last point is of the last state, the result of the best
+        assert points[-1]["perplexity"] == pytest.approx(found, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias"])
+def test_little_memory_changes_nothing_in_the_result(name, tmp_path):
+    changes = {"distill__schedule": "concurrent", "distill__epochs": 1}
+    plain = run(tiny(name), tmp_path, "plain", **changes).path
+    low = run(tiny(name), tmp_path, "low", run__low_memory=True, **changes).path
+    assert (plain / "model.safetensors").read_bytes() == (low / "model.safetensors").read_bytes()
