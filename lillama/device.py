@@ -70,7 +70,7 @@ def machine() -> str:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{next(named, platform.processor() or platform.machine())}, {cores} cores"
+    return f"{next(named, platform.processor() or platform.machine())}, {cores} core{'' if cores == 1 else 's'}"
 
 
 def name(device: torch.device) -> str:

@@ -123,8 +123,16 @@ def speed(found: Found) -> str | None:
     rows = [row for row in found.bench.get("rows", []) if "ratio" in row.get("prefill", {})]
     if len(rows) > 1:
         series = {phase: [(row["length"], row[phase]["ratio"][0]) for row in rows] for phase in phases}
-        level = ("original", 1.0)
-        return plots.lines(series, "tokens of the prompt", "times as fast", level=level, doubling=True, salt="speed")
+        bands = {phase: [(row["length"], *row[phase]["ratio"][1:]) for row in rows] for phase in phases}
+        return plots.lines(
+            series,
+            "tokens of the prompt",
+            "times as fast",
+            level=("original", 1.0),
+            bands=bands,
+            doubling=True,
+            salt="speed",
+        )
     values: dict[str, list[float | None]] = {}
     if rows:
         ratios = [rows[0][phase]["ratio"] for phase in phases]

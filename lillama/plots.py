@@ -104,13 +104,15 @@ def lines(
     log: bool = False,
     level: tuple[str, float] | None = None,
     colors: Mapping[str, str] | None = None,
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
     doubling: bool = False,
     height: float = 2.9,
     salt: str = "lines",
 ) -> str:
     """One line a series through its points; `level` is a dashed line across; `log`: of the vertical axis.
 
-    `doubling`: the horizontal axis is logarithmic, with a tick at every point.
+    `bands`: a series' (x, lowest, highest), shaded. `doubling`: the horizontal axis is logarithmic, with a tick at
+    every point.
     """
     figure, axes = _figure(height, salt)
     for i, (name, points) in enumerate(series.items()):
@@ -122,6 +124,8 @@ def lines(
             axes.plot(
                 *zip(*found), color=color, linestyle=style, marker=marker, markersize=3, linewidth=1.5, label=name
             )
+        if bands and name in bands:
+            axes.fill_between(*zip(*bands[name]), color=color, alpha=0.15, linewidth=0)
     if level is not None:
         axes.axhline(level[1], color=ORIGINAL, linestyle="--", linewidth=1.2, label=level[0])
     _dress(axes, x, y)

@@ -90,10 +90,11 @@ def render(found: Found) -> str:
     from jinja2 import Environment
 
     from lillama import __version__
+    from lillama.show import size
 
     template = (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"clock": clock, "number": number}
+    environment.filters |= {"clock": clock, "number": number, "size": size}
     name = Path(str(found.settings["model"]["id"]).removeprefix("package:")).name
     return environment.from_string(template).render(
         found=found,
