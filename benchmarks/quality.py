@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py --calibrate wiki.valid.raw instruct.jsonl --evaluate wiki.test.raw --other topics.jsonl
 
-Every method removes the same share of all parameters of SmolLM2-135M (or of --model) and sees the same calibration text:
-the files shuffled together, --tokens of them. Results are kept in --out, so that the command continues where it stopped.
+Every method removes the same share of all parameters of SmolLM2-135M (or of --model) and sees the same calibration
+text: the files shuffled together, --tokens of them. Results are kept in --out, so that the command continues where it
+stopped.
 
   svd      plain SVD, uniform ranks, no distillation
   paper    plain SVD, bottom layers first, teacher+student, 8.6e-4, concurrent, one pass (min_rank scaled to the width)
@@ -29,8 +30,8 @@ import lillama
 from lillama import checkpoint, dataset, show
 from lillama.calibration import CHARACTERS_PER_TOKEN, chunks
 from lillama.errors import LillamaError
-from lillama.evaluate.perplexity import perplexity
 from lillama.evaluate import Context
+from lillama.evaluate.perplexity import perplexity
 from lillama.progress import Progress
 
 UNIFORM = {"strategy": "uniform", "of": "model"}

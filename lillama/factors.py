@@ -201,7 +201,8 @@ def store_as(root: nn.Module, name: str, kind: str, storage: str) -> nn.Module:
 def train_as_factors(root: nn.Module) -> list[str]:
     """Put two balanced factors in place of every pivoted linear below `root`; their names, for `store_as` afterwards.
 
-    Both hold the same matrices, but pivot rows and coefficients differ in size, and one learning rate does not suit both.
+    Both hold the same matrices, but pivot rows and coefficients differ in size, and one learning rate does not suit
+    both.
     """
     # A head that is tied stays as it is: the embedding's factors would no longer be its own.
     tied = {id(m.B) for m in root.modules() if type(m) is PivotedEmbedding}
