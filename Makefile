@@ -17,8 +17,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What measures something in a minute or two; other scripts there make models and are run by hand.
-BENCHMARKS := $(filter-out benchmarks/train_% benchmarks/make_%, $(wildcard benchmarks/*.py))
+# What measures something in a minute or two; others make models, or want data and an hour, and are run by hand.
+BENCHMARKS := $(filter-out benchmarks/train_% benchmarks/make_% benchmarks/quality.py, $(wildcard benchmarks/*.py))
 
 bench: install
 	for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
