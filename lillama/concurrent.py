@@ -65,7 +65,7 @@ def _students(job: Job, teachers: Teachers, init: dict[str, str]) -> dict[int, S
         if job.plan.planned(layer):
             tensors = job.directory.tensors(init[layer.name]) if layer.name in init else {}
             start = {name: tensor.to(job.device.device) for name, tensor in tensors.items()}
-            best = job.directory.path / f"best.{position:04d}.safetensors" if job.recipe.run.low_memory else None
+            best = job.best_file(position)
             tied = {w.tied for w in job.plan.planned(layer)}
             owner = next((s for s in found.values() if s.layer.weights and s.layer.weights[0].name in tied), None)
             with teachers.at(position) as teacher:

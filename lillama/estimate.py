@@ -49,7 +49,7 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
     # so far stays on the host.
     rest = {name: sizes[name] - _replaced(plan, name) for name in factor_numbers}
     trained = factor_numbers if recipe.distill.train == "factors" else {n: rest[n] + factor_numbers[n] for n in rest}
-    low = recipe.run.low_memory and recipe.distill.schedule == "concurrent"  # best states are in files then
+    low = recipe.run.low_memory  # best states are in files then
     best = 4 if device.device.type == "cpu" and not low else 0
     student = {n: 4 * (rest[n] + factor_numbers[n]) + (8 + best) * trained[n] for n in factor_numbers}
     gradient = 4 * max(trained.values(), default=0)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,11 @@ class Job:
     def file(self, layer: Layer) -> str:
         """Where a finished layer is stored."""
         return f"layers/{self.plan.layers.index(layer):04d}-{layer.name}.safetensors"
+
+    def best_file(self, position: int) -> Path | None:
+        """Where the best state of a layer is kept while it learns; None: in memory."""
+        low = self.recipe.run.low_memory
+        return self.directory.path / f"best.{position:04d}.safetensors" if low else None
 
     @contextlib.contextmanager
     def captured(self, park: bool = False) -> Iterator[Capture]:

@@ -194,9 +194,9 @@ class Run(Section):
     )
     low_memory: bool = Field(
         False,
-        description="A lower peak for more time: freed memory goes back to the system at once; in the concurrent "
-        "schedule one original layer is on the device at a time (others wait in the host's memory; on a CPU, on disk) "
-        "and best states are kept in files.",
+        description="A lower peak for more time: freed memory goes back to the system at once, best states are kept in "
+        "files, and in the concurrent schedule one original layer is on the device at a time (others wait in host "
+        "memory; on a CPU, on disk).",
     )
     curve: int = Field(
         0,

@@ -134,8 +134,11 @@ def _distill_layer(
 ) -> nn.Module:
     """Initialise, train and store one layer of the sequential schedule; returns it, finished."""
     init = _initial_factors(job, layer, position, teacher, batches, inputs)
-    student = Student(layer, position, teacher, job.plan, job.recipe, job.device, init, job.total_steps)
+    best = job.best_file(position)
+    student = Student(layer, position, teacher, job.plan, job.recipe, job.device, init, job.total_steps, best)
     del init
+    if job.recipe.run.low_memory:
+        memory.give_back()
     n = len(job.train)
 
     def example(i: int) -> tuple[Batch, Tensor, dict[str, Tensor]]:

@@ -69,9 +69,10 @@ def test_schedules_agree_where_layers_are_independent(original, tmp_path, storag
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
 @pytest.mark.parametrize("loss", ["student", "teacher+student"])
-def test_less_memory_in_the_concurrent_schedule_changes_no_bit(original, tmp_path, loss):
-    same = {"distill__schedule": "concurrent", "distill__loss": loss, "distill__epochs": 3, "compress__init": "random"}
+def test_less_memory_changes_no_bit(original, tmp_path, loss, schedule):
+    same = {"distill__schedule": schedule, "distill__loss": loss, "distill__epochs": 3, "compress__init": "random"}
     usual = run(original, tmp_path / "usual", **same)
     low = run(original, tmp_path / "low", run__low_memory=True, run__snapshot_seconds=0.0, **same)
     assert_same(layers_of(usual), layers_of(low))
