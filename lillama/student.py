@@ -157,7 +157,10 @@ class Student:
         self.trained = self._trained() if owner is None else {}
         if owner is None:
             self.optimizer = torch.optim.AdamW(
-                self.trained.values(), lr=self.distill.learning_rate, weight_decay=self.distill.weight_decay
+                self.trained.values(),
+                lr=self.distill.learning_rate,
+                weight_decay=self.distill.weight_decay,
+                fused=device.device.type in FUSED,
             )
         else:
             factors.tie(self.module, owner.module)
