@@ -163,7 +163,7 @@ def test_a_tied_weight_is_counted_once_and_has_the_ranks_of_its_embedding():
             choose_ranks([low, top], 2500, compress.model_copy(update={"skip": [name]}))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen2"])  # tied, untied, tied
+@pytest.mark.parametrize("name", ["llama", "llama-bias"])  # tied, untied
 def test_embedding_and_head_pass_the_contract(name, tmp_path):
     check_architecture(tiny(name), tmp_path, plugin="inkuba")
 
@@ -323,9 +323,8 @@ def test_the_curve_ends_at_the_perplexity_of_the_result(name, schedule, tmp_path
         assert points[-1]["perplexity"] == pytest.approx(found, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bias"])
-def test_little_memory_changes_nothing_in_the_result(name, tmp_path):
+def test_little_memory_changes_nothing_in_the_result_where_two_layers_have_one_set_of_factors(tmp_path):
     changes = {"distill__schedule": "concurrent", "distill__epochs": 1}
-    plain = run(tiny(name), tmp_path, "plain", **changes).path
-    low = run(tiny(name), tmp_path, "low", run__low_memory=True, **changes).path
+    plain = run(tiny(), tmp_path, "plain", **changes).path
+    low = run(tiny(), tmp_path, "low", run__low_memory=True, **changes).path
     assert (plain / "model.safetensors").read_bytes() == (low / "model.safetensors").read_bytes()
