@@ -34,6 +34,14 @@ def which(weight: Weight, weights: Sequence[Weight], wanted: Iterable[str]) -> s
     return "output_gram" if alone and weight.shape[0] < weight.shape[1] else "gram"
 
 
+def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The activations [..., d] of the positions whose mask is not 0, as rows in float32."""
+    x = x.detach()
+    if mask is not None and mask.shape == x.shape[:-1]:
+        x = x[mask.bool()]
+    return x.reshape(-1, x.shape[-1]).float()
+
+
 class Grams:
     """Accumulates the Gram matrices of a layer's weights while the layer runs.
 
@@ -89,11 +97,8 @@ class Grams:
         return module.register_forward_hook(listen)
 
     def _add(self, key: tuple[str, str], x: Tensor) -> None:
-        x = x.detach()
+        x = counted(x, self._mask)
         with torch.autocast(x.device.type, enabled=False):
-            if self._mask is not None and self._mask.shape == x.shape[:-1]:
-                x = x[self._mask.bool()]
-            x = x.reshape(-1, x.shape[-1]).float()
             gram = x.T @ x
             self._sums[key] = self._sums[key].add_(gram) if key in self._sums else gram
 

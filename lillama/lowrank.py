@@ -17,7 +17,25 @@ from torch.nn import functional as F
 from lillama.init import balanced
 
 
-class LowRankLinear(nn.Module):
+class _Factors(nn.Module):
+    """What holds a matrix as A (d_out x r) and B (r x d_in); a table's d_out is the vocabulary."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """A @ B (d_out x d_in). Some architectures read a projection's weight directly (DESIGN 9)."""
+        return self.A @ self.B
+
+    def set_factors(self, A: Tensor, B: Tensor) -> None:
+        """Take over A (d_out x r) and B (r x d_in), cast to this module's dtype."""
+        with torch.no_grad():
+            self.A.copy_(A)
+            self.B.copy_(B)
+
+
+class LowRankLinear(_Factors):
     """A linear map through `rank` dimensions. The bias stays on the output side."""
 
     bias: nn.Parameter | None
@@ -37,19 +55,8 @@ class LowRankLinear(nn.Module):
         self.B = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.register_parameter("bias", nn.Parameter(self.A.new_empty(out_features)) if bias else None)
 
-    @property
-    def weight(self) -> Tensor:
-        """A @ B (d_out x d_in). Some architectures read a projection's weight directly (DESIGN 9)."""
-        return self.A @ self.B
-
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.B), self.A, self.bias)
-
-    def set_factors(self, A: Tensor, B: Tensor) -> None:
-        """Take over A (d_out x r) and B (r x d_in), cast to this module's dtype."""
-        with torch.no_grad():
-            self.A.copy_(A)
-            self.B.copy_(B)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
@@ -154,7 +161,7 @@ class PivotedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 
-class LowRankEmbedding(nn.Module):
+class LowRankEmbedding(_Factors):
     """A table of token vectors kept as A (vocabulary x r) and B (r x d): token t has the vector A[t] B."""
 
     bias = None
@@ -174,20 +181,9 @@ class LowRankEmbedding(nn.Module):
         self.A = nn.Parameter(torch.empty(num_embeddings, rank, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(rank, embedding_dim, device=device, dtype=dtype))
 
-    @property
-    def weight(self) -> Tensor:
-        """A @ B (vocabulary x d)."""
-        return self.A @ self.B
-
     def forward(self, ids: Tensor) -> Tensor:
         # As a dense table does under autocast: the residual stream begins here, in full precision.
         return F.linear(F.embedding(ids, self.A, self.padding_idx), self.B.T).to(self.B.dtype)
-
-    def set_factors(self, A: Tensor, B: Tensor) -> None:
-        """Take over A (vocabulary x r) and B (r x d), cast to this module's dtype."""
-        with torch.no_grad():
-            self.A.copy_(A)
-            self.B.copy_(B)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"

@@ -17,7 +17,7 @@ from lillama import factors
 from lillama import student as students
 from lillama.contract import Layer, Weight
 from lillama.errors import LillamaError
-from lillama.grams import Found
+from lillama.grams import Found, counted
 from lillama.plan import Plan
 from lillama.recipe import Recipe
 from lillama.streams import Batch
@@ -114,7 +114,4 @@ def _input(module: nn.Module, path: str, batch: Batch, position: int, hidden: Te
         pass
     finally:
         hook.remove()
-    x = found[0].detach()
-    if batch.mask is not None and batch.mask.shape == x.shape[:-1]:
-        x = x[batch.mask.bool()]
-    return x.reshape(-1, x.shape[-1]).float()
+    return counted(found[0], batch.mask)

@@ -83,6 +83,14 @@ class _Group:
     sequences: list[list[int]]
 
 
+def _group(teacher: Teacher, clips: list[Clip], keep: Callable[[Tensor], Tensor]) -> _Group:
+    """Clips as the teacher hears them, their states kept by `keep`."""
+    heard = teacher.hear(clips)
+    heard.states = keep(heard.states)
+    sequences = [teacher.tokens.sequence(*said) for said in zip(heard.texts, heard.languages)]
+    return _Group(clips, heard, sequences)
+
+
 def _heard(
     teacher: Teacher, clips: Clips, size: int, progress: Progress, enough: float | None = None
 ) -> Iterator[_Group]:
@@ -92,11 +100,9 @@ def _heard(
     seconds = 0.0
     with progress.phase("transcribe and encode", len(clips)) as bar:
         while group := list(itertools.islice(short, size)):
-            heard = teacher.hear(group)
-            heard.states = keep(heard.states)
-            sequences = [teacher.tokens.sequence(*said) for said in zip(heard.texts, heard.languages)]
-            bar.advance(len(group), tokens=sum(map(len, sequences)))
-            yield _Group(group, heard, sequences)
+            found = _group(teacher, group, keep)
+            bar.advance(len(group), tokens=sum(map(len, found.sequences)))
+            yield found
             seconds += sum(clip.seconds for clip in group)
             if enough is not None and seconds >= enough:
                 return
@@ -108,11 +114,9 @@ def _altered(teacher: Teacher, groups: list[_Group], copies: int, progress: Prog
     with progress.phase("alter and transcribe", len(groups) * copies) as bar:
         for group in groups:
             for clips in zip(*(list(altered(clip, copies, teacher.seconds)) for clip in group.clips)):
-                heard = teacher.hear(clips)
-                heard.states = keep(heard.states)
-                sequences = [teacher.tokens.sequence(*said) for said in zip(heard.texts, heard.languages)]
-                bar.advance(tokens=sum(map(len, sequences)))
-                yield _Group(list(clips), heard, sequences)
+                found = _group(teacher, list(clips), keep)
+                bar.advance(tokens=sum(map(len, found.sequences)))
+                yield found
 
 
 def _sampled(teacher: Teacher, group: _Group, number: int, count: int) -> list[list[int]]:
