@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lillama import checkpoint, factors
+from lillama import adapters, checkpoint, factors, track
 from lillama.device import Device
 from lillama.errors import DistillationError, LillamaError
 from lillama.progress import Bar, Progress
@@ -74,20 +74,24 @@ def finetune(
     model: Any,
     teacher: Any,
     examples: Examples,
-    section: Finetune,
+    recipe: Recipe,
     device: Device,
     directory: RunDirectory,
     progress: Progress,
 ) -> None:
     """Train `model` (float32, on the CPU) in place to the state with the best held-out loss.
 
-    `teacher` is the original where the section wants its predictions, else None. Continues from the trainer's last
-    checkpoint in `directory`. Raises DistillationError when a loss is not finite.
+    With `lora`, adapters are trained and merged into it. `teacher` is the original where the section wants its
+    predictions, else None. Continues from the trainer's last checkpoint in `directory`. Raises
+    DistillationError when a loss is not finite.
     """
     from transformers import Seq2SeqTrainer, Trainer
 
     if not examples:
         raise LillamaError("the data gives no example", where="finetune.dataset")
+    section = recipe.finetune
+    if section is None:
+        raise LillamaError("the recipe has no such section", where="finetune")
     work = directory.path / WORK
     settings = section.model_dump(mode="json")
     if not directory.has(SETTINGS) or directory.json(SETTINGS) != settings:
@@ -95,8 +99,10 @@ def finetune(
         directory.put_json(SETTINGS, settings)
     pivoted = factors.train_as_factors(model)
     freeze(model, section.freeze)
+    learner = model if section.lora is None else adapters.attach(model, section.lora)
     generator = torch.Generator().manual_seed(section.seed)
     learned, held = split(examples, section.holdout, generator)
+    share = section.teacher
     total = section.steps or updates(len(learned), section)
     shifted = not model.config.is_encoder_decoder
     base = Trainer if shifted else Seq2SeqTrainer
@@ -106,13 +112,13 @@ def finetune(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             with device.autocast():
-                loss, outputs = loss_of(model, self.teacher, inputs, section.teacher, shifted, num_items_in_batch)
+                loss, outputs = loss_of(model, self.teacher, inputs, share, shifted, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
 
     with progress.phase("finetune", total) as bar:
         trainer = Finetuner(
-            model=model,
-            args=_arguments(section, device, work, total, bool(held), shifted),
+            model=learner,
+            args=_arguments(recipe, section, device, work, total, bool(held), shifted),
             train_dataset=learned,
             eval_dataset=held or None,
             data_collator=Collator(model.config.get_text_config().pad_token_id or 0),
@@ -125,6 +131,8 @@ def finetune(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if held and not math.isfinite(trainer.state.best_metric or math.nan):
         raise DistillationError("no held-out loss was finite", where="finetune", hint=_SLOWER)
+    if learner is not model:
+        adapters.merge(learner)
     for name in pivoted:
         factors.store_as(model, name, "linear", "pivoted")
 
@@ -229,7 +237,9 @@ def save(model: Any, dtype: torch.dtype, original: Path, directory: RunDirectory
 _SLOWER = "Lower finetune.learning_rate."
 
 
-def _arguments(section: Finetune, device: Device, work: Path, total: int, held: bool, shifted: bool) -> Any:
+def _arguments(
+    recipe: Recipe, section: Finetune, device: Device, work: Path, total: int, held: bool, shifted: bool
+) -> Any:
     from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
     every = max(math.ceil(total / section.checks), 1)
@@ -263,7 +273,10 @@ def _arguments(section: Finetune, device: Device, work: Path, total: int, held: 
         use_cpu=device.device.type == "cpu",
         bf16=device.compute == torch.bfloat16,
         remove_unused_columns=False,
-        report_to="none",
+        label_names=["labels"],
+        report_to=list(recipe.run.track) or "none",
+        run_name=track.name(recipe),
+        project=track.PROJECT,
         disable_tqdm=True,
         dataloader_pin_memory=device.device.type == "cuda",
         **checked,

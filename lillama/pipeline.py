@@ -331,7 +331,7 @@ class Run:
             teacher = self.source.auto_class.from_pretrained(
                 self.source.directory, config=copy.deepcopy(self.source.config), dtype=self.source.working
             )
-        finetune.finetune(model, teacher, examples, section, prepared.device, self.directory, self.progress)
+        finetune.finetune(model, teacher, examples, self.recipe, prepared.device, self.directory, self.progress)
         finetune.save(model, self.source.dtype, compressed, self.directory, self.card())
         if self.directory.has("evaluation.finetuned.json"):  # of an earlier one that was removed
             self.directory.forget("evaluation.finetuned.json")

@@ -133,6 +133,16 @@ class Calibration(Section):
     seed: int = Field(0, description="Seed of the order of rows.")
 
 
+class Lora(Section):
+    """Adapters that learn in place of the weights themselves (LoRA); merged before the result is saved."""
+
+    rank: int = Field(16, ge=1, description="Rank of every adapter.")
+    alpha: int | None = Field(None, ge=1, description="Adapters are scaled by alpha / rank; null: by 1.")
+    on: Literal["factors", "dense", "all"] = Field(
+        "all", description="What gets adapters: the factors, the linears that stayed dense, or both."
+    )
+
+
 class Finetune(Section):
     """Training of the whole compressed model after its layers were distilled; the factors stay factors."""
 
@@ -165,6 +175,7 @@ class Finetune(Section):
         description="Share of the loss that is the distance to the original's predictions (KL divergence); the rest "
         "is that to the labels. The original is in memory beside the student then.",
     )
+    lora: Lora | None = Field(None, description="Train adapters (LoRA, by peft) instead of the parameters themselves.")
     freeze: list[str] | None = Field(
         None, description="Globs of parameters that stay as they are; null: the encoder, where there is one."
     )

@@ -26,18 +26,26 @@ def markdown() -> str:
     parts = [HEAD]
     top = [(n, f) for n, f in Recipe.model_fields.items() if _section(f) is None]
     parts.append(_table(top))
-    for name, field in Recipe.model_fields.items():
-        section = _section(field)
-        if section is not None:
-            text = field.description or section.__doc__ or ""
-            parts.append(f"## {name}\n\n{text.strip()}\n")
-            parts.append(_table(section.model_fields.items()))
+    parts += _sections(Recipe, "", "##")
     parts.append("## Evaluators\n\n`evaluate:` maps an evaluator's name (or NAME/LABEL) to its options.\n")
     for name in registry.EVALUATORS:
         doc = (registry.EVALUATORS.get(name).__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
         parts.append(f"### {name}\n\n{' '.join(doc.split())}\n")
         parts.append(_table(registry.EVALUATORS.options(name).model_fields.items()))
     return "\n".join(parts)
+
+
+def _sections(owner: type[BaseModel], path: str, heading: str) -> list[str]:
+    """The chapters of the sections in `owner`, those inside them after each."""
+    parts = []
+    for name, field in owner.model_fields.items():
+        section = _section(field)
+        if section is not None:
+            text = field.description or section.__doc__ or ""
+            parts.append(f"{heading} {path}{name}\n\n{text.strip()}\n")
+            parts.append(_table(section.model_fields.items()))
+            parts += _sections(section, f"{path}{name}.", f"{heading}#")
+    return parts
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
@@ -60,6 +68,8 @@ def _type(annotation: Any) -> str:
     arguments = get_args(annotation)
     if annotation is type(None):
         return "null"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     if arguments and all(isinstance(a, str | int) for a in arguments):
         return " or ".join(f"`{a}`" for a in arguments)
     origin = getattr(annotation, "__origin__", None)

@@ -30,17 +30,22 @@ def tracked(recipe: Recipe, directory: RunDirectory, progress: Progress) -> Iter
     """
     config = recipe.model_dump(mode="json")
     with contextlib.ExitStack() as stack:
-        for name, module in modules(recipe).items():
-            module.init(project=PROJECT, name=Path(recipe.run.out).name, config=config)
+        for tracker, module in modules(recipe).items():
+            module.init(project=PROJECT, name=name(recipe), config=config)
             stack.callback(module.finish)
-            directory.listeners.append(_listener(name, module, directory, progress))
+            directory.listeners.append(_listener(tracker, module, directory, progress))
         stack.callback(directory.listeners.clear)
         yield
 
 
+def name(recipe: Recipe) -> str:
+    """What the trackers call a run."""
+    return Path(recipe.run.out).name
+
+
 def modules(recipe: Recipe) -> dict[str, Any]:
     """The recipe's trackers, imported. Raises LillamaError for one that is not installed."""
-    return {name: _module(name) for name in recipe.run.track}
+    return {tracker: _module(tracker) for tracker in recipe.run.track}
 
 
 def _module(name: str) -> Any:

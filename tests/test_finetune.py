@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
+import transformers
 from conftest import tiny
 from conftest import tokenizer as word_tokenizer
 from hypothesis import given
@@ -14,10 +16,10 @@ from safetensors import safe_open
 from speech_models import folder, save
 from torch.nn import functional as F
 
-from lillama import finetune, pipeline
+from lillama import adapters, finetune, pipeline
 from lillama.errors import LillamaError
 from lillama.factors import is_factorised
-from lillama.recipe import Finetune, Recipe
+from lillama.recipe import Finetune, Lora, Recipe
 
 IGNORED = finetune.IGNORED
 
@@ -122,27 +124,77 @@ def test_a_loss_that_is_not_finite_is_never_stored(tmp_path):
     assert not (tmp_path / "run" / "finetuned").exists()
 
 
-def test_text_is_finetuned_too_and_learns(tmp_path):
+def text_recipe(tmp_path, compress=None, **section) -> Recipe:
     model = tiny()
     model.save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("the cat sat on a mat and ran\n" * 200)
-    settings = Recipe.parse(
+    return Recipe.parse(
         {
             "model": {"id": str(tmp_path / "model"), "dtype": "float32"},
-            "compress": {"reduction": 0.2, "rank_multiple": 2},
+            "compress": {"reduction": 0.2, "rank_multiple": 2, **(compress or {})},
             "distill": {"batch_size": 4},
             "calibration": {"dataset": str(tmp_path / "text.txt"), "sequence_length": 16},
-            "finetune": {"sequence_length": 16, "steps": 20, "learning_rate": 1e-2, "checks": 2},
+            "finetune": {"sequence_length": 16, "steps": 20, "learning_rate": 1e-2, "checks": 2, **section},
             "evaluate": {"perplexity": {"dataset": str(tmp_path / "text.txt"), "sequence_length": 16}},
             "run": {"out": str(tmp_path / "run"), "device": "cpu", "compute": "float32"},
         }
     )
-    metrics = pipeline.compress(settings).metrics
+
+
+def test_text_is_finetuned_too_and_learns(tmp_path):
+    metrics = pipeline.compress(text_recipe(tmp_path)).metrics
     assert metrics["finetuned"]["perplexity/perplexity"] < 0.5 * metrics["after"]["perplexity/perplexity"]
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     held = [event["held_out_loss"] for event in events if event.get("finetune")]
     assert len(held) == 2 and held[1] < held[0]
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_adapters_learn_and_are_merged(tmp_path, storage):
+    pytest.importorskip("peft")
+    compress = {"storage": storage, "init": "whitened", "skip": ["*.v_proj"]}
+    lora = {"rank": 4, "alpha": 8}
+    result = pipeline.compress(text_recipe(tmp_path, compress, lora=lora, learning_rate=3e-2))
+    metrics = result.metrics
+    assert metrics["finetuned"]["perplexity/perplexity"] < 0.7 * metrics["after"]["perplexity/perplexity"]
+    compressed, tuned = tensors(tmp_path / "run" / "model"), tensors(result.path)
+    assert compressed.keys() == tuned.keys(), "nothing of the adapters is left"
+    changed = {key for key in tuned if not torch.equal(tuned[key], compressed[key])}
+    matrices = {f"{name}.{factor}" for name in result.plan.ranks for factor in ("AB" if storage == "factors" else "BC")}
+    dense = {key for key in tuned if key.endswith("v_proj.weight")}
+    assert changed - {key for key in changed if key.endswith("pivots")} == matrices | dense
+
+
+def test_a_stopped_lora_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = pipeline.compress(text_recipe(tmp_path / "a", lora={"on": "factors"}))
+    stopped = text_recipe(tmp_path / "b", lora={"on": "factors"})
+
+    def stop(trainer, *args, **kwargs):
+        if trainer.state.global_step >= 12:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    step = transformers.Trainer.training_step
+    monkeypatch.setattr(transformers.Trainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.compress(stopped)
+    monkeypatch.undo()
+    assert finetune.last_checkpoint(tmp_path / "b" / "run" / "finetune").name == "checkpoint-10"
+    again = pipeline.compress(stopped)
+    one, two = tensors(whole.path), tensors(again.path)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_lora_without_peft_or_without_targets_says_so(tiny_llama, monkeypatch):
+    with pytest.raises(LillamaError, match=r"finetune\.lora\.on: nothing that may learn can be adapted: factors"):
+        adapters.attach(tiny_llama, Lora(on="factors"))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(LillamaError, match="peft is not installed"):
+        adapters.attach(tiny_llama, Lora())
 
 
 def test_the_loss_is_the_models_own_cross_entropy_and_the_teachers_at_its_share():
