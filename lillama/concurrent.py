@@ -168,5 +168,6 @@ def _start(
         planned = job.plan.planned(here)
         listener = Grams(here.name, teacher, planned, job.recipe.compress.gram_tokens, job.grams)
         with job.device.autocast():
-            grams = job.statistics(layer, listener.add(batches, stream, position).close())
+            grams = listener.add(batches, stream, position).close()
+    grams = job.statistics(layer, grams)
     return students.initial_factors(layer, teacher, job.plan, job.recipe, grams)

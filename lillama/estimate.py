@@ -11,12 +11,13 @@ import torch
 from lillama.contract import Weight
 from lillama.device import Device
 from lillama.grams import which
-from lillama.plan import Plan, stored
+from lillama.plan import Plan, observable, stored, wants_spectra
 from lillama.recipe import Recipe
 from lillama.shelf import budgets, choose
 from lillama.source import Source
-from lillama.student import needs
+from lillama.student import fisher_factors, needs
 
+SINGLE = 3  # times that a product in float32 takes longer than one in the compute type, about
 PROCESS_BYTES = 700_000_000  # Python, torch and transformers themselves, on a CPU
 
 
@@ -85,12 +86,17 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
         disk += in_files
     else:
         disk += 16 * sum(trained.values())
+    measured = wants_spectra(recipe.compress) or bool(fisher_factors(recipe))
+    squares = sum(min(w.shape) ** 2 for layer in plan.layers for w in observable(layer))
+    disk += 8 * squares * measured
+    sums = 4 * squares * SINGLE  # of both factors, in float32
     seconds = None
     if tokens:
         forward = sum(2 * n for n in sizes.values()) * 2  # the teacher, and the student stream moving on
         train = sum(6 * (sizes[n] - _replaced(plan, n) + factor_numbers[n]) for n in factor_numbers)
         flops = tokens * (forward + train * len(streams) * recipe.distill.epochs)
-        seconds = flops / _throughput(device)
+        flops += min(tokens, recipe.compress.fisher_tokens) * (3 * sum(2 * n for n in sizes.values()) + sums) * measured
+        seconds = flops / _throughput(device, batch)
     return Estimate(int(memory), int(disk), seconds, tokens)
 
 
@@ -129,14 +135,15 @@ def _replaced(plan: Plan, layer_name: str) -> int:
     return sum(w.shape[0] * w.shape[1] * w.copies for w in plan.planned(layer))  # a tied one's too
 
 
-def _throughput(device: Device) -> float:
-    """Floating-point operations per second of a matrix product as a layer makes them, in its compute type."""
+def _throughput(device: Device, tokens: int) -> float:
+    """Floating-point operations per second of a matrix product as a layer makes them for a batch."""
     n = 1024 if device.device.type == "cpu" else 4096
-    a = torch.randn(n, n, device=device.device, dtype=device.compute)
+    a = torch.randn(min(max(tokens, 64), n), n, device=device.device, dtype=device.compute)
+    b = torch.randn(n, n, device=device.device, dtype=device.compute)
     best = 0.0
     for _ in range(4):
         start = time.perf_counter()
-        _ = float((a @ a)[0, 0])  # reading a number waits for the device
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+        _ = float((a @ b)[0, 0])  # reading a number waits for the device
+        best = max(best, 2 * len(a) * n**2 / (time.perf_counter() - start))
     # Attention, normalisation, optimiser and memory take longer again: of SmolLM2-135M on two cores a third was left.
     return best / 3

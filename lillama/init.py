@@ -17,6 +17,8 @@ Factors = tuple[Tensor, Tensor]
 
 # H is singular when inputs are fewer than their dimensions: a share of its mean eigenvalue is added.
 RIDGE = 1e-4
+# Directions of the output that the predictions did not depend on in the few tokens measured are not free to go wrong.
+FISHER_RIDGE = 1e-2
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -73,6 +75,44 @@ def whitened(W: Tensor, rank: int, gram: Tensor | None = None, output_gram: Tens
     return balanced(U, U.T @ W)
 
 
+def fisher(W: Tensor, rank: int, input_fisher: Tensor, output_fisher: Tensor) -> Factors:
+    """The rank-r map whose errors E cost the predictions least: tr(G E H E^T), H and G the factors of sensitivity.py.
+
+    Both are given on the smaller side. Where that is the output, W H W^T and G = T^T T: with U the leading
+    eigenvectors of T (W H W^T) T^T, A = T^-1 U and B = U^T T W. Where it is the input, H = L L^T and W^T G W: with V
+    those of L^T (W^T G W) L, A = W L V and B = V^T L^-1.
+    """
+    W = W.double()
+    vectors, whitening = _components(W, input_fisher, output_fisher)
+    U = vectors.flip(1)[:, :rank]
+    if len(W) <= W.shape[1]:
+        return balanced(torch.linalg.solve_triangular(whitening, U, upper=True), U.T @ (whitening @ W))
+    return balanced(W @ (whitening @ U), torch.linalg.solve_triangular(whitening.T, U, upper=True).T)
+
+
+def fisher_spectrum(W: Tensor, input_fisher: Tensor, output_fisher: Tensor) -> Tensor:
+    """The eigenvalues of `fisher`, falling: twice what leaving each component out costs, in nats per token."""
+    M, _ = _weighed(W.double(), input_fisher, output_fisher)
+    return torch.linalg.eigvalsh(M).flip(0).clamp_min(0)
+
+
+def _components(W: Tensor, input_fisher: Tensor, output_fisher: Tensor) -> tuple[Tensor, Tensor]:
+    M, whitening = _weighed(W, input_fisher, output_fisher)
+    return torch.linalg.eigh(M)[1], whitening
+
+
+def _weighed(W: Tensor, input_fisher: Tensor, output_fisher: Tensor) -> tuple[Tensor, Tensor]:
+    """(the matrix of `fisher`'s eigenproblem, its T or L)."""
+    if len(W) <= W.shape[1]:
+        T = torch.linalg.cholesky(regularised(output_fisher, FISHER_RIDGE), upper=True)
+        return T @ input_fisher.double() @ T.T, T
+    L = torch.linalg.cholesky(regularised(input_fisher))
+    # The same ridge for G, whose trace is not known on this side: that of W^T G W for equal directions.
+    inner, outer = output_fisher.double(), W.T @ W
+    ridge = FISHER_RIDGE * inner.trace() / outer.trace().clamp_min(TINY)
+    return L.T @ (inner + ridge * outer) @ L, L
+
+
 def compensated(W: Tensor, rank: int, gram: Tensor, cross: Tensor) -> Factors:
     """The rank-r map that brings the student's inputs X' nearest to W X, the original's outputs (DESIGN 6).
 
@@ -85,12 +125,12 @@ def compensated(W: Tensor, rank: int, gram: Tensor, cross: Tensor) -> Factors:
     return whitened(T, rank, gram=gram)
 
 
-def regularised(gram: Tensor) -> Tensor:
-    """H in float64, symmetric and positive definite (a ridge of RIDGE times its mean eigenvalue)."""
+def regularised(gram: Tensor, ridge: float = RIDGE) -> Tensor:
+    """H in float64, symmetric and positive definite (a ridge of `ridge` times its mean eigenvalue is added)."""
     H = gram.double()
     H = (H + H.T) / 2
     mean = H.diagonal().mean().clamp_min(TINY)
-    return H + RIDGE * mean * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    return H + ridge * mean * torch.eye(len(H), dtype=H.dtype, device=H.device)
 
 
 def balanced(A: Tensor, B: Tensor) -> Factors:

@@ -27,6 +27,7 @@ from lillama.streams import Batch, Capture, arguments, outputs
 from lillama.student import Student
 
 Batches = Sequence[dict[str, Tensor]]
+FISHER = "sensitivity"
 EMBEDDING = "embedding.json"  # the error of an embedding's vectors, by how often tokens occur
 
 
@@ -55,6 +56,7 @@ class Job:
         )
         self.total_steps = len(self.train) * self.recipe.distill.epochs
         self.streams, self.grams = students.needs(self.recipe)
+        self.fisher = students.fisher_factors(self.recipe)
 
     def stored(self, layer: Layer) -> dict[str, Tensor]:
         """The state of a finished layer, on the device; that of a tied head with the embedding's factors."""
@@ -72,7 +74,13 @@ class Job:
         return embedding.token_counts(self.train, vocabulary)
 
     def statistics(self, layer: Layer, grams: Found | None) -> Found | None:
-        """`grams`, and what an initialiser is to know of an embedding in `layer`: token counts, a tied head's Gram."""
+        """`grams`, and what else an initialiser is to know.
+
+        Of linears the factors of their Fisher information, where it names them; of an embedding in `layer` token counts
+        and a tied head's Gram.
+        """
+        if self.fisher:
+            grams = {name: {**(grams or {}).get(name, {}), **found} for name, found in self._fisher(layer).items()}
         if grams is None or layer.kind != "embedding":
             return grams
         found = dict(grams)
@@ -81,6 +89,14 @@ class Job:
             for _, use in self.plan.uses(weight):
                 given |= {"head_gram": grams[use.name]["gram"]} if use.name in grams else {}
             found[weight.name] = given
+        return found
+
+    def _fisher(self, layer: Layer) -> Found:
+        found: Found = {weight.name: {} for weight in self.plan.planned(layer)}
+        for name, tensor in self.directory.tensors(fisher_file(layer)).items():
+            weight, _, side = name.rpartition(".")
+            if weight in found and f"{side}_fisher" in self.fisher:
+                found[weight][f"{side}_fisher"] = tensor.to(self.device.device)
         return found
 
     def tied_head(self, layer: Layer) -> int | None:
@@ -141,6 +157,11 @@ class Job:
         return state
 
 
+def fisher_file(layer: Layer) -> str:
+    """What sensitivity.py finds of a layer: `<weight>.input`, `<weight>.output`, `<weight>.spectrum`."""
+    return f"{FISHER}/{layer.name}.safetensors"
+
+
 class Targets:
     """What a head is to reproduce, computed when it is asked for: logits are too wide to be kept for all batches."""
 
@@ -153,14 +174,15 @@ class Targets:
             return self.batches[index].calls[self.position](self.head, self.inputs[index])
 
 
-def place(job: Job) -> Place:
-    """Where the streams have room: three are in use while a layer learns from the student's, else two."""
+def place(job: Job, copies: int | None = None) -> Place:
+    """Where `copies` streams have room; None: three are in use while a layer learns from the student's, else two."""
     width = job.source.config.get_text_config().hidden_size
     tokens = sum(
         max((t.numel() for t in arguments(batch).values() if t.dim() == 2), default=0) for batch in job.batches
     )
     size = torch.empty((), dtype=job.source.working).element_size()
-    copies = 3 if "student" in job.streams else 2
+    if copies is None:
+        copies = 3 if "student" in job.streams else 2
     return choose(copies * tokens * width * size, *budgets(job.recipe.run, job.device.device))
 
 

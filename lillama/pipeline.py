@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lillama import (
     measure,
     memory,
     refit,
+    sensitivity,
     sharing,
     track,
 )
@@ -38,6 +39,7 @@ from lillama.recipe import Finetune, Recipe
 from lillama.source import Source
 from lillama.store import RunDirectory, write_text
 
+PLAN = "plan.json"
 # Settings of a run that change nothing in its result.
 NOT_IN_THE_NUMBERS = {
     "out",
@@ -94,6 +96,7 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
         raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
     plan = choose_ranks(layers, source.parameters, recipe.compress)
     refit.check(plan, recipe)
+    sensitivity.check(plan, recipe)
     factors.check_storage((plan.weights[name] for name in plan.ranks), recipe.compress.storage)
     _check_layers(layers, source)
     return Prepared(recipe, source, plugin, layers, plan, chosen)
@@ -166,34 +169,52 @@ class Run:
 
     def phases(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> Result:
         """What follows when the data is read and the directory open."""
+        self.plan = self.decided()
         self.describe()
         # Before anything large is allocated.
         (memory.return_large_blocks if self.recipe.run.low_memory else memory.keep_large_blocks)()
         with self.progress.timed("fetch"):
             self.source.fetch(self.directory.path)
         before = self.measure("before")
-        target = self.directory.path / MODEL
         if not self.directory.has(f"{MODEL}/config.json"):
-            host.get().prepare(self.prepared.plugin, self.source.model, self.recipe)
-            job = Job(
-                self.recipe,
-                self.source,
-                self.plan,
-                self.prepared.device,
-                self.directory,
-                self.progress,
-                batches,
-                points,
-            )
-            distill(job)
-            with self.progress.timed("write"):
-                self.write(job, target)
+            self.distill(batches, points)
         after = self.measure("after")
         tuned = None
         if self.recipe.finetune is not None:
             self.finetune(self.recipe.finetune)
             tuned = self.measure("finetuned")
         return self.finish(before, after, tuned)
+
+    def distill(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> None:
+        """Leave the checkpoint: measure what ranks depend on, distil, write."""
+        host.get().prepare(self.prepared.plugin, self.source.model, self.recipe)
+        where = (self.prepared.device, self.directory, self.progress)
+        job = Job(self.recipe, self.source, self.plan, *where, batches, points)
+        if self.plan.provisional or job.fisher:
+            spectra = sensitivity.measured(job)
+            if self.plan.provisional:
+                self.choose({name: spectrum.tolist() for name, spectrum in spectra.items()})
+                job = Job(self.recipe, self.source, self.plan, *where, batches, points)
+        distill(job)
+        with self.progress.timed("write"):
+            self.write(job, self.directory.path / MODEL)
+        sensitivity.forget(job)
+
+    def decided(self) -> Plan:
+        """The plan, with the ranks that an earlier process chose where it leaves them open."""
+        if not self.plan.provisional or not self.directory.has(PLAN):
+            return self.plan
+        held = self.directory.json(PLAN)
+        if held.get("provisional"):
+            return self.plan
+        ranks = {row["weight"]: row["rank"] for row in held["weights"] if row["rank"] is not None}
+        return replace(self.plan, ranks=ranks, provisional=False)
+
+    def choose(self, spectra: dict[str, list[float]]) -> None:
+        """Settle a provisional plan."""
+        self.plan = choose_ranks(self.prepared.layers, self.plan.before, self.recipe.compress, spectra)
+        self.directory.put_json(PLAN, self.plan.to_dict())
+        self.progress.say(self.plan.summary())
 
     def batches(self) -> list[dict[str, Tensor]]:
         """The calibration batches: those given, the plugin's own, or text through the model's tokenizer."""
@@ -257,7 +278,7 @@ class Run:
         write_text(path / "recipe.yaml", self.recipe.written or self.recipe.to_yaml())
         write_text(path / "recipe.resolved.yaml", self.recipe.to_yaml())
         self.directory.record("recipe.yaml", "recipe.resolved.yaml")
-        self.directory.put_json("plan.json", self.plan.to_dict())
+        self.directory.put_json(PLAN, self.plan.to_dict())
         self.directory.event(
             "start",
             plugin=str(self.prepared.plugin),

@@ -1,13 +1,15 @@
 """The plan: for every weight its rank, or dense, with exact parameter counts. Made before any training.
 
 A strategy is a function (layers, remove, compress) -> {weight name: rank} that removes at least
-`remove` parameters, or raises through `unreachable`. Weights it leaves out stay dense. No torch here.
+`remove` parameters, or raises through `unreachable`. Weights it leaves out stay dense. One that names `spectra` gets
+{weight name: what each component costs} measured on the calibration data (sensitivity.py). No torch here.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,13 +120,17 @@ def unreachable(most: int, remove: int, hint: str) -> LillamaError:
 
 @dataclass(frozen=True)
 class Plan:
-    """Ranks and exact counts. `before` counts the unique parameters of the original model."""
+    """Ranks and exact counts. `before` counts the unique parameters of the original model.
+
+    `provisional`: uniform ranks stand for those that the run will choose by what it measures, for the same size.
+    """
 
     layers: tuple[Layer, ...]
     ranks: Ranks
     storage: str
     before: int
     strategy: str = "custom"
+    provisional: bool = False
     weights: dict[str, Weight] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -159,6 +165,21 @@ class Plan:
         last = max((i for i, layer in enumerate(self.layers) if self.planned(layer)), default=-1)
         return list(self.layers[: last + 1])
 
+    def summary(self) -> str:
+        """The size and the ranks of every kind of weight, in a line each."""
+        kinds: dict[str, list[int | None]] = {}
+        for layer in self.layers:
+            for weight in layer.weights:
+                kind = weight.name.removeprefix(f"{layer.name}.")
+                kinds.setdefault(kind, []).append(self.ranks.get(weight.name))
+        lines = [f"parameters {self.before:,} -> {self.after:,}, ranks by {self.strategy}:"]
+        for kind, all_ranks in kinds.items():
+            ranks = [rank for rank in all_ranks if rank is not None]
+            parts = [f"{min(ranks)} to {max(ranks)}"] if ranks else []
+            parts += [f"{len(all_ranks) - len(ranks)} dense"] if len(ranks) < len(all_ranks) else []
+            lines.append(f"  {kind}  {', '.join(parts)}")
+        return "\n".join(lines)
+
     def modules(self) -> dict[str, dict[str, Any]]:
         """What config.json says of every replaced module."""
         weights = {name: self.weights[name] for name in self.ranks}
@@ -188,25 +209,47 @@ class Plan:
             "storage": self.storage,
             "parameters": {"before": self.before, "after": self.after},
             "reduction": self.reduction,
+            **({"provisional": True} if self.provisional else {}),
             "weights": weights,
         }
 
 
-def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress) -> Plan:
+Spectra = Mapping[str, Sequence[float]]
+
+
+def wants_spectra(compress: Compress) -> bool:
+    """Whether the recipe's strategy decides by what is measured on the calibration data."""
+    return "spectra" in inspect.signature(STRATEGIES.get(compress.strategy)).parameters
+
+
+def observable(layer: Layer) -> tuple[Weight, ...]:
+    """The weights of a layer whose effect on the predictions can be measured: linears of blocks."""
+    return tuple(w for w in layer.weights if w.kind == "linear") if layer.kind == "block" else ()
+
+
+def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spectra: Spectra | None = None) -> Plan:
     """Run the recipe's strategy over the weights that are not skipped.
 
+    A strategy that wants `spectra` and has none yet gives a provisional plan.
     Raises LillamaError with the largest possible reduction when the strategy cannot reach the recipe's.
     """
     # What is tied has the factors of its embedding, or both stay dense.
     stay = {w.tied for layer in layers for w in layer.weights if _skipped(w, compress.skip)}
     stay |= {w.name for layer in layers for w in layer.weights if w.tied or _skipped(w, compress.skip)}
     offered = [Layer(layer.name, tuple(w for w in layer.weights if w.name not in stay), layer.kind) for layer in layers]
+    if wanting := wants_spectra(compress):
+        offered = [Layer(layer.name, observable(layer), layer.kind) for layer in offered]
     total = sum(w.parameters for layer in layers for w in layer.weights)
     base = before if compress.of == "model" else total
     remove = -int(-compress.reduction * base // 1)  # rounded up
     strategy: Callable[..., Ranks] = STRATEGIES.get(compress.strategy)
     try:
-        ranks = strategy(offered, remove, compress)
+        if not wanting:
+            ranks = strategy(offered, remove, compress)
+        elif spectra is None:
+            ranks = uniform(offered, remove, compress)
+        else:
+            ranks = strategy(offered, remove, compress, spectra=spectra)
     except LillamaError as error:
         if not hasattr(error, "most"):
             raise
@@ -217,7 +260,7 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress) -> Pl
             hint=f"{error.hint}, ask for less, or skip fewer weights.",
         ) from error
     tied = {w.name: ranks[w.tied] for layer in layers for w in layer.weights if w.tied in ranks}
-    return Plan(tuple(layers), ranks | tied, compress.storage, before, compress.strategy)
+    return Plan(tuple(layers), ranks | tied, compress.storage, before, compress.strategy, wanting and spectra is None)
 
 
 def _skipped(weight: Weight, globs: Iterable[str]) -> bool:

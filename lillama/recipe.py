@@ -51,14 +51,18 @@ class Compress(Section):
         description="What the share is of: model (all parameters) or weights (the matrices the plugin offers).",
     )
     strategy: str = Field(
-        "uniform", description="How ranks are chosen: bottom (Algorithm 1), top, uniform, or a plugin's."
+        "uniform",
+        description="How ranks are chosen: bottom (Algorithm 1), top, uniform, fisher (where the predictions suffer "
+        "least, measured when the run begins), or a plugin's.",
     )
     min_rank: int = Field(1024, ge=1, description="Smallest rank of bottom and top: k of Algorithm 1.")
     rank_step: int = Field(256, ge=1, description="Distance between the ranks bottom and top try: m of Algorithm 1.")
-    rank_multiple: int = Field(8, ge=1, description="Ranks are multiples of this (uniform).")
+    rank_multiple: int = Field(8, ge=1, description="Ranks are multiples of this (uniform, fisher).")
     init: str = Field(
         "whitened",
-        description="Starting factors: svd, random, whitened (best for the calibration inputs), or a plugin's.",
+        description="Starting factors: svd, random, whitened (best for the calibration inputs), compensated (for the "
+        "student's inputs, making up for earlier losses), fisher (best for the predictions on the calibration data), "
+        "or a plugin's.",
     )
     storage: Literal["factors", "pivoted"] = Field(
         "factors",
@@ -66,6 +70,9 @@ class Compress(Section):
     )
     gram_tokens: int = Field(
         65536, ge=1, description="Calibration tokens that input statistics are taken over (whitened)."
+    )
+    fisher_tokens: int = Field(
+        32768, ge=1, description="Calibration tokens that the predictions' sensitivity is measured on (fisher)."
     )
     embedding_floor: float = Field(
         0.1,

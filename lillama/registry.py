@@ -119,6 +119,7 @@ STRATEGIES = Registry(
         "bottom": "lillama.plan:bottom",
         "top": "lillama.plan:top",
         "uniform": "lillama.plan:uniform",
+        "fisher": "lillama.allocate:fisher",
     },
 )
 INITIALISERS = Registry(
@@ -128,6 +129,7 @@ INITIALISERS = Registry(
         "random": "lillama.init:random",
         "whitened": "lillama.init:whitened",
         "compensated": "lillama.init:compensated",
+        "fisher": "lillama.init:fisher",
     },
 )
 OBJECTIVES = Registry(

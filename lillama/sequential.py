@@ -178,5 +178,6 @@ def _initial_factors(
         with job.device.autocast():
             for name in sorted(job.streams):
                 listener.add(batches, inputs[name], position)
-        grams = job.statistics(layer, listener.close())
+        grams = listener.close()
+    grams = job.statistics(layer, grams)
     return students.initial_factors(layer, teacher, plan, recipe, grams)

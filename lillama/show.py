@@ -73,6 +73,11 @@ def plan(prepared: Prepared) -> RenderableType:
         f"{recipe.model.id}: {type(prepared.source.model).__name__}, plugin {prepared.plugin}",
         f"parameters {p.before:,} -> {p.after:,} ({p.reduction:.1%} removed), "
         f"{layers} of {len(p.layers)} layers, strategy {p.strategy}, {p.storage} storage, {recipe.compress.init} init",
+        *(
+            ["these ranks are uniform ones: the run measures where the predictions suffer least, and chooses its own"]
+            if p.provisional
+            else []
+        ),
         f"distillation {recipe.distill.schedule}, loss {recipe.distill.loss}, on {prepared.device.device} in {compute}",
         f"estimated: memory {size(e.memory)}, disk {size(e.disk)}, "
         + (f"about {clock(e.seconds)} for {e.tokens:,} tokens" if e.seconds else "time depends on calibration.tokens"),

@@ -307,13 +307,15 @@ class Source:
                     )
 
     def release_keys(self, keys: Iterable[str]) -> None:
-        """Put single parameters, by their dotted names, back on the meta device."""
+        """Put single parameters, by their dotted names, back on the meta device; those tied to them stay tied."""
+        empty = {}
         for key in keys:
-            parent, _, name = key.rpartition(".")
-            module = self.model.get_submodule(parent)
-            parameter = module._parameters[name]
-            assert parameter is not None
-            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            parameter = self.model.get_parameter(key)
+            empty[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) in empty:
+                    module._parameters[name] = empty[id(parameter)]
 
     def place_buffers(self, device: torch.device) -> None:
         """Move the skeleton's buffers (rotary frequencies and the like), which are always real, to `device`."""
@@ -322,15 +324,15 @@ class Source:
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
 
-    def outside(self, names: Iterable[str]) -> list[str]:
+    def outside(self, names: Iterable[str], predicts: bool = False) -> list[str]:
         """Parameters outside the modules `names`: what the model needs to feed its first layer.
 
-        An output head of its own is left out: no layer needs it.
+        An output head of its own is left out, which no layer needs, unless the model is to predict.
         """
         names = tuple(f"{name}." for name in names)
         head = self.model.get_output_embeddings()
         inputs = self.model.get_input_embeddings()
-        skip = None if head is None or head.weight is inputs.weight else head.weight
+        skip = None if predicts or head is None or head.weight is inputs.weight else head.weight
         return [
             key
             for key, parameter in self.model.named_parameters()

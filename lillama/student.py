@@ -39,6 +39,12 @@ def needs(recipe: Recipe) -> tuple[set[str], frozenset[str]]:
     return {name.removeprefix("on_") for name in loss}, GRAMS & init.keys()
 
 
+def fisher_factors(recipe: Recipe) -> frozenset[str]:
+    """Which factors of the Fisher information the recipe's init names (see sensitivity)."""
+    init = inspect.signature(registry.INITIALISERS.get(recipe.compress.init)).parameters
+    return frozenset(("input_fisher", "output_fisher")) & init.keys()
+
+
 def initial_factors(
     layer: Layer,
     teacher: nn.Module,

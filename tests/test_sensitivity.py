@@ -1,0 +1,233 @@
+"""What predictions are sensitive to: measured layer by layer as by the whole model at once, and spent where it pays."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import tiny
+from conftest import tokenizer as word_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from speech_models import folder, save
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq
+
+import lillama
+from lillama import allocate, init, pipeline, plan, sensitivity
+from lillama.contract import Layer, Weight
+from lillama.errors import LillamaError
+from lillama.progress import Progress
+from lillama.recipe import Compress, Recipe
+
+
+def recipe(home, model=None, **compress) -> Recipe:
+    (model or tiny()).save_pretrained(home / "model")
+    word_tokenizer().save_pretrained(home / "model")
+    (home / "text.txt").write_text("the cat sat on a mat and ran . " * 60)
+    text = str(home / "text.txt")
+    wanted = {"reduction": 0.3, "of": "weights", "rank_multiple": 2, "strategy": "fisher", "init": "fisher", **compress}
+    return Recipe.parse(
+        {
+            "model": {"id": str(home / "model"), "dtype": "float32"},
+            "compress": wanted,
+            "distill": {"batch_size": 2},
+            "calibration": {"dataset": text, "sequence_length": 16, "tokens": 256},
+            "run": {"out": str(home / "out"), "device": "cpu", "compute": "float32"},
+        }
+    )
+
+
+def kept(monkeypatch) -> dict[str, torch.Tensor]:
+    """What a run finds, before it is dropped."""
+    found: dict[str, torch.Tensor] = {}
+    forget = sensitivity.forget
+
+    def keep(job):
+        for layer in job.plan.layers:
+            found.update(job.directory.tensors(sensitivity.fisher_file(layer)))
+        forget(job)
+
+    monkeypatch.setattr(sensitivity, "forget", keep)
+    return found
+
+
+def test_layer_by_layer_finds_what_the_whole_model_at_once_has(tmp_path, monkeypatch):
+    given_recipe = recipe(tmp_path)
+    found = kept(monkeypatch)
+    run = pipeline.Run(pipeline.prepare(given_recipe), Progress())
+    batches = run.batches()
+    run.execute()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double().eval().requires_grad_(False)
+    names = sorted(name.removesuffix(".spectrum") for name in found if name.endswith(".spectrum"))
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+    def listen(name):
+        def hook(_, args, out):
+            seen[name].append(args[0].flatten(0, -2))
+            out.register_hook(lambda gradient: seen[name].append(gradient.flatten(0, -2)))
+
+        return hook
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(listen(name))
+    model.get_input_embeddings().register_forward_hook(lambda *given: given[2].requires_grad_(True))
+    generator, tokens = torch.Generator().manual_seed(0), 0
+    for batch in batches:
+        logits = model(**batch).logits.flatten(0, -2)
+        drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+        F.cross_entropy(logits, drawn, reduction="sum").backward()
+        tokens += len(drawn)
+    for name in names:
+        W = model.get_submodule(name).weight
+        inputs, gradients = torch.cat(seen[name][::2]), torch.cat(seen[name][1::2])
+        lengths = [gradient.square().sum(-1, keepdim=True) for gradient in seen[name][1::2]]
+        counts = torch.cat([length / (length + length.mean()) for length in lengths])
+        G, H = gradients.T @ gradients / tokens, (inputs * counts).T @ inputs / counts.sum()
+        small = W.shape[0] <= W.shape[1]
+        for mine, exact in (
+            (found[f"{name}.output"], G if small else W.T @ G @ W),
+            (found[f"{name}.input"], W @ H @ W.T if small else H),
+        ):
+            assert torch.allclose(mine.double(), exact, rtol=1e-3, atol=1e-5 * float(exact.abs().max()))
+        # Its spectrum adds up to the same on either side, ridges apart.
+        total = float((G @ W @ H @ W.T).trace())
+        assert float(found[f"{name}.spectrum"].sum()) == pytest.approx(total, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
+def test_no_map_of_the_rank_costs_less(shape):
+    generator = torch.Generator().manual_seed(0)
+    d_out, d_in = shape
+    W = torch.randn(shape, generator=generator, dtype=torch.float64)
+    x, g = (torch.randn(200, d, generator=generator, dtype=torch.float64) for d in (d_in, d_out))
+    x = x * torch.logspace(-0.4, 0.4, d_in, dtype=torch.float64)
+    g = g * torch.logspace(-0.4, 0.4, d_out, dtype=torch.float64)
+    H, G = x.T @ x / 200, g.T @ g / 200
+    given_factors = (W @ H @ W.T, G) if d_out <= d_in else (H, W.T @ G @ W)
+    A, B = init.fisher(W, 3, *given_factors)
+    T, L = torch.linalg.cholesky(G).T, torch.linalg.cholesky(H)
+    values = torch.linalg.svdvals(T @ W @ L)
+
+    def cost(E):
+        return float((T @ E @ L).square().sum())
+
+    best = float(values[3:].square().sum())
+    assert cost(W - A @ B) == pytest.approx(best, rel=0.05), "ridges apart, Eckart-Young"
+    whitened = init.whitened(W, 3, gram=H)
+    assert cost(W - A @ B) < cost(W - whitened[0] @ whitened[1])
+    spectrum = init.fisher_spectrum(W, *given_factors)
+    assert len(spectrum) == min(shape)
+    assert float(spectrum[3:].sum()) == pytest.approx(best, rel=0.2)
+    whole = init.fisher(W, min(shape), *given_factors)
+    assert torch.allclose(whole[0] @ whole[1], W, atol=1e-10), "full rank is exact"
+
+
+spectra = st.lists(st.floats(0, 100), min_size=8, max_size=8).map(lambda values: sorted(values, reverse=True))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    found=st.lists(spectra, min_size=2, max_size=3),
+    share=st.floats(0.05, 0.7),
+    storage=st.sampled_from(["factors", "pivoted"]),
+)
+def test_ranks_fit_the_size_and_hardly_cost_more_than_the_best(found, share, storage):
+    shapes = [(8, 8), (8, 16), (24, 8)]
+    weights = [Weight(f"w{i}", shape) for i, (_, shape) in enumerate(zip(found, shapes))]
+    compress = Compress(reduction=share, of="weights", rank_multiple=1, storage=storage)
+    total = sum(w.parameters for w in weights)
+    remove = -int(-share * total // 1)
+    given_spectra = {w.name: values for w, values in zip(weights, found)}
+    options = [allocate.choices(w, given_spectra[w.name], compress) for w in weights]
+    possible = [c for c in itertools.product(*options) if sum(o.numbers for o in c) <= total - remove]
+    if not possible:
+        with pytest.raises(LillamaError):
+            allocate.fisher([Layer("l", tuple(weights))], remove, compress, given_spectra)
+        return
+    ranks = allocate.fisher([Layer("l", tuple(weights))], remove, compress, given_spectra)
+    chosen = [next(o for o in os if o.rank == ranks.get(w.name)) for w, os in zip(weights, options)]
+    assert sum(o.numbers for o in chosen) <= total - remove
+    best = min(sum(o.loss for o in c) for c in possible)
+    # The hull is exact up to the last step: at most what one weight's whole step is worth.
+    assert sum(o.loss for o in chosen) <= best + max(os[0].loss for os in options) + 1e-9
+    for i, os in enumerate(options):  # nothing is left over that would have bought more
+        spare = total - remove - sum(o.numbers for o in chosen)
+        better = [o for o in os if 0 < o.numbers - chosen[i].numbers <= spare and o.loss < chosen[i].loss]
+        assert not better
+
+
+def test_a_run_chooses_its_ranks_keeps_to_the_size_and_goes_on_with_them(tmp_path, monkeypatch):
+    wanted = recipe(tmp_path)
+    provisional = pipeline.make_plan(wanted)
+    assert provisional.provisional and provisional.to_dict()["provisional"] is True
+    distill = pipeline.distill
+
+    def stop(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "distill", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.compress(wanted)
+    held = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert "provisional" not in held
+    monkeypatch.setattr(pipeline, "distill", distill)
+    monkeypatch.setattr(sensitivity, "_measure", lambda job: pytest.fail("measured again"))
+    result = pipeline.compress(wanted)
+    assert {row["weight"]: row["rank"] for row in held["weights"] if row["rank"]} == result.plan.ranks
+    assert len(set(result.plan.ranks.values())) > 1 and result.plan.reduction >= 0.3 * 0.5
+    assert sum(p.numel() for p in lillama.load(result.path).parameters()) == result.plan.after
+    assert not (tmp_path / "out" / "sensitivity").exists() or not list((tmp_path / "out" / "sensitivity").iterdir())
+    again = pipeline.compress(wanted)
+    assert again.plan == result.plan
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi", "phi3"])
+def test_every_decoder_can_be_measured(tmp_path, family):
+    result = pipeline.compress(recipe(tmp_path, tiny(family)))
+    assert sum(p.numel() for p in lillama.load(result.path).parameters()) == result.plan.after
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
+def test_a_decoder_that_listens_can_be_measured(tmp_path, monkeypatch, schedule):
+    monkeypatch.setenv("LILLAMA_CACHE", str(tmp_path / "cache"))
+    save(tmp_path / "model")
+    folder(tmp_path / "speech", 4)
+    result = pipeline.compress(
+        Recipe.parse(
+            {
+                "model": {"id": str(tmp_path / "model"), "dtype": "float32"},
+                "compress": {
+                    "reduction": 0.4,
+                    "of": "weights",
+                    "rank_multiple": 2,
+                    "strategy": "fisher",
+                    "init": "fisher",
+                    "storage": "pivoted",
+                },
+                "distill": {"batch_size": 2, "schedule": schedule},
+                "calibration": {"dataset": str(tmp_path / "speech")},
+                "run": {"out": str(tmp_path / "out"), "device": "cpu", "compute": "float32"},
+            }
+        )
+    )
+    assert result.plan.ranks and not result.plan.provisional
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(result.path)
+    assert sum(p.numel() for p in loaded.parameters()) == result.plan.after
+
+
+def test_what_cannot_be_measured_is_said_before_anything_is_read():
+    layers = [Layer("e", (Weight("e", (20, 8), kind="embedding"),), kind="embedding")]
+    made = plan.choose_ranks(layers, 200, Compress(reduction=0.1, rank_multiple=2))
+    made_recipe = Recipe.parse(
+        {
+            "model": {"id": "x"},
+            "compress": {"reduction": 0.1, "init": "fisher"},
+            "calibration": {"dataset": "x"},
+            "run": {"out": "x"},
+        }
+    )
+    with pytest.raises(LillamaError, match=r"compress\.init: init: fisher serves linears inside of blocks, and 'e'"):
+        sensitivity.check(made, made_recipe)
