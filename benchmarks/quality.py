@@ -9,7 +9,8 @@ stopped.
   svd      plain SVD, uniform ranks, no distillation
   paper    plain SVD, bottom layers first, teacher+student, 8.6e-4, concurrent, one pass (min_rank scaled to the width)
   svd-llm  closed form on the inputs' statistics, uniform ranks, two factors, no distillation
-  ours     the quickstart's settings: pivoted storage, sequential, the student's inputs, every parameter of a layer
+  fisher   the quickstart's ranks and starting factors, no training
+  ours     the same, then the whole model learns the original's predictions (--steps updates)
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from lillama.evaluate import Context
 from lillama.evaluate.perplexity import perplexity
 from lillama.progress import Progress
 
+QUICKSTART = lillama.Recipe.load(Path(__file__).parents[1] / "recipes" / "quickstart.yaml").model_dump()
+OURS = {name: QUICKSTART["compress"][name] for name in ("of", "strategy", "init", "storage")}
 UNIFORM = {"strategy": "uniform", "of": "model"}
 CLOSED = {"epochs": 0, "schedule": "sequential", "loss": "teacher", "holdout": 0}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
@@ -43,19 +46,8 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "distill": {"loss": "teacher+student", "objective": "l1_logcos", "schedule": "concurrent"},
     },
     "svd-llm": {"compress": {**UNIFORM, "init": "whitened"}, "distill": CLOSED},
-    "ours": {
-        "compress": {**UNIFORM, "init": "whitened", "storage": "pivoted"},
-        "distill": {
-            "loss": "student",
-            "objective": "normalised_mse",
-            "schedule": "sequential",
-            "train": "layer",
-            "weight_decay": 0.0,
-            "lr_schedule": "cosine",
-            "warmup": 0.1,
-            "clip_norm": 1.0,
-        },
-    },
+    "fisher": {"compress": OURS, "distill": CLOSED},
+    "ours": {"compress": OURS, "distill": CLOSED},
 }
 
 
@@ -74,14 +66,30 @@ def mixed(files: list[str], target: Path, length: int) -> None:
 def recipe(arguments: argparse.Namespace, method: str, reduction: float, mix: Path, out: Path) -> lillama.Recipe:
     """The recipe of one method at one size."""
     chosen = METHODS[method]
-    compress = {"reduction": reduction, "gram_tokens": arguments.tokens, **chosen["compress"]}
+    compress = {
+        "reduction": reduction,
+        "gram_tokens": arguments.tokens,
+        "fisher_tokens": arguments.fisher_tokens,
+        **chosen["compress"],
+    }
     distill = {"batch_size": 8 if method == "paper" else arguments.batch_size, **chosen["distill"]}
+    finish = None
     if method == "ours":
-        distill |= {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
+        finish = {
+            "teacher": 1.0,
+            "steps": arguments.steps,
+            "sequence_length": arguments.length,
+            "batch_size": arguments.batch_size,
+            "learning_rate": arguments.learning_rate,
+            "lr_schedule": "cosine",
+            "warmup": 0.05,
+            "tokens": arguments.tokens,
+        }
     if method == "paper":
         compress["min_rank"] = arguments.min_rank
     return lillama.Recipe.parse(
         {
+            "finetune": finish,
             "model": {"id": arguments.model, "dtype": "float32"},
             "compress": compress,
             "distill": distill,
@@ -129,9 +137,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--evaluate-tokens", type=int, default=32_768)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--epochs", type=int, default=2, help="of ours")
+    parser.add_argument("--fisher-tokens", type=int, default=65_536, help="of fisher and ours")
+    parser.add_argument("--steps", type=int, default=256, help="updates of the whole model, of ours")
     parser.add_argument("--batch-size", type=int, default=1, help="of ours")
-    parser.add_argument("--learning-rate", type=float, default=6e-4, help="of ours")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of ours")
     parser.add_argument("--min-rank", type=int, default=256, help="of the paper's recipe; halved where it is too large")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     arguments = parser.parse_args()

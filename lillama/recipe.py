@@ -5,23 +5,18 @@ The descriptions become docs/recipe.md and the JSON schema that editors read.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from lillama import yamlfile
-from lillama.errors import LillamaError, did_you_mean
+from lillama.errors import LillamaError
+from lillama.recipecheck import Origin, check_names, explain, together
 from lillama.registry import Options
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
-Path_ = tuple[str | int, ...]
 
 
 class Section(Options):
@@ -287,14 +282,14 @@ class Recipe(Section):
         if not isinstance(data, Mapping):
             what = "the recipe is empty" if data is None else "a recipe is a mapping of keys to values"
             raise LillamaError(what, where=document.name, hint="recipes/ holds examples.")
-        data, origin = _plain(data), _Origin(document)
+        data, origin = _plain(data), Origin(document)
         for override in overrides:
             origin.overrides[_apply_override(data, override)] = f"--set {override}"
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:
-            raise _together(_explain(problem, (), origin) for problem in error.errors()) from error
-        recipe = recipe.model_copy(update={"evaluate": _check_names(recipe, origin)})
+            raise together(explain(problem, (), origin, cls, cls) for problem in error.errors()) from error
+        recipe = recipe.model_copy(update={"evaluate": check_names(recipe, origin)})
         recipe._written = document.text
         return recipe
 
@@ -338,113 +333,6 @@ def _apply_override(data: dict[str, Any], override: str) -> tuple[str, ...]:
         data = child
     data[last] = yamlfile.value(text, f"--set {key}")
     return path
-
-
-class _Origin:
-    """Where the values of a recipe came from: lines of a file, and `--set`s."""
-
-    def __init__(self, document: yamlfile.Document) -> None:
-        self.document = document
-        self.overrides: dict[Path_, str] = {}
-
-    def where(self, path: Path_) -> str:
-        """The `--set` that gave or made the key `path`, or file:line and the key."""
-        for end in range(len(path), 0, -1):
-            if path[:end] in self.overrides:
-                return self.overrides[path[:end]]
-        for key, override in self.overrides.items():
-            if key[: len(path)] == path and not self.document.holds(path):
-                return override
-        return f"{self.document.where(path)}: {'.'.join(map(str, path))}"
-
-
-def _together(errors: Iterable[LillamaError]) -> LillamaError:
-    every = list(errors)
-    return every[0] if len(every) == 1 else LillamaError("\n".join(map(str, every)))
-
-
-def _sections() -> dict[str, type[BaseModel]]:
-    kinds = (
-        (n, kind)
-        for n, field in Recipe.model_fields.items()
-        for kind in (field.annotation, *get_args(field.annotation))
-    )
-    return {name: kind for name, kind in kinds if isinstance(kind, type) and issubclass(kind, Section)}
-
-
-def _nearest_key(path: Path_, schema: type[BaseModel] | None) -> str:
-    """A hint for the unknown key `path`: the same key of another section, or the nearest of this one."""
-    key, sections = str(path[-1]), _sections()
-    if schema is None:
-        schema = sections.get(str(path[0]), Recipe) if len(path) > 1 else Recipe
-        if others := [f"'{name}.{key}'" for name, section in sections.items() if key in section.model_fields]:
-            return f"Did you mean {' or '.join(others)}?"
-    return did_you_mean(key, schema.model_fields)
-
-
-_HINTS = {
-    "string_type": "Put it in quotes.",
-    "bool_type": "Write true or false.",
-    "list_type": "Write a list: [a, b].",
-}
-_MAPPING_TYPES = ("model_type", "dict_type", "model_attributes_type")
-
-
-def _explain(
-    problem: ErrorDetails, prefix: Path_, origin: _Origin, schema: type[BaseModel] | None = None
-) -> LillamaError:
-    """A complaint of pydantic's about what stands at `prefix`: an evaluator's options if `schema` is given."""
-    path = (*prefix, *problem["loc"])
-    where, kind, hint = origin.where(path), problem["type"], None
-    if kind == "extra_forbidden":
-        what, hint = f"unknown key '{path[-1]}'", _nearest_key(path, schema)
-    elif kind == "missing":
-        what, hint = f"the key '{'.'.join(map(str, path))}' is missing", "Add it."
-        where = origin.document.where(path)
-    else:
-        message = f"{problem['msg'][0].lower()}{problem['msg'][1:]}".replace("None", "null")
-        if kind in _MAPPING_TYPES:
-            message = "input should be a mapping of keys to values"
-        given = json.dumps(problem["input"], default=str, ensure_ascii=False)
-        what = f"{message}, not {given if len(given) < 80 else given[:76] + ' ...'}"
-        hint = _HINTS.get(kind) if isinstance(problem["input"], str | int | float) else None
-    return LillamaError(what, where=where, hint=hint)
-
-
-def _check_names(recipe: Recipe, origin: _Origin) -> dict[str, dict[str, Any]]:
-    """Check names that stand for plugins and functions; return the options of evaluators, typed."""
-    from lillama import host, registry
-
-    plugins = host.get()
-    plugins.registered()  # plugins may add names
-    errors, options = [], {}
-    for path, check in (
-        (("plugin",), plugins.check),
-        (("compress", "strategy"), registry.STRATEGIES.check),
-        (("compress", "init"), registry.INITIALISERS.check),
-        (("distill", "loss"), registry.LOSSES.check),
-        (("distill", "objective"), registry.OBJECTIVES.check),
-    ):
-        value: Any = recipe
-        for part in path:
-            value = getattr(value, part)
-        try:
-            check(value, origin.where(path))
-        except LillamaError as error:
-            errors.append(error)
-    for key, given in recipe.evaluate.items():
-        name = key.partition("/")[0]
-        try:
-            registry.EVALUATORS.check(name, origin.where(("evaluate", key)))
-            schema = registry.EVALUATORS.options(name)
-            options[key] = schema.model_validate(given).model_dump(exclude_unset=True)
-        except ValidationError as error:
-            errors += [_explain(problem, ("evaluate", key), origin, schema) for problem in error.errors()]
-        except LillamaError as error:
-            errors.append(error)
-    if errors:
-        raise _together(errors)
-    return options
 
 
 def schema() -> dict[str, Any]:

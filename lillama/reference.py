@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from lillama import registry
 from lillama.recipe import Recipe
+from lillama.recipecheck import section_of
 
 HEAD = """# The recipe
 
@@ -24,7 +25,7 @@ a recipe.
 def markdown() -> str:
     """The reference page of the recipe and of the evaluators' options."""
     parts = [HEAD]
-    top = [(n, f) for n, f in Recipe.model_fields.items() if _section(f) is None]
+    top = [(n, f) for n, f in Recipe.model_fields.items() if section_of(f) is None]
     parts.append(_table(top))
     parts += _sections(Recipe, "", "##")
     parts.append("## Evaluators\n\n`evaluate:` maps an evaluator's name (or NAME/LABEL) to its options.\n")
@@ -39,21 +40,13 @@ def _sections(owner: type[BaseModel], path: str, heading: str) -> list[str]:
     """The chapters of the sections in `owner`, those inside them after each."""
     parts = []
     for name, field in owner.model_fields.items():
-        section = _section(field)
+        section = section_of(field)
         if section is not None:
             text = field.description or section.__doc__ or ""
             parts.append(f"{heading} {path}{name}\n\n{text.strip()}\n")
             parts.append(_table(section.model_fields.items()))
             parts += _sections(section, f"{path}{name}.", f"{heading}#")
     return parts
-
-
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The section a field holds, if it holds one."""
-    for candidate in (field.annotation, *get_args(field.annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
 
 
 def _table(fields: Any) -> str:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError
 
-from lillama import host, recipe, registry
+from lillama import host, recipe, recipecheck, registry
 from lillama.errors import LillamaError
 from lillama.recipe import Recipe
 
@@ -346,15 +346,23 @@ def test_options_of_evaluators_are_typed() -> None:
     assert read.evaluate == {"measure": {"tokens": 1000, "lengths": (4,)}}
 
 
+def test_the_nearest_key_of_a_section_within_a_section_is_named() -> None:
+    with pytest.raises(LillamaError, match=r"unknown key 'rnak'\n  Did you mean 'rank'"):
+        Recipe.parse(with_lines("finetune: {lora: {rnak: 4}}"))
+
+
 # Objects
 
 
 def sections() -> list[type[BaseModel]]:
-    return [Recipe, *recipe._sections().values()]
+    found: list[type[BaseModel]] = [Recipe]
+    for section in found:  # those inside of sections are added on the way
+        found += [inner for field in section.model_fields.values() if (inner := recipecheck.section_of(field))]
+    return found
 
 
 def test_every_field_is_described() -> None:
-    assert len(sections()) == 7
+    assert len(sections()) == 8
     for section in sections():
         assert section.__doc__
         for name, field in section.model_fields.items():
