@@ -38,7 +38,7 @@ from lillama.progress import Progress
 QUICKSTART = lillama.Recipe.load(Path(__file__).parents[1] / "recipes" / "quickstart.yaml").model_dump()
 OURS = {name: QUICKSTART["compress"][name] for name in ("of", "strategy", "init", "storage")}
 UNIFORM = {"strategy": "uniform", "of": "model"}
-CLOSED = {"epochs": 0, "schedule": "sequential", "loss": "teacher", "holdout": 0}
+CLOSED = {"epochs": 0, "schedule": "sequential", "loss": "teacher", "batch_size": 2, "holdout": 0}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "svd": {"compress": {**UNIFORM, "init": "svd"}, "distill": CLOSED},
     "paper": {
@@ -72,7 +72,7 @@ def recipe(arguments: argparse.Namespace, method: str, reduction: float, mix: Pa
         "fisher_tokens": arguments.fisher_tokens,
         **chosen["compress"],
     }
-    distill = {"batch_size": 8 if method == "paper" else arguments.batch_size, **chosen["distill"]}
+    distill = {"batch_size": 8, **chosen["distill"]}
     finish = None
     if method == "ours":
         finish = {
@@ -83,6 +83,7 @@ def recipe(arguments: argparse.Namespace, method: str, reduction: float, mix: Pa
             "learning_rate": arguments.learning_rate,
             "lr_schedule": "cosine",
             "warmup": 0.05,
+            "freeze": ["*embed*"],
             "tokens": arguments.tokens,
         }
     if method == "paper":

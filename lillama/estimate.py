@@ -92,12 +92,26 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
     sums = 4 * squares * SINGLE  # of both factors, in float32
     seconds = None
     if tokens:
+        seen = tokens if recipe.distill.epochs else min(tokens, recipe.compress.gram_tokens) if names else 0
         forward = sum(2 * n for n in sizes.values()) * 2  # the teacher, and the student stream moving on
         train = sum(6 * (sizes[n] - _replaced(plan, n) + factor_numbers[n]) for n in factor_numbers)
-        flops = tokens * (forward + train * len(streams) * recipe.distill.epochs)
+        flops = seen * (forward + train * len(streams) * recipe.distill.epochs) + _finetuning(source, plan, recipe)
         flops += min(tokens, recipe.compress.fisher_tokens) * (3 * sum(2 * n for n in sizes.values()) + sums) * measured
         seconds = flops / _throughput(device, batch)
     return Estimate(int(memory), int(disk), seconds, tokens)
+
+
+def _finetuning(source: Source, plan: Plan, recipe: Recipe) -> float:
+    """Operations of fine-tuning on text: 6 per parameter and token, and 2 where the original predicts as well."""
+    section = recipe.finetune
+    if section is None or source.config.is_encoder_decoder:
+        return 0.0
+    tokens = section.tokens or recipe.calibration.tokens or 0
+    if section.steps:
+        updates = section.steps * section.batch_size * section.gradient_accumulation * section.sequence_length
+    else:
+        updates = tokens * section.epochs
+    return float(updates) * (6 * plan.after + 2 * plan.before * (section.teacher > 0))
 
 
 def _evaluation_bytes(source: Source, recipe: Recipe) -> int:

@@ -28,7 +28,9 @@ def sequential(job: Job) -> None:
     """Layers outside, batches inside."""
     shelf = Shelf(job.directory.path / "streams", job.device.device, place(job))
     start, x = _resumed(job, shelf)
-    batches, embedded = captured_batches(job, None if x else shelf.new("0000-teacher"))
+    # Where nothing learns, streams carry no more than an initialiser wants to see.
+    limit = None if job.total_steps else job.recipe.compress.gram_tokens if job.grams else 0
+    batches, embedded = captured_batches(job, None if x else shelf.new("0000-teacher"), limit)
     if embedded is not None:
         x = {"teacher": embedded, "student": embedded}
     steps = (job.total_steps or 1) * sum(1 for layer in job.layers if job.plan.planned(layer))
