@@ -55,6 +55,8 @@ def forget(job: Job) -> None:
     """Drop what was measured: the ranks are chosen and the factors begun."""
     files = [fisher_file(layer) for layer in job.plan.layers if job.directory.has(fisher_file(layer))]
     job.directory.forget(*files)
+    with contextlib.suppress(OSError):  # it is not there
+        (job.directory.path / FISHER).rmdir()
 
 
 def check(plan: Plan, recipe: Recipe) -> None:
