@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ class Job:
             layer=student.layer.name,
             steps=student.steps,
             initial_loss=student.first_loss,
-            loss=student.best_loss,
+            loss=student.best_loss if math.isfinite(student.best_loss) else None,  # none was measured
         )
         if student.embedding:
             report = student.embedding.report(self.counts)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from speech_models import folder, save
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq
+from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, MambaConfig
 
 import lillama
 from lillama import allocate, init, pipeline, plan, sensitivity, sequential
@@ -184,9 +184,13 @@ def test_a_run_chooses_its_ranks_keeps_to_the_size_and_goes_on_with_them(tmp_pat
     assert again.plan == result.plan
 
 
-@pytest.mark.parametrize("family", ["mistral", "phi", "phi3"])
+MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3", "mamba"])
 def test_every_decoder_can_be_measured(tmp_path, family):
-    result = pipeline.compress(recipe(tmp_path, tiny(family)))
+    model = tiny(family) if family != "mamba" else AutoModelForCausalLM.from_config(MambaConfig(**MAMBA)).float()
+    result = pipeline.compress(recipe(tmp_path, model))
     assert sum(p.numel() for p in lillama.load(result.path).parameters()) == result.plan.after
 
 
