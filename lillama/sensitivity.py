@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from lillama.job import FISHER, Job, captured_batches, fisher_file, place, throu
 from lillama.plan import Plan, observable
 from lillama.recipe import Recipe
 from lillama.shelf import Shelf, Stream
-from lillama.streams import Batch, arguments
+from lillama.streams import Batch, arguments, stand_in
 from lillama.student import fisher_factors, relative
 
 
@@ -143,20 +142,10 @@ def _surprise(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
     return F.cross_entropy(logits.float(), drawn, reduction="sum"), len(drawn)
 
 
-@contextlib.contextmanager
-def _played(job: Job, leaf: Tensor) -> Iterator[None]:
+def _played(job: Job, leaf: Tensor) -> contextlib.AbstractContextManager[None]:
     """In the model's forward pass, let layers hand on what they get, and the last one give `leaf`."""
     modules = [job.source.model.get_submodule(layer.name) for layer in job.layers]
-    own = [module.__dict__.get("forward") for module in modules]
-    try:
-        for module in modules:
-            module.forward = _hand_on if module is not modules[-1] else lambda *_, **__: leaf
-        yield
-    finally:
-        for module, forward in zip(modules, own):
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.forward = forward
+    return stand_in(modules, [*[_hand_on] * (len(modules) - 1), lambda *_, **__: leaf])
 
 
 def _hand_on(*args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -60,6 +60,21 @@ class _Stop(Exception):  # noqa: N818  not an error: it ends the forward pass af
     pass
 
 
+@contextlib.contextmanager
+def stand_in(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Let `forwards` play `modules`, for as long as the block lasts."""
+    own = [module.__dict__.get("forward") for module in modules]  # a plugin may have set one
+    try:
+        for module, forward in zip(modules, forwards):
+            module.forward = forward
+        yield
+    finally:
+        for module, before in zip(modules, own):
+            module.__dict__.pop("forward", None)
+            if before is not None:
+                module.forward = before
+
+
 @dataclass
 class Capture:
     """Turns batches of model arguments into `Batch`es, for the layers `layers` of the skeleton `model`.
@@ -104,19 +119,11 @@ class Capture:
         tokens = int(mask.sum()) if mask is not None else hidden.shape[0] * hidden.shape[1]
         return Batch(hidden, [call for _, call in captured], mask, tokens)
 
-    @contextlib.contextmanager
-    def _recording(self, captured: list[tuple[Tensor, Call]]) -> Iterator[None]:
+    def _recording(self, captured: list[tuple[Tensor, Call]]) -> contextlib.AbstractContextManager[None]:
         modules = [self.model.get_submodule(layer.name) for layer in self.layers]
-        own = [module.__dict__.get("forward") for module in modules]  # a plugin may have set one
-        try:
-            for layer, module in zip(self.layers, modules):
-                module.forward = self._recorder(layer, module, captured)
-            yield
-        finally:
-            for module, forward in zip(modules, own):
-                module.__dict__.pop("forward", None)
-                if forward is not None:
-                    module.forward = forward
+        return stand_in(
+            modules, [self._recorder(layer, module, captured) for layer, module in zip(self.layers, modules)]
+        )
 
     def _recorder(self, layer: Layer, module: nn.Module, captured: list[tuple[Tensor, Call]]) -> Any:
         def record(*args: Any, **kwargs: Any) -> Tensor:
