@@ -76,7 +76,7 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
         teachers = [teacher_bytes * n for n in sizes.values()]
         layer_bytes = (max(teachers, default=0) if low else sum(teachers)) + sum(student.values())
         memory = layer_bytes + activations + gradient + teacher_bytes * max(outside, 0)
-    memory = max(memory, _evaluation_bytes(source, recipe))
+    memory = max(memory, _evaluation_bytes(source, recipe), _finetuning_bytes(source, plan, recipe))
     if device.device.type == "cpu":
         memory += PROCESS_BYTES
 
@@ -112,6 +112,16 @@ def _finetuning(source: Source, plan: Plan, recipe: Recipe) -> float:
     else:
         updates = tokens * section.epochs
     return float(updates) * (6 * plan.after + 2 * plan.before * (section.teacher > 0))
+
+
+def _finetuning_bytes(source: Source, plan: Plan, recipe: Recipe) -> int:
+    """Weights, gradients and two moments of everything, the original where it predicts, and the logits of a batch."""
+    section = recipe.finetune
+    if section is None:
+        return 0
+    teacher = plan.before * torch.empty((), dtype=source.working).element_size() if section.teacher else 0
+    tokens = section.batch_size * (0 if source.config.is_encoder_decoder else section.sequence_length)
+    return 16 * plan.after + teacher + 16 * tokens * int(source.config.get_text_config().vocab_size)
 
 
 def _evaluation_bytes(source: Source, recipe: Recipe) -> int:
