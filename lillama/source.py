@@ -307,15 +307,13 @@ class Source:
                     )
 
     def release_keys(self, keys: Iterable[str]) -> None:
-        """Put single parameters, by their dotted names, back on the meta device; those tied to them stay tied."""
-        empty = {}
+        """Put single parameters, by their dotted names, back on the meta device."""
         for key in keys:
-            parameter = self.model.get_parameter(key)
-            empty[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        for module in self.model.modules():
-            for name, parameter in module._parameters.items():
-                if id(parameter) in empty:
-                    module._parameters[name] = empty[id(parameter)]
+            parent, _, name = key.rpartition(".")
+            module = self.model.get_submodule(parent)
+            parameter = module._parameters[name]
+            assert parameter is not None
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
     def place_buffers(self, device: torch.device) -> None:
         """Move the skeleton's buffers (rotary frequencies and the like), which are always real, to `device`."""
