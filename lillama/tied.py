@@ -78,7 +78,8 @@ def _statistics(
 
 def _train(job: Job, student: Student, follower: Student, pair: Pair, bar: Bar) -> None:
     """Both in step: an update needs the gradients of both, and the best state is the best of their sum."""
-    n, total = len(job.train), len(job.batches)
+    n = len(job.train)
+    total = len(job.batches) if job.total_steps else n  # where nothing learns, streams may be shorter
 
     def check() -> float:
         low = student.check(pair(i)[0] for i in range(n, total))
