@@ -83,8 +83,8 @@ def fisher(W: Tensor, rank: int, input_fisher: Tensor, output_fisher: Tensor) ->
     those of L^T (W^T G W) L, A = W L V and B = V^T L^-1.
     """
     W = W.double()
-    vectors, whitening = _components(W, input_fisher, output_fisher)
-    U = vectors.flip(1)[:, :rank]
+    M, whitening = _weighed(W, input_fisher, output_fisher)
+    U = torch.linalg.eigh(M)[1].flip(1)[:, :rank]
     if len(W) <= W.shape[1]:
         return balanced(torch.linalg.solve_triangular(whitening, U, upper=True), U.T @ (whitening @ W))
     return balanced(W @ (whitening @ U), torch.linalg.solve_triangular(whitening.T, U, upper=True).T)
@@ -94,11 +94,6 @@ def fisher_spectrum(W: Tensor, input_fisher: Tensor, output_fisher: Tensor) -> T
     """The eigenvalues of `fisher`, falling: twice what leaving each component out costs, in nats per token."""
     M, _ = _weighed(W.double(), input_fisher, output_fisher)
     return torch.linalg.eigvalsh(M).flip(0).clamp_min(0)
-
-
-def _components(W: Tensor, input_fisher: Tensor, output_fisher: Tensor) -> tuple[Tensor, Tensor]:
-    M, whitening = _weighed(W, input_fisher, output_fisher)
-    return torch.linalg.eigh(M)[1], whitening
 
 
 def _weighed(W: Tensor, input_fisher: Tensor, output_fisher: Tensor) -> tuple[Tensor, Tensor]:
