@@ -30,9 +30,7 @@ def fisher(layers: Sequence[Layer], remove: int, compress: Compress, spectra: Ma
     """
     weights = [w for layer in layers for w in layer.weights if w.name in spectra]
     if not weights:
-        raise LillamaError(
-            "no weight that may be factorised is a linear of a block", where="compress.strategy", hint="Use uniform."
-        )
+        raise LillamaError("no weight may be factorised", where="compress.skip", hint="Skip fewer.")
     found = {w.name: choices(w, spectra[w.name], compress) for w in weights}
     found = {name: options for name, options in found.items() if len(options) > 1}
     total = sum(w.parameters for w in weights if w.name in found)

@@ -56,15 +56,18 @@ def factorise(
     arguments: Mapping[str, Any],
     counts: Tensor | None = None,
     head_gram: Tensor | None = None,
+    **fisher: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """A (vocabulary x r) and B (r x d) for the table W by an initialiser that names `wanted`.
 
     To the initialiser the embedding is the map W^T of one-hot vectors; its `output_gram` is the sum of w_t w_t^T over
     the floored `counts`. `head_gram` is the Gram of the inputs of a head that is tied to the embedding: with both
-    statistics the factors are those of `both_uses`.
+    statistics the factors are those of `both_uses`. `fisher`: the factors of kfac.py, of both uses together.
     """
     wanted = set(wanted)
-    if counts is None or not wanted & {"gram", "output_gram"}:
+    if fisher:
+        B, A = initialise(W.T, rank, **arguments, **fisher)
+    elif counts is None or not wanted & {"gram", "output_gram"}:
         B, A = initialise(W.T, rank, **arguments)
     elif "output_gram" not in wanted:
         raise LillamaError(

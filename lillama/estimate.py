@@ -87,7 +87,7 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
     else:
         disk += 16 * sum(trained.values())
     measured = wants_spectra(recipe.compress) or bool(fisher_factors(recipe))
-    squares = sum(min(w.shape) ** 2 for layer in plan.layers for w in observable(layer))
+    squares = sum(w.copies * min(w.shape) ** 2 for layer in plan.layers for w in observable(layer))
     disk += 8 * squares * measured
     sums = 4 * squares * SINGLE  # of both factors, in float32
     seconds = None

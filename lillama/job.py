@@ -77,8 +77,8 @@ class Job:
     def statistics(self, layer: Layer, grams: Found | None) -> Found | None:
         """`grams`, and what else an initialiser is to know.
 
-        Of linears the factors of their Fisher information, where it names them; of an embedding in `layer` token counts
-        and a tied head's Gram.
+        The factors of their Fisher information, where it names them; of an embedding in `layer` token counts and a tied
+        head's Gram.
         """
         if self.fisher:
             grams = {name: {**(grams or {}).get(name, {}), **found} for name, found in self._fisher(layer).items()}
@@ -86,7 +86,10 @@ class Job:
             return grams
         found = dict(grams)
         for weight in self.plan.planned(layer):
-            given = {"counts": embedding.floored(self.counts, self.recipe.compress.embedding_floor)}
+            given = {
+                **grams.get(weight.name, {}),
+                "counts": embedding.floored(self.counts, self.recipe.compress.embedding_floor),
+            }
             for _, use in self.plan.uses(weight):
                 given |= {"head_gram": grams[use.name]["gram"]} if use.name in grams else {}
             found[weight.name] = given

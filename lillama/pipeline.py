@@ -96,7 +96,6 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
         raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
     plan = choose_ranks(layers, source.parameters, recipe.compress)
     refit.check(plan, recipe)
-    sensitivity.check(plan, recipe)
     factors.check_storage((plan.weights[name] for name in plan.ranks), recipe.compress.storage)
     _check_layers(layers, source)
     return Prepared(recipe, source, plugin, layers, plan, chosen)

@@ -223,8 +223,8 @@ def wants_spectra(compress: Compress) -> bool:
 
 
 def observable(layer: Layer) -> tuple[Weight, ...]:
-    """The weights of a layer whose effect on the predictions can be measured: linears of blocks."""
-    return tuple(w for w in layer.weights if w.kind == "linear") if layer.kind == "block" else ()
+    """The weights of a layer whose effect on the predictions is measured: a tied one's counts with its embedding's."""
+    return tuple(w for w in layer.weights if not w.tied)
 
 
 def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spectra: Spectra | None = None) -> Plan:
@@ -237,8 +237,7 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spect
     stay = {w.tied for layer in layers for w in layer.weights if _skipped(w, compress.skip)}
     stay |= {w.name for layer in layers for w in layer.weights if w.tied or _skipped(w, compress.skip)}
     offered = [Layer(layer.name, tuple(w for w in layer.weights if w.name not in stay), layer.kind) for layer in layers]
-    if wanting := wants_spectra(compress):
-        offered = [Layer(layer.name, observable(layer), layer.kind) for layer in offered]
+    wanting = wants_spectra(compress)
     total = sum(w.parameters for layer in layers for w in layer.weights)
     base = before if compress.of == "model" else total
     remove = -int(-compress.reduction * base // 1)  # rounded up

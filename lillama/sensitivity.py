@@ -17,24 +17,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lillama import memory
 from lillama.contract import Layer
-from lillama.device import Device
-from lillama.errors import LillamaError
-from lillama.factors import dense
-from lillama.init import TINY, fisher_spectrum
 from lillama.job import FISHER, Job, captured_batches, fisher_file, place, through
-from lillama.plan import Plan, observable
-from lillama.recipe import Recipe
+from lillama.kfac import Listener
+from lillama.plan import observable
 from lillama.shelf import Shelf, Stream
 from lillama.streams import Batch, arguments, stand_in
-from lillama.student import fisher_factors, relative
 
 
 def measured(job: Job) -> dict[str, Tensor]:
@@ -58,37 +54,28 @@ def forget(job: Job) -> None:
         (job.directory.path / FISHER).rmdir()
 
 
-def check(plan: Plan, recipe: Recipe) -> None:
-    """LillamaError where the recipe's initialiser wants what is measured here and a planned weight cannot have it."""
-    if not fisher_factors(recipe):
-        return
-    known = {weight.name for layer in plan.layers for weight in observable(layer)}
-    if other := next((name for name in plan.ranks if name not in known), None):
-        raise LillamaError(
-            f"init: {recipe.compress.init} serves linears inside of blocks, and '{other}' is none",
-            where="compress.init",
-            hint="Use init: whitened, or list it under compress.skip.",
-        )
-
-
 def _measure(job: Job) -> None:
     """Forwards, then back."""
+    ends = {layer.kind: layer for layer in job.plan.layers if layer.weights}
     job = copy.copy(job)
     # All blocks have to be run, whatever of them will be planned; an embedding and a head are part of what is outside.
     job.layers = [layer for layer in job.plan.layers if layer.kind == "block"]
     job.plan = dataclasses.replace(job.plan, layers=tuple(job.layers), ranks={})
-    first = next(i for i, layer in enumerate(job.layers) if observable(layer))
+    below = ends.get("embedding")
+    first = 0 if below else next((i for i, layer in enumerate(job.layers) if layer.weights), len(job.layers))
     shelf = Shelf(job.directory.path / FISHER / "streams", job.device.device, place(job, len(job.layers) + 2))
     shelf.clear()
     with job.progress.timed("sensitivity"):
         streams, batches = _forwards(job, shelf, first)
         with job.progress.phase("sensitivity", len(job.layers) - first + 1) as bar:
-            gradients, tokens = _top(job, shelf, batches, streams.pop())
+            gradients, tokens, tied = _top(job, shelf, batches, streams.pop(), ends.get("head"))
             bar.advance()
             for position in range(len(job.layers) - 1, first - 1, -1):
                 gradients = _back(job, shelf, position, batches, streams.pop(), gradients, tokens)
                 memory.give_back()
                 bar.advance()
+        if below:
+            _bottom(job, below, batches, gradients, tokens, tied)
     gradients.drop()
     shelf.clear()
 
@@ -110,29 +97,48 @@ def _forwards(job: Job, shelf: Shelf, first: int) -> tuple[list[Stream], list[Ba
     return streams, batches
 
 
-def _top(job: Job, shelf: Shelf, batches: list[Batch], hidden: Stream) -> tuple[Stream, int]:
-    """The gradients at what leaves the last layer, of the loss on tokens drawn from the predictions; their number."""
+@contextlib.contextmanager
+def _outside(job: Job) -> Iterator[None]:
+    """What stands outside the blocks, on the device."""
     outside = job.source.outside((layer.name for layer in job.layers), predicts=True)
     job.source.materialise(outside, job.device.device)
     job.source.place_buffers(job.device.device)
+    try:
+        yield
+    finally:
+        job.source.release_keys(outside)
+
+
+def _top(
+    job: Job, shelf: Shelf, batches: list[Batch], hidden: Stream, head: Layer | None
+) -> tuple[Stream, int, dict[str, Tensor]]:
+    """The gradients at what leaves the last layer, of the loss on tokens drawn from the predictions; their number.
+
+    With them what a tied head adds to its embedding; what is found of a head of its own is stored.
+    """
     generator = torch.Generator().manual_seed(job.recipe.run.seed)
     gradients, tokens = shelf.new("top-gradients"), 0
-    try:
+    with _outside(job):
+        model = job.source.model
+        listener = Listener(head, model.get_submodule(head.name), job.device) if head else None
         for raw, batch, x in zip([*job.train, *job.held], batches, hidden):
             leaf = x.detach().requires_grad_(True)
             given = {name: value.to(job.device.device) for name, value in arguments(raw).items()}
             with torch.enable_grad(), job.device.autocast(), _played(job, leaf):
-                logits = job.source.model(**given, use_cache=False).logits
+                logits = model(**given, use_cache=False).logits
                 logits = logits.flatten(0, -2) if batch.mask is None else logits[batch.mask.bool()]
             loss, count = _surprise(logits, generator)
             loss.backward()
             tokens += count
             assert leaf.grad is not None
             gradients.append(leaf.grad)
-    finally:
-        job.source.release_keys(outside)
+        tied = {}
+        if listener and head:
+            tied = listener.tied(tokens)
+            if observable(head):
+                job.directory.put_tensors(fisher_file(head), listener.close(tokens))
     hidden.drop()
-    return gradients, tokens
+    return gradients, tokens, tied
 
 
 def _surprise(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
@@ -159,7 +165,7 @@ def _back(
     layer, before = job.layers[position], shelf.new(f"{position:04d}-gradients")
     with job.teacher(layer) as module:
         module.requires_grad_(False)
-        listener = _Listener(layer, module, job.device)
+        listener = Listener(layer, module, job.device)
         for batch, x, gradient in zip(batches, inputs, gradients):
             leaf = x.detach().requires_grad_(True)
             with torch.enable_grad(), job.device.autocast():
@@ -174,53 +180,28 @@ def _back(
     return before
 
 
-class _Listener:
-    """Sums both factors of a layer's linears while it runs back. Gradients at padding are 0."""
+def _bottom(
+    job: Job, layer: Layer, batches: list[Batch], gradients: Stream, tokens: int, tied: dict[str, Tensor]
+) -> None:
+    """Store what is found of the embedding, `gradients` being those at what enters the first block."""
+    entered: list[Tensor] = []
 
-    def __init__(self, layer: Layer, module: nn.Module, device: Device) -> None:
-        self.layer, self.module, self.device = layer, module, device
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
-        self.counted: dict[str, float] = {}  # sum of c
-        self.hooks = [
-            module.get_submodule(relative(weight, layer)).register_forward_hook(self._at(weight.name))
-            for weight in observable(layer)
-        ]
+    def record(*args: Any, **kwargs: Any) -> Any:
+        entered.append(_hand_on(*args, **kwargs))
+        raise _Entered
 
-    def _at(self, name: str) -> Any:
-        def hook(linear: Any, args: tuple[Any, ...], out: Tensor) -> None:
-            # What an encoder's keys and values are made of does not depend on the layer's input.
-            source = out if out.requires_grad else out.requires_grad_(True)
-            source.register_hook(lambda gradient: self._add(name, linear, args[0], gradient))
+    with _outside(job):
+        model = job.source.model
+        listener = Listener(layer, model.get_submodule(layer.name), job.device, job.recipe.compress.embedding_floor)
+        for raw, _, gradient in zip([*job.train, *job.held], batches, gradients):
+            given = {name: value.to(job.device.device) for name, value in arguments(raw).items()}
+            first = stand_in([model.get_submodule(job.layers[0].name)], [record])
+            with torch.enable_grad(), job.device.autocast(), contextlib.suppress(_Entered), first:
+                model(**given, use_cache=False)
+            x = entered.pop()
+            x.backward(gradient.to(x.dtype))
+        job.directory.put_tensors(fisher_file(layer), listener.close(tokens, tied))
 
-        return hook
 
-    def _add(self, name: str, linear: Any, x: Tensor, gradient: Tensor) -> None:
-        g, x = (t.detach().reshape(-1, t.shape[-1]) for t in (gradient, x))
-        d_out, d_in = linear.weight.shape
-        with self.device.autocast():
-            if d_out <= d_in:
-                x = F.linear(x.to(linear.weight.dtype), linear.weight)
-            else:
-                g = F.linear(g.to(linear.weight.dtype), linear.weight.T)
-        length = gradient.detach().float().reshape(-1, d_out).square().sum(-1, keepdim=True)
-        counts = length / (length + length.mean().clamp_min(TINY))
-        g, x = g.float(), x.float()
-        with torch.autocast(g.device.type, enabled=False):
-            found = (x * counts).T @ x, g.T @ g
-        if name in self.sums:
-            found = tuple(old.add_(new) for old, new in zip(self.sums[name], found))  # type: ignore[assignment]
-        self.sums[name] = found
-        self.counted[name] = self.counted.get(name, 0.0) + float(counts.sum())
-
-    def close(self, tokens: int) -> dict[str, Tensor]:
-        """What `fisher_file` holds of every weight."""
-        for hook in self.hooks:
-            hook.remove()
-        found = {}
-        for weight in observable(self.layer):
-            inputs, outputs = self.sums[weight.name]
-            inputs, outputs = inputs / max(self.counted[weight.name], TINY), outputs / tokens
-            W = dense(self.module, relative(weight, self.layer), weight.kind)
-            found[f"{weight.name}.input"], found[f"{weight.name}.output"] = inputs, outputs
-            found[f"{weight.name}.spectrum"] = fisher_spectrum(W, inputs, outputs)
-        return found
+class _Entered(Exception):  # noqa: N818  not an error: it ends the forward pass at the first block
+    pass

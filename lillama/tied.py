@@ -68,7 +68,7 @@ def _statistics(
 ) -> Found | None:
     """Token counts, and the Gram of the head's inputs, where the initialiser wants statistics."""
     if not job.grams:
-        return None
+        return job.statistics(layer, None)
     top = job.layers[position]
     listener = Grams(top.name, head, job.plan.planned(top), job.recipe.compress.gram_tokens, {"gram"})
     with job.device.autocast():

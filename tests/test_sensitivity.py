@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, MambaConfig
 
 import lillama
-from lillama import allocate, init, pipeline, plan, sensitivity, sequential
+from lillama import allocate, device, init, kfac, pipeline, sensitivity, sequential
 from lillama.contract import Layer, Weight
 from lillama.errors import LillamaError
 from lillama.progress import Progress
@@ -46,8 +46,8 @@ def kept(monkeypatch) -> dict[str, torch.Tensor]:
     forget = sensitivity.forget
 
     def keep(job):
-        for layer in job.plan.layers:
-            found.update(job.directory.tensors(sensitivity.fisher_file(layer)))
+        for name in map(sensitivity.fisher_file, job.plan.layers):
+            found.update(job.directory.tensors(name) if job.directory.has(name) else {})
         forget(job)
 
     monkeypatch.setattr(sensitivity, "forget", keep)
@@ -240,16 +240,61 @@ def test_streams_carry_no_more_than_is_used(tmp_path, monkeypatch, init, epochs,
     assert seen == [limit]
 
 
-def test_what_cannot_be_measured_is_said_before_anything_is_read():
-    layers = [Layer("e", (Weight("e", (20, 8), kind="embedding"),), kind="embedding")]
-    made = plan.choose_ranks(layers, 200, Compress(reduction=0.1, rank_multiple=2))
-    made_recipe = Recipe.parse(
-        {
-            "model": {"id": "x"},
-            "compress": {"reduction": 0.1, "init": "fisher"},
-            "calibration": {"dataset": "x"},
-            "run": {"out": "x"},
-        }
-    )
-    with pytest.raises(LillamaError, match=r"compress\.init: init: fisher serves linears inside of blocks, and 'e'"):
-        sensitivity.check(made, made_recipe)
+@pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # tied, and a head of its own
+def test_an_embedding_and_a_head_are_measured_as_by_the_whole_model_at_once(tmp_path, monkeypatch, family, schedule):
+    wanted = recipe(tmp_path, tiny(family)).model_dump()
+    wanted["plugin"], wanted["distill"]["schedule"] = "inkuba", schedule
+    found = kept(monkeypatch)
+    generator = torch.Generator().manual_seed(1)
+    batches = [{"input_ids": torch.randint(0, 60, (4, 32), generator=generator)} for _ in range(6)]
+    result = pipeline.compress(Recipe.parse(wanted), batches=batches)
+    assert sum(p.numel() for p in lillama.load(result.path).parameters()) == result.plan.after
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double().eval().requires_grad_(False)
+    table, head = model.get_input_embeddings(), model.lm_head
+    vectors, inputs, at_vectors, at_logits = [], [], [], []
+
+    def looked_up(_, args, out):
+        vectors.append(out.detach().flatten(0, -2))
+        out.requires_grad_(True).register_hook(lambda gradient: at_vectors.append(gradient.flatten(0, -2)))
+
+    def judged(_, args, out):
+        inputs.append(args[0].detach().flatten(0, -2))
+        out.register_hook(lambda gradient: at_logits.append(gradient.flatten(0, -2)))
+
+    table.register_forward_hook(looked_up)
+    head.register_forward_hook(judged)
+    generator, tokens = torch.Generator().manual_seed(0), 0
+    for batch in batches:
+        logits = model(**batch).logits.flatten(0, -2)
+        drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+        F.cross_entropy(logits, drawn, reduction="sum").backward()
+        tokens += len(drawn)
+
+    def factors(xs, gs):
+        lengths = [g.square().sum(-1, keepdim=True) for g in gs]
+        counts = torch.cat([length / (length + length.mean()) for length in lengths])
+        x, g = torch.cat(xs), torch.cat(gs)
+        return (x * counts).T @ x / counts.sum(), g.T @ g / tokens, float(torch.cat(lengths).sum()) / tokens
+
+    H, G, _ = factors(vectors, at_vectors)
+    H = H + 0.1 * table.weight.T @ table.weight / len(table.weight)  # embedding_floor
+    top, at_top, uncertain = factors(inputs, at_logits)
+    expected = {"model.embed_tokens.input": H, "model.embed_tokens.output": G}
+    if family == "llama":
+        expected["model.embed_tokens.output"] = G + uncertain * top
+    else:
+        expected |= {"lm_head.input": top, "lm_head.output": head.weight.T @ at_top @ head.weight}
+    assert {name for name in found if not name.endswith("spectrum")} == set(expected)
+    for name, exact in expected.items():
+        assert torch.allclose(found[name].double(), exact, rtol=1e-3, atol=1e-5 * float(exact.abs().max())), name
+
+
+def test_a_weight_that_is_never_called_is_named(tmp_path, monkeypatch):
+    model = tiny()
+    model.model.layers[1].mlp.extra = torch.nn.Linear(32, 32)
+    layer = Layer("model.layers.1", (Weight("model.layers.1.mlp.extra", (32, 32)),))
+    listener = kfac.Listener(layer, model.get_submodule(layer.name), device.choose(recipe(tmp_path).run))
+    with pytest.raises(LillamaError, match=r"model\.layers\.1\.mlp\.extra: .*never calls"):
+        listener.close(1)
