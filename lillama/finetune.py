@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lillama import adapters, checkpoint, factors, track
 from lillama.device import Device
 from lillama.errors import DistillationError, LillamaError
+from lillama.predictions import divergence
 from lillama.progress import Bar, Progress
 from lillama.recipe import Finetune, Recipe
 from lillama.store import RunDirectory, atomic_directory
@@ -188,15 +188,18 @@ def loss_of(
     logits = outputs.logits[:, :-1] if shifted else outputs.logits
     labels = labels[:, 1:] if shifted else labels
     counts = labels != IGNORED
-    chosen = logits[counts].float()
     items = counts.sum().clamp_min(1) if items is None else items
-    loss = (1 - share) * F.cross_entropy(chosen, labels[counts], reduction="sum")
+    wanted = None
     if teacher is not None and share > 0:
         with torch.no_grad():
             wanted = teacher(**given, use_cache=False).logits
-        wanted = (wanted[:, :-1] if shifted else wanted)[counts].float().log_softmax(-1)
-        loss = loss + share * F.kl_div(chosen.log_softmax(-1), wanted, reduction="sum", log_target=True)
-    return loss / items, outputs
+        wanted = _chosen(wanted[:, :-1] if shifted else wanted, counts)
+    return divergence(_chosen(logits, counts), labels[counts], wanted, share) / items, outputs
+
+
+def _chosen(logits: Tensor, counts: Tensor) -> Tensor:
+    """The rows that count; not a copy where all do."""
+    return logits.flatten(0, -2) if bool(counts.all()) else logits[counts]
 
 
 class Collator:

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lillama import memory
 from lillama.contract import Layer
 from lillama.job import FISHER, Job, captured_batches, fisher_file, place, through
 from lillama.kfac import Listener
 from lillama.plan import observable
+from lillama.predictions import divergence, drawn
 from lillama.shelf import Shelf, Stream
 from lillama.streams import Batch, arguments, stand_in
 
@@ -127,9 +127,8 @@ def _top(
             with torch.enable_grad(), job.device.autocast(), _played(job, leaf):
                 logits = model(**given, use_cache=False).logits
                 logits = logits.flatten(0, -2) if batch.mask is None else logits[batch.mask.bool()]
-            loss, count = _surprise(logits, generator)
-            loss.backward()
-            tokens += count
+            divergence(logits, drawn(logits, generator)).backward()
+            tokens += len(logits)
             assert leaf.grad is not None
             gradients.append(leaf.grad)
         tied = {}
@@ -139,13 +138,6 @@ def _top(
                 job.directory.put_tensors(fisher_file(head), listener.close(tokens))
     hidden.drop()
     return gradients, tokens, tied
-
-
-def _surprise(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
-    """(-log p summed over tokens drawn from the predictions [N, V], N)."""
-    chances = logits.detach().float().softmax(-1)
-    drawn = torch.multinomial(chances.cpu(), 1, generator=generator)[:, 0].to(logits.device)
-    return F.cross_entropy(logits.float(), drawn, reduction="sum"), len(drawn)
 
 
 def _played(job: Job, leaf: Tensor) -> contextlib.AbstractContextManager[None]:
