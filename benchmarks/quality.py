@@ -37,13 +37,21 @@ from lillama.progress import Progress
 
 QUICKSTART = lillama.Recipe.load(Path(__file__).parents[1] / "recipes" / "quickstart.yaml").model_dump()
 OURS = {name: QUICKSTART["compress"][name] for name in ("of", "strategy", "init", "storage")}
-UNIFORM = {"strategy": "uniform", "of": "model"}
+UNIFORM = {"strategy": "uniform", "of": "model", "storage": "factors"}
 CLOSED = {"epochs": 0, "schedule": "sequential", "loss": "teacher", "batch_size": 2, "holdout": 0}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "svd": {"compress": {**UNIFORM, "init": "svd"}, "distill": CLOSED},
     "paper": {
-        "compress": {"strategy": "bottom", "of": "model", "init": "svd", "rank_step": 16},
-        "distill": {"loss": "teacher+student", "objective": "l1_logcos", "schedule": "concurrent"},
+        "compress": {**UNIFORM, "strategy": "bottom", "init": "svd", "rank_step": 16},
+        "distill": {
+            "loss": "teacher+student",
+            "objective": "l1_logcos",
+            "schedule": "concurrent",
+            "train": "factors",
+            "lr_schedule": "constant",
+            "warmup": 0.0,
+            "clip_norm": None,
+        },
     },
     "svd-llm": {"compress": {**UNIFORM, "init": "whitened"}, "distill": CLOSED},
     "fisher": {"compress": OURS, "distill": CLOSED},

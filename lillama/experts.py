@@ -6,13 +6,15 @@ Written against transformers' convention for fused experts: parameters `gate_up_
 
 The weights of a plan are named `<module>.gate`, `<module>.up` and `<module>.down`; the tensors
 `<module>.gate_A` (E x d_out x r), `<module>.gate_B` (E x r x d_in), or `<module>.gate_W` where it stays dense. These
-names do not meet the patterns by which transformers fuses and splits experts (DESIGN 9).
+names do not meet the patterns by which transformers fuses and splits experts (DESIGN 9). In pivoted storage they are
+`gate_B` (pivot rows), `gate_C` (coefficients of the others) and `gate_pivots` (see lowrank.py), one set per expert.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lillama.errors import LillamaError
+from lillama.lowrank import Permute, orders, pivoted, unpivoted
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -65,6 +68,7 @@ class LowRankExperts(nn.Module):
         self.num_experts: int = dense.gate_up_proj.shape[0]
         self.act_fn, self.config = dense.act_fn, dense.config
         self.ranks: dict[str, int] = {}
+        self._orders: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # derived from pivots on first use
         # What to_dense() fills again: the module without its numbers, hidden in a list from the search for modules.
         hollow = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in dense.parameters()}
         self._hollow = [copy.deepcopy(dense, {**hollow, id(dense.config): dense.config})]
@@ -74,24 +78,79 @@ class LowRankExperts(nn.Module):
             kept = weight if name == "down" else weight.clone(memory_format=torch.contiguous_format)
             self.register_parameter(f"{name}_W", nn.Parameter(kept, requires_grad=False))
 
-    def factorise(self, projection: str, rank: int, device: Any = None) -> None:
+    def factorise(self, projection: str, rank: int, storage: str = "factors", device: Any = None) -> None:
         """Put empty factors of rank `rank` in place of a dense projection."""
         W = getattr(self, f"{projection}_W")
-        E, d_out, d_in = W.shape
         delattr(self, f"{projection}_W")
-        options = {"device": device or W.device, "dtype": W.dtype}
-        self.register_parameter(f"{projection}_A", nn.Parameter(torch.empty(E, d_out, rank, **options)))
-        self.register_parameter(f"{projection}_B", nn.Parameter(torch.empty(E, rank, d_in, **options)))
         self.ranks[projection] = rank
+        self._empty(projection, storage, W.shape, {"device": device or W.device, "dtype": W.dtype})
+
+    def _empty(self, projection: str, storage: str, shape: Sequence[int], options: dict[str, Any]) -> None:
+        (E, d_out, d_in), rank = shape, self.ranks[projection]
+        shapes = {"A": (E, d_out, rank), "B": (E, rank, d_in)}
+        if storage == "pivoted":
+            shapes = {"B": (E, rank, d_in), "C": (E, d_out - rank, rank)}
+            pivots = torch.arange(rank, device=options["device"]).repeat(E, 1)
+            self.register_buffer(f"{projection}_pivots", pivots)
+        for letter, size in shapes.items():
+            self.register_parameter(f"{projection}_{letter}", nn.Parameter(torch.empty(size, **options)))
+
+    def is_pivoted(self, projection: str) -> bool:
+        """Whether a projection is kept as pivot rows and coefficients."""
+        return hasattr(self, f"{projection}_C")
 
     def set_factors(self, projection: str, A: Tensor, B: Tensor) -> None:
         """Take over A (E x d_out x r) and B (E x r x d_in), cast to this module's dtype."""
+        given: dict[str, Any] = {"A": A, "B": B}
+        if self.is_pivoted(projection):
+            each = [pivoted(*both) for both in zip(A, B)]
+            given = {letter: torch.stack(found) for letter, found in zip(("pivots", "B", "C"), zip(*each))}
         with torch.no_grad():
-            getattr(self, f"{projection}_A").copy_(A)
-            getattr(self, f"{projection}_B").copy_(B)
+            for letter, value in given.items():
+                getattr(self, f"{projection}_{letter}").copy_(value)
+        self._orders.pop(projection, None)
+
+    def factors(self, projection: str) -> tuple[Tensor, Tensor]:
+        """A (E x d_out x r) and B (E x r x d_in) of a projection, balanced and in float64 where it was pivoted."""
+        B = getattr(self, f"{projection}_B")
+        if not self.is_pivoted(projection):
+            return getattr(self, f"{projection}_A"), B
+        each = [unpivoted(*one) for one in zip(B, getattr(self, f"{projection}_C"), self._order(projection)[0])]
+        A, B = (torch.stack(found) for found in zip(*each))
+        return A, B
+
+    def store_as(self, projection: str, storage: str) -> None:
+        """Keep a projection in another storage."""
+        if self.is_pivoted(projection) == (storage == "pivoted"):
+            return
+        A, B = self.factors(projection)
+        old = getattr(self, f"{projection}_B")
+        for letter in ("A", "B", "C", "pivots"):
+            if hasattr(self, f"{projection}_{letter}"):
+                delattr(self, f"{projection}_{letter}")
+        shape = (A.shape[0], A.shape[1], B.shape[2])
+        self._empty(projection, storage, shape, {"device": old.device, "dtype": old.dtype})
+        self.set_factors(projection, A, B)
+
+    def _order(self, projection: str) -> tuple[Tensor, Tensor]:
+        """`orders` of every expert, E x d_out each."""
+        pivots, C = getattr(self, f"{projection}_pivots"), getattr(self, f"{projection}_C")
+        if projection not in self._orders or self._orders[projection][2] is not pivots:
+            each = [orders(one, pivots.shape[1] + C.shape[1]) for one in pivots]
+            order, inverse = (torch.stack(found) for found in zip(*each))
+            self._orders[projection] = order, inverse, pivots
+        return self._orders[projection][:2]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._orders = {}  # the pivots were overwritten in place
 
     def weight(self, projection: str) -> Tensor:
         """A projection as one matrix per expert, E x d_out x d_in."""
+        if self.is_pivoted(projection):
+            B = getattr(self, f"{projection}_B")
+            rows = torch.cat([B, getattr(self, f"{projection}_C") @ B], dim=1)
+            return rows.gather(1, self._order(projection)[0][..., None].expand_as(rows))
         if projection in self.ranks:
             product: Tensor = getattr(self, f"{projection}_A") @ getattr(self, f"{projection}_B")
             return product
@@ -115,14 +174,28 @@ class LowRankExperts(nn.Module):
 
     def _stages(self, projection: str) -> list[Tensor]:
         """The matrices a projection multiplies by, in turn."""
-        if projection in self.ranks:
-            return [getattr(self, f"{projection}_B"), getattr(self, f"{projection}_A")]
-        return [getattr(self, f"{projection}_W")]
+        letters = "W" if projection not in self.ranks else "BC" if self.is_pivoted(projection) else "BA"
+        return [getattr(self, f"{projection}_{letter}") for letter in letters]
+
+    def _through(self, projection: str, x: Tensor, linear: Any, permute: Any) -> Tensor:
+        """A projection of x; `linear` multiplies by one matrix per expert, `permute` puts outputs in order."""
+        if not self.is_pivoted(projection):
+            for stage in self._stages(projection):
+                x = linear(x, stage)
+            return x
+        rows, coefficients = self._stages(projection)
+        x = linear(x, rows)
+        others = [linear(x, coefficients)] if coefficients.shape[1] else []
+        out: Tensor = permute(torch.cat([x, *others], -1), *self._order(projection))
+        return out
 
     def _expert(self, projection: str, expert: int, x: Tensor) -> Tensor:
-        for stage in self._stages(projection):
-            x = F.linear(x, stage[expert])
-        return x
+        return self._through(
+            projection,
+            x,
+            lambda x, W: F.linear(x, W[expert]),
+            lambda y, order, inverse: Permute.apply(y, order[expert], inverse[expert]),
+        )
 
     def _eager(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden)
@@ -155,9 +228,12 @@ class LowRankExperts(nn.Module):
         return y.to(hidden.dtype)
 
     def _all(self, projection: str, x: Tensor, ends: Tensor) -> Tensor:
-        for stage in self._stages(projection):
-            x = grouped_linear(x, stage, ends)
-        return x
+        return self._through(
+            projection,
+            x,
+            lambda x, W: grouped_linear(x, W, ends),
+            lambda y, order, inverse: _grouped_permute(y, order, inverse, ends),
+        )
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}={self.ranks.get(name, 'dense')}" for name in PROJECTIONS)
@@ -181,6 +257,17 @@ def grouped_linear(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
     if start < len(x):
         rows.append(x.new_zeros(len(x) - start, W.shape[1]))
     return torch.cat(rows)
+
+
+def _grouped_permute(y: Tensor, order: Tensor, inverse: Tensor, ends: Tensor) -> Tensor:
+    """The columns of y[start:end] in the order of every expert."""
+    bounds = [0, *ends.tolist()]
+    rows = [
+        Permute.apply(y[start:end], order[expert], inverse[expert])
+        for expert, (start, end) in enumerate(itertools.pairwise(bounds))
+        if end > start
+    ]
+    return torch.cat([*rows, y[bounds[-1] :]])
 
 
 class _Grouped(torch.autograd.Function):

@@ -27,6 +27,7 @@ STORAGES: dict[tuple[str, str], type[nn.Module]] = {
     ("embedding", "factors"): LowRankEmbedding,
     ("embedding", "pivoted"): PivotedEmbedding,
     ("experts", "factors"): LowRankExperts,
+    ("experts", "pivoted"): LowRankExperts,
 }
 
 
@@ -72,7 +73,7 @@ def replace(root: nn.Module, name: str, *, kind: str, storage: str, rank: int, d
                 raise LillamaError(f"the plan has {kind} here, the model a {type(old).__name__}", where=name)
             old = LowRankExperts(old).train(old.training)
             setattr(root.get_submodule(parent), child, old)
-        old.factorise(projection, rank, device)
+        old.factorise(projection, rank, storage, device)
         return old
     new = _like(old, kind, storage, rank, device, name)
     if child:
@@ -183,6 +184,9 @@ def store_as(root: nn.Module, name: str, kind: str, storage: str) -> nn.Module:
     if storage == "factors":
         return root
     parent, _, child = name.rpartition(".")
+    if kind == "experts":
+        root.get_submodule(parent).store_as(child, storage)  # type: ignore[operator]
+        return root
     old: Any = root.get_submodule(name)
     if kind == "embedding":
         shape = (old.num_embeddings, old.embedding_dim, old.rank, old.padding_idx)
@@ -198,8 +202,8 @@ def store_as(root: nn.Module, name: str, kind: str, storage: str) -> nn.Module:
     return root
 
 
-def train_as_factors(root: nn.Module) -> list[str]:
-    """Put two balanced factors in place of every pivoted linear below `root`; their names, for `store_as` afterwards.
+def train_as_factors(root: nn.Module) -> list[tuple[str, str]]:
+    """Put balanced factors in place of every pivoted weight below `root`; (name, kind) of each, for `store_as` later.
 
     Both hold the same matrices, but pivot rows and coefficients differ in size, and one learning rate does not suit
     both.
@@ -207,8 +211,8 @@ def train_as_factors(root: nn.Module) -> list[str]:
     # A head that is tied stays as it is: the embedding's factors would no longer be its own.
     tied = {id(m.B) for m in root.modules() if type(m) is PivotedEmbedding}
     modules = [(name, module) for name, module in root.named_modules() if type(module) is PivotedLinear]
-    names = [name for name, module in modules if id(module.B) not in tied]
-    for name in names:
+    names = [(name, "linear") for name, module in modules if id(module.B) not in tied]
+    for name, _ in names:
         old: Any = root.get_submodule(name)
         new = LowRankLinear(
             old.in_features, old.out_features, old.rank, old.bias is not None, old.B.device, old.B.dtype
@@ -217,4 +221,9 @@ def train_as_factors(root: nn.Module) -> list[str]:
         new.bias = old.bias
         parent, _, child = name.rpartition(".")
         setattr(root.get_submodule(parent), child, new.train(old.training))
+    for name, module in root.named_modules():
+        if isinstance(module, LowRankExperts):
+            for projection in filter(module.is_pivoted, PROJECTIONS):
+                module.store_as(projection, "factors")
+                names.append((f"{name}.{projection}", "experts"))
     return names

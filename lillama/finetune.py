@@ -133,8 +133,8 @@ def finetune(
         raise DistillationError("no held-out loss was finite", where="finetune", hint=_SLOWER)
     if learner is not model:
         adapters.merge(learner)
-    for name in pivoted:
-        factors.store_as(model, name, "linear", "pivoted")
+    for name, kind in pivoted:
+        factors.store_as(model, name, kind, "pivoted")
 
 
 def split(examples: Examples, share: float, generator: torch.Generator) -> tuple[Examples, Examples]:

@@ -107,7 +107,9 @@ class Listener:
 
     def _one(self, sums: Sums) -> Any:
         def hook(_: Any, args: tuple[Any, ...], out: Tensor) -> None:
-            self._at(out, lambda gradient: sums.add(_rows(out if sums.embedding else args[0]), gradient))
+            # Detached: a hook that held the output it hangs on would keep it, and all that led to it, for good.
+            x = _rows(out if sums.embedding else args[0])
+            self._at(out, lambda gradient: sums.add(x, gradient))
 
         return hook
 

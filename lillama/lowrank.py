@@ -62,7 +62,7 @@ class LowRankLinear(_Factors):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 
-class _Permute(torch.autograd.Function):
+class Permute(torch.autograd.Function):
     """x[..., order], whose gradient is a second gather: autograd's own would scatter, element by element.
 
     `gather` and not `index_select`, which takes three times as long on bfloat16 on a CPU.
@@ -77,6 +77,41 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return gradient.gather(-1, inverse.expand_as(gradient)), None, None
+
+
+def pivoted(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(pivots, rows, coefficients) of A @ B, on the host, the latter two in float64; see PivotedLinear.set_factors."""
+    import scipy.linalg
+
+    r = A.shape[1]
+    A64, B64 = A.detach().double().cpu(), B.detach().double().cpu()
+    _, R, order = scipy.linalg.qr(A64.T.numpy(), mode="economic", pivoting=True)
+    diagonal = abs(R.diagonal())
+    if diagonal.min() <= diagonal.max() * 1e-12:
+        # A of deficient rank has no r independent rows; the least-norm coefficients still serve.
+        coefficients = scipy.linalg.lstsq(R[:, :r], R[:, r:])[0].T
+    else:
+        coefficients = scipy.linalg.solve_triangular(R[:, :r], R[:, r:]).T
+    pivots, rest = torch.from_numpy(order[:r].copy()).long(), torch.from_numpy(order[r:].copy())
+    return pivots, A64[pivots] @ B64, torch.from_numpy(coefficients)[rest.argsort()]
+
+
+def unpivoted(B: Tensor, C: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Balanced factors in float64 of the matrix cat(B, C B)[order]."""
+    rows = B.detach().double()
+    one = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    Q, R = torch.linalg.qr(torch.cat([one, C.detach().double()])[order])
+    rows = R @ rows
+    U = torch.linalg.eigh(rows @ rows.T)[1]
+    return balanced(Q @ U, U.T @ rows)
+
+
+def orders(pivots: Tensor, d_out: int) -> tuple[Tensor, Tensor]:
+    """(order, inverse): cat(pivot rows, others)[order] is the output in its own order."""
+    rest = torch.ones(d_out, dtype=torch.bool, device=pivots.device)
+    rest[pivots] = False
+    inverse = torch.cat([pivots, rest.nonzero().squeeze(1)])
+    return inverse.argsort(), inverse
 
 
 class PivotedLinear(nn.Module):
@@ -108,10 +143,7 @@ class PivotedLinear(nn.Module):
     def _order(self) -> tuple[Tensor, Tensor]:
         """(order, inverse): cat(pivot rows, others)[order] is the output in its own order."""
         if self._orders is None or self._orders[2] is not self.pivots:
-            rest = torch.ones(self.out_features, dtype=torch.bool, device=self.pivots.device)
-            rest[self.pivots] = False
-            inverse = torch.cat([self.pivots, rest.nonzero().squeeze(1)])
-            self._orders = (inverse.argsort(), inverse, self.pivots)
+            self._orders = (*orders(self.pivots, self.out_features), self.pivots)
         return self._orders[:2]
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -125,7 +157,7 @@ class PivotedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pivots = F.linear(x, self.B)
-        y: Tensor = _Permute.apply(torch.cat([pivots, F.linear(pivots, self.C)], -1), *self._order())
+        y: Tensor = Permute.apply(torch.cat([pivots, F.linear(pivots, self.C)], -1), *self._order())
         return y if self.bias is None else y + self.bias
 
     def set_factors(self, A: Tensor, B: Tensor) -> None:
@@ -133,32 +165,14 @@ class PivotedLinear(nn.Module):
 
         The pivots are then well spread, which keeps the coefficients small enough for bfloat16.
         """
-        import scipy.linalg
-
-        r = self.rank
-        A64, B64 = A.detach().double().cpu(), B.detach().double().cpu()
-        _, R, order = scipy.linalg.qr(A64.T.numpy(), mode="economic", pivoting=True)
-        diagonal = abs(R.diagonal())
-        if diagonal.min() <= diagonal.max() * 1e-12:
-            # A of deficient rank has no r independent rows; the least-norm coefficients still serve.
-            coefficients = scipy.linalg.lstsq(R[:, :r], R[:, r:])[0].T
-        else:
-            coefficients = scipy.linalg.solve_triangular(R[:, :r], R[:, r:]).T
-        pivots, rest = torch.from_numpy(order[:r].copy()).long(), torch.from_numpy(order[r:].copy())
         with torch.no_grad():
-            self.pivots.copy_(pivots)
-            self.B.copy_(A64[pivots] @ B64)
-            self.C.copy_(torch.from_numpy(coefficients)[rest.argsort()])
+            for own, found in zip((self.pivots, self.B, self.C), pivoted(A, B)):
+                own.copy_(found)
         self._orders = None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Balanced factors A (d_out x r) and B (r x d_in) of the same matrix, in float64."""
-        B = self.B.detach().double()
-        one = torch.eye(self.rank, dtype=B.dtype, device=B.device)
-        Q, R = torch.linalg.qr(torch.cat([one, self.C.detach().double()])[self._order()[0]])
-        rows = R @ B
-        U = torch.linalg.eigh(rows @ rows.T)[1]
-        return balanced(Q @ U, U.T @ rows)
+        return unpivoted(self.B, self.C, self._order()[0])
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"

@@ -46,7 +46,7 @@ class Compress(Section):
         description="What the share is of: model (all parameters) or weights (the matrices the plugin offers).",
     )
     strategy: str = Field(
-        "uniform",
+        "fisher",
         description="How ranks are chosen: bottom (Algorithm 1), top, uniform, fisher (where the predictions suffer "
         "least, measured when the run begins), or a plugin's.",
     )
@@ -54,13 +54,13 @@ class Compress(Section):
     rank_step: int = Field(256, ge=1, description="Distance between the ranks bottom and top try: m of Algorithm 1.")
     rank_multiple: int = Field(8, ge=1, description="Ranks are multiples of this (uniform, fisher).")
     init: str = Field(
-        "whitened",
+        "fisher",
         description="Starting factors: svd, random, whitened (best for the calibration inputs), compensated (for the "
         "student's inputs, making up for earlier losses), fisher (best for the predictions on the calibration data), "
         "or a plugin's.",
     )
     storage: Literal["factors", "pivoted"] = Field(
-        "factors",
+        "pivoted",
         description="How rank r is kept: two factors, or pivot rows and coefficients (r^2 numbers fewer).",
     )
     gram_tokens: int = Field(
@@ -81,22 +81,22 @@ class Compress(Section):
 class Distill(Section):
     """How each student layer learns from its own original."""
 
-    loss: str = Field("teacher+student", description="Inputs the student learns on: teacher, student, teacher+student.")
-    objective: str = Field("l1_logcos", description="Distance of outputs: l1_logcos (eq. 7), mse, normalised_mse.")
+    loss: str = Field("student", description="Inputs the student learns on: teacher, student, teacher+student.")
+    objective: str = Field("normalised_mse", description="Distance of outputs: l1_logcos (eq. 7), mse, normalised_mse.")
     schedule: Literal["concurrent", "sequential"] = Field(
         "sequential",
         description="concurrent: all layers in one pass over the data; sequential: one by one, inputs cached.",
     )
     train: Literal["factors", "layer"] = Field(
-        "factors", description="What learns: the factors alone, or every parameter of a layer that has factors."
+        "layer", description="What learns: the factors alone, or every parameter of a layer that has factors."
     )
     epochs: int = Field(1, ge=0, description="Passes over the calibration data; 0 keeps the initial factors.")
     batch_size: int = Field(8, ge=1, description="Sequences per step.")
     learning_rate: float = Field(8.6e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
-    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate after the warm-up.")
-    warmup: float = Field(0.0, ge=0, lt=1, description="Share of the steps over which the learning rate rises.")
-    clip_norm: float | None = Field(None, gt=0, description="Largest gradient norm of a layer; null: no limit.")
+    lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after the warm-up.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the learning rate rises.")
+    clip_norm: float | None = Field(1.0, gt=0, description="Largest gradient norm of a layer; null: no limit.")
     holdout: float = Field(
         0.05, ge=0, lt=1, description="Share of the batches kept out of training to choose the best state."
     )

@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,6 +23,10 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("lillama", deadline=None)
+hypothesis.settings.load_profile("lillama")
 
 SMALL = {
     "vocab_size": 97,

@@ -16,7 +16,7 @@ def clip(seconds, rate=8000, seed=0):
     return Clip("a.wav", sound.astype(np.float32), rate, "words")
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seconds=st.floats(0.2, 4.0), longest=st.floats(0.5, 3.0))
 def test_copies_are_speech_of_bounded_length_without_a_transcript(seconds, longest):
     original = clip(seconds)

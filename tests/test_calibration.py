@@ -441,7 +441,7 @@ def test_chunks_join_back_and_stay_near_their_length(lines: list[str], size: int
 TEXTS = st.lists(st.text(st.characters(exclude_characters="<", codec="utf-8"), max_size=40), max_size=8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TEXTS, st.integers(2, 9), st.none() | st.integers(9, 60))
 def test_joining_and_cutting_lose_nothing_but_the_tail(texts: list[str], length: int, most: int | None) -> None:
     rows = datasets.Dataset.from_dict({"text": ["a row that alone fills one block", *texts]})

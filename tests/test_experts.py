@@ -35,11 +35,11 @@ def routed(tokens=40, only=E):
     return x, index, torch.rand(tokens, K, generator=generator)
 
 
-def low_rank(dense, ranks):
+def low_rank(dense, ranks, storage="factors"):
     module = LowRankExperts(dense)
     for name, rank in ranks.items():
         W = dense_weight(dense, name)
-        module.factorise(name, rank)
+        module.factorise(name, rank, storage)
         found = [init.svd(one, rank) for one in W]
         module.set_factors(name, *(torch.stack(one) for one in zip(*found)))
     return module
@@ -59,8 +59,9 @@ def test_full_rank_is_bit_equal_under_eager():
 @pytest.mark.parametrize("rank", [8, 6])  # 6: not of whole 16 bytes, so without torch's grouped kernel
 @pytest.mark.parametrize("only", [E, 2])  # 2: experts that no token reaches
 @pytest.mark.parametrize("planned", [PROJECTIONS, ("gate",), ("up", "down")])
-def test_eager_and_grouped_agree_with_their_gradients(rank, only, planned):
-    module = low_rank(experts(), dict.fromkeys(planned, rank)).requires_grad_(True)
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_eager_and_grouped_agree_with_their_gradients(rank, only, planned, storage):
+    module = low_rank(experts(), dict.fromkeys(planned, rank), storage).requires_grad_(True)
     x, index, weights = routed(only=only)
     found = []
     for implementation in ("eager", "grouped_mm"):
@@ -74,9 +75,10 @@ def test_eager_and_grouped_agree_with_their_gradients(rank, only, planned):
         assert (eager - grouped).abs().max() <= 1e-6 * eager.abs().max()
 
 
-def test_low_rank_is_what_the_product_says_under_autocast_too():
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_low_rank_is_what_the_product_says_under_autocast_too(storage):
     dense, inputs = experts("grouped_mm"), routed()
-    module = low_rank(dense, dict.fromkeys(PROJECTIONS, 8))
+    module = low_rank(dense, dict.fromkeys(PROJECTIONS, 8), storage)
     expected = module.to_dense()(*inputs)
     torch.testing.assert_close(module(*inputs), expected, rtol=0, atol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -98,8 +100,34 @@ def test_replace_takes_a_projection_at_a_time_and_copies_of_the_module_work():
     assert set(dict(copy.deepcopy(module).to_dense().named_parameters())) == {"gate_up_proj", "down_proj"}
     with pytest.raises(LillamaError, match="Linear"):
         factors.replace(nn.ModuleDict({"e": nn.Linear(2, 2)}), "e.gate", kind="experts", storage="factors", rank=2)
-    with pytest.raises(LillamaError, match="no 'pivoted' storage"):
-        factors.replace(root, "experts.up", kind="experts", storage="pivoted", rank=2)
+    with pytest.raises(LillamaError, match="no 'sparse' storage"):
+        factors.replace(root, "experts.up", kind="experts", storage="sparse", rank=2)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_pivoted_experts_are_the_same_map_in_fewer_numbers(implementation):
+    dense, inputs = experts(implementation), routed()
+    ranks = {"gate": 8, "up": 32, "down": 32}  # full rank: rows beyond the pivots of up, none of down
+    plain, module = low_rank(dense, ranks), low_rank(dense, ranks, "pivoted")
+    out = module(*inputs)
+    torch.testing.assert_close(out, plain(*inputs), rtol=1e-4, atol=1e-4)
+    numbers = sum(p.numel() for p in module.parameters())
+    assert numbers == sum(E * (r * (H + INNER) - r * r) for r in ranks.values())
+    # Loaded into an empty one, copied, and back to factors that can be trained.
+    empty = low_rank(experts(implementation), {}).requires_grad_(False)
+    for name, rank in ranks.items():
+        empty.factorise(name, rank, "pivoted")
+    empty(*inputs)  # its orders are known before the pivots change
+    empty.load_state_dict(module.state_dict())
+    assert torch.equal(empty(*inputs), out) and torch.equal(copy.deepcopy(module)(*inputs), out)
+    root = nn.ModuleDict({"experts": module})
+    assert factors.train_as_factors(root) == [(f"experts.{name}", "experts") for name in PROJECTIONS]
+    assert set(dict(module.named_parameters())) == {f"{name}_{letter}" for name in PROJECTIONS for letter in "AB"}
+    torch.testing.assert_close(module(*inputs), out, rtol=1e-4, atol=1e-4)
+    for name in PROJECTIONS:
+        factors.store_as(root, f"experts.{name}", "experts", "pivoted")
+    torch.testing.assert_close(module(*inputs), out, rtol=1e-4, atol=1e-4)
+    assert sum(p.numel() for p in module.parameters()) == numbers
 
 
 WEIGHTS = (

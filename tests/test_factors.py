@@ -138,7 +138,7 @@ def test_a_pivoted_linear_trains_as_balanced_factors_of_the_same_matrix(seed, bi
         model[int(name)].set_factors(*map(torch.randn, shape))
     x = torch.randn(5, 9)
     before = model(x)
-    assert factors.train_as_factors(model) == ["0", "1"]
+    assert factors.train_as_factors(model) == [("0", "linear"), ("1", "linear")]
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model[0].A.norm(dim=0), model[0].B.norm(dim=1), rtol=1e-4, atol=1e-4)
     for name in ("0", "1"):

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from test_checkpoint import PLAIN
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lillama import LillamaError, checkpoint, pipeline
+from lillama import checkpoint, pipeline
 from lillama.experts import LowRankExperts
 from lillama.plan import Plan
 from lillama.progress import Progress
@@ -130,11 +130,22 @@ def test_generation_on_bfloat16_and_grouped_products(original, tmp_path):
         assert out.shape == (1, 6)
 
 
-def test_pivoted_experts_are_refused_when_planning(original, tmp_path):
-    with pytest.raises(LillamaError, match=r"compress\.storage.*experts.*pivoted"):
-        pipeline.prepare(recipe_for(original, tmp_path, changes={"compress.storage": "pivoted"}))
-    changes = {"compress.storage": "pivoted", "compress.skip": ["*.experts.*"], "compress.reduction": 0.01}
-    assert pipeline.prepare(recipe_for(original, tmp_path, changes=changes)).plan.ranks
+@pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
+def test_experts_in_pivoted_storage(original, tmp_path, schedule):
+    changes = {"compress.storage": "pivoted", "distill.schedule": schedule}
+    recipe = recipe_for(original, tmp_path, changes=changes)
+    result = pipeline.compress(recipe, batches=token_batches(tiny()))
+    model = checkpoint.load(result.path)
+    assert sum(p.numel() for p in model.parameters()) == result.plan.after
+    experts = model.get_submodule(LAYERS[0])
+    assert all(map(experts.is_pivoted, experts.ranks)) and experts.ranks
+    ids = token_batches(model)[0]
+    logits = model(**ids).logits
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(checkpoint.load(tmp_path / "again")(**ids).logits, logits)
+    dense = checkpoint.load(result.path)
+    dense.dequantize()
+    torch.testing.assert_close(dense(**ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mixtral8x7b_20", "mixtral8x7b_20_24gb"])

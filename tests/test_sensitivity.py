@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from conftest import tokenizer as word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from speech_models import folder, save
+from test_mixtral import tiny as tiny_mixtral
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, MambaConfig
 
@@ -128,7 +131,7 @@ def test_no_map_of_the_rank_costs_less(shape):
 spectra = st.lists(st.floats(0, 100), min_size=8, max_size=8).map(lambda values: sorted(values, reverse=True))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     found=st.lists(spectra, min_size=2, max_size=3),
     share=st.floats(0.05, 0.7),
@@ -289,6 +292,30 @@ def test_an_embedding_and_a_head_are_measured_as_by_the_whole_model_at_once(tmp_
     assert {name for name in found if not name.endswith("spectrum")} == set(expected)
     for name, exact in expected.items():
         assert torch.allclose(found[name].double(), exact, rtol=1e-3, atol=1e-5 * float(exact.abs().max())), name
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "experts"])
+def test_nothing_of_a_batch_is_kept(tmp_path, kind):
+    if kind == "embedding":
+        module, layer = torch.nn.Embedding(20, 8), Layer("e", (Weight("e", (20, 8), kind="embedding"),), "embedding")
+    elif kind == "linear":
+        module, layer = torch.nn.Sequential(torch.nn.Linear(8, 8)), Layer("m", (Weight("m.0", (8, 8)),))
+    else:
+        module, layer = torch.nn.Module(), Layer("m", (Weight("m.experts.up", (48, 32), 4, "experts"),))
+        module.experts = tiny_mixtral().model.layers[0].mlp.experts
+    listener = kfac.Listener(layer, module.requires_grad_(False), device.choose(recipe(tmp_path).run))
+    x = torch.arange(6) if kind == "embedding" else torch.randn(6, 8, requires_grad=True)
+    if kind == "experts":
+        x = torch.randn(6, 32, requires_grad=True)
+        out = module.experts(x, torch.randint(0, 4, (6, 2)), torch.rand(6, 2))
+    else:
+        out = module(x)
+    left = weakref.ref(out)
+    out.sum().backward()
+    del out
+    gc.collect()
+    assert left() is None
+    assert listener.sums
 
 
 def test_a_weight_that_is_never_called_is_named(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def exact(matrix: Any) -> float:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_of_a_matrix_it_is_that_of_the_singular_values(rows: int, columns: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     assert of_matrix(matrix) == pytest.approx(exact(matrix), rel=1e-3)

@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool]
 
 
 @pytest.mark.parametrize("place", ["device", "host", "file"])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from(DTYPES)), min_size=1, max_size=5))
 def test_a_stream_gives_back_what_it_was_given(tmp_path_factory, place, shapes):
     tensors = [(torch.randn(a, b) * 3).to(dtype) for a, b, dtype in shapes]
