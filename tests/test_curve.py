@@ -65,7 +65,7 @@ def test_the_curve_goes_from_the_original_to_the_result(
         assert [p["layers"] for p in points] == [0, 1, 2, 3]
         assert points[0]["perplexity"] == pytest.approx(before, rel=1e-4), "no layer is done yet"
     else:
-        assert points[0]["tokens"] == 0 and points[0]["perplexity"] != pytest.approx(before, rel=1e-4)
+        assert points[0]["tokens"] == 0 and points[0]["perplexity"] != pytest.approx(before, rel=1e-6)
     tokens = [p["tokens"] for p in points]
     assert tokens == sorted(tokens) and tokens[-1] > 1000
 

@@ -153,7 +153,7 @@ def test_counts_leave_padding_out_and_groups_cover_the_vocabulary():
 def test_a_tied_weight_is_counted_once_and_has_the_ranks_of_its_embedding():
     low = Layer("up", (Weight("up", (100, 20), kind="embedding"),), "embedding")
     top = Layer("out", (Weight("out", (100, 20), tied="up"),), "head")
-    compress = Compress.model_validate({"reduction": 0.5, "of": "weights", "rank_multiple": 1})
+    compress = Compress(reduction=0.5, of="weights", rank_multiple=1, strategy="uniform", storage="factors")
     plan = choose_ranks([low, top], 2500, compress)
     assert plan.ranks["up"] == plan.ranks["out"] == 8
     assert plan.after == 2500 - 2000 + 8 * 120

@@ -22,6 +22,7 @@ from lillama.factors import is_factorised
 from lillama.recipe import Finetune, Lora, Recipe
 
 IGNORED = finetune.IGNORED
+PLAIN = {"strategy": "uniform", "storage": "factors"}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def speech_recipe(tmp_path, **section) -> Recipe:
     return Recipe.parse(
         {
             "model": {"id": str(model), "dtype": "float32"},
-            "compress": {"reduction": 0.4, "of": "weights", "rank_multiple": 2, "init": "svd"},
+            "compress": {"reduction": 0.4, "of": "weights", "rank_multiple": 2, "init": "svd", **PLAIN},
             "distill": {"batch_size": 2, "epochs": 1},
             "calibration": {"dataset": str(speech)},
             "finetune": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "checks": 2, **section},
@@ -132,7 +133,7 @@ def text_recipe(tmp_path, compress=None, **section) -> Recipe:
     return Recipe.parse(
         {
             "model": {"id": str(tmp_path / "model"), "dtype": "float32"},
-            "compress": {"reduction": 0.2, "rank_multiple": 2, **(compress or {})},
+            "compress": {"reduction": 0.2, "rank_multiple": 2, "init": "svd", **PLAIN, **(compress or {})},
             "distill": {"batch_size": 4},
             "calibration": {"dataset": str(tmp_path / "text.txt"), "sequence_length": 16},
             "finetune": {"sequence_length": 16, "steps": 20, "learning_rate": 1e-2, "checks": 2, **section},

@@ -310,7 +310,7 @@ def test_a_plugin_that_fails_to_register_is_named_and_others_serve(monkeypatch: 
         ]
     )
     monkeypatch.setattr(host, "get", lambda: found)
-    assert Recipe.parse(DATA).compress.strategy == "uniform"
+    assert Recipe.parse(DATA, ["compress.strategy=uniform"]).compress.strategy == "uniform"
     assert "a_raises (dist-a_raises 1.2) failed in register: KeyError: 'x'" in str(found.plugins["a_raises"].failure)
     assert "'uniform' is already registered" in str(found.plugins["b_takes"].failure)
     assert layers(found) == ("knows", LAYERS)

@@ -52,7 +52,7 @@ def pseudo_code(layers, size, target, k, m):
 @given(models(), st.floats(0.01, 0.9), st.integers(1, 24), st.integers(1, 16))
 def test_bottom_is_algorithm_1(model, reduction, k, m):
     layers, before = model
-    compress = Compress(reduction=reduction, strategy="bottom", min_rank=k, rank_step=m)
+    compress = Compress(reduction=reduction, strategy="bottom", min_rank=k, rank_step=m, storage="factors")
     expected = pseudo_code(layers, before, before * (1 - reduction), k, m)
     # The last candidate may meet the target to within rounding of the float: compare where it is not a tie.
     try:
@@ -86,7 +86,7 @@ def test_top_is_bottom_of_the_layers_reversed(model, reduction, k, m):
 )
 def test_uniform_keeps_its_budget_and_its_multiples(model, reduction, of, multiple, storage):
     layers, before = model
-    compress = Compress(reduction=reduction, of=of, rank_multiple=multiple, storage=storage)
+    compress = Compress(reduction=reduction, of=of, rank_multiple=multiple, strategy="uniform", storage=storage)
     weights = [w for layer in layers for w in layer.weights]
     try:
         plan = choose_ranks(layers, before, compress)
@@ -109,7 +109,8 @@ def test_uniform_keeps_its_budget_and_its_multiples(model, reduction, of, multip
 
 def test_uniform_removes_the_same_share_of_every_weight():
     weights = tuple(Weight(f"l.{n}", shape) for n, shape in enumerate([(512, 512), (2048, 512), (512, 2048)]))
-    plan = choose_ranks([Layer("l", weights)], 10_000_000, Compress(reduction=0.4, of="weights"))
+    compress = Compress(reduction=0.4, of="weights", strategy="uniform", storage="factors")
+    plan = choose_ranks([Layer("l", weights)], 10_000_000, compress)
     for w in weights:
         share = stored(w, plan.ranks[w.name], "factors") / w.parameters
         assert share == pytest.approx(0.6, abs=0.032)  # one step of 8 ranks
@@ -118,7 +119,9 @@ def test_uniform_removes_the_same_share_of_every_weight():
 def test_pivoted_storage_affords_higher_ranks_for_the_same_budget():
     layers = [Layer("l", (Weight("l.w", (512, 512)),))]
     ranks = {
-        storage: choose_ranks(layers, 512 * 512, Compress(reduction=0.3, storage=storage)).ranks["l.w"]
+        storage: choose_ranks(layers, 512 * 512, Compress(reduction=0.3, strategy="uniform", storage=storage)).ranks[
+            "l.w"
+        ]
         for storage in ("factors", "pivoted")
     }
     assert ranks["pivoted"] > ranks["factors"] + 40
@@ -139,4 +142,4 @@ def test_a_plan_stops_work_at_its_last_planned_layer():
 def test_an_impossible_reduction_names_the_largest_possible_one():
     layers = [Layer("l", (Weight("l.w", (64, 64)),))]
     with pytest.raises(LillamaError, match=r"largest possible is 0\.5 with strategy bottom"):
-        choose_ranks(layers, 64 * 64, Compress(reduction=0.9, strategy="bottom", min_rank=16))
+        choose_ranks(layers, 64 * 64, Compress(reduction=0.9, strategy="bottom", min_rank=16, storage="factors"))

@@ -49,10 +49,13 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LILLAMA_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+PLAIN = {"strategy": "uniform", "storage": "factors"}
+
+
 def recipe(tmp_path, model, speech, *overrides, **changes) -> Recipe:
     settings = {
         "model": {"id": str(model), "dtype": "float32"},
-        "compress": {"reduction": 0.5, "of": "weights", "rank_multiple": 2, "init": "svd"},
+        "compress": {"reduction": 0.5, "of": "weights", "rank_multiple": 2, "init": "svd", **PLAIN},
         "distill": {"batch_size": 2, "learning_rate": 1e-3, "holdout": 0.3},
         "calibration": {"dataset": str(speech)},
         "run": {"out": str(tmp_path / "run"), "device": "cpu", "compute": "float32"},
