@@ -6,9 +6,8 @@ import pytest
 import torch
 from test_mixtral import LAYERS
 from test_mixtral import tiny as tiny_mixtral
-from test_sensitivity import kept, recipe
+from test_sensitivity import kept, kronecker, recipe, run_back
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import lillama
@@ -65,23 +64,15 @@ def test_experts_are_measured_as_linears_of_their_own(tmp_path, monkeypatch):
         for name in (f"{p}{e}" for p in PROJECTIONS for e in range(spelled.experts)):
             spelled.get_submodule(name).register_forward_hook(listen(f"{layer}.{name}"))
     model.get_input_embeddings().register_forward_hook(lambda *given: given[2].requires_grad_(True))
-    generator, tokens = torch.Generator().manual_seed(0), 0
-    for batch in batches:
-        logits = model(**batch).logits.flatten(0, -2)
-        drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
-        F.cross_entropy(logits, drawn, reduction="sum").backward()
-        tokens += len(drawn)
+    tokens = run_back(model, batches)
     for layer in LAYERS:
         for projection in PROJECTIONS:
             spectrum = torch.zeros(32, dtype=torch.float64)
             for e in range(4):
                 name = f"{layer}.{projection}{e}"
                 W = model.get_submodule(name).weight
-                inputs, gradients = (torch.cat(seen[name][i::2]).detach() for i in (0, 1))
-                assert len(inputs) >= 32, "none borrows"
-                lengths = [gradient.square().sum(-1, keepdim=True) for gradient in seen[name][1::2]]
-                counts = torch.cat([length / (length + length.mean()) for length in lengths])
-                G, H = gradients.T @ gradients / tokens, (inputs * counts).T @ inputs / counts.sum()
+                assert sum(map(len, seen[name][::2])) >= 32, "none borrows"
+                H, G = kronecker(seen[name][::2], seen[name][1::2], tokens)
                 wide = W.shape[0] <= W.shape[1]
                 both = (W @ H @ W.T, G) if wide else (H, W.T @ G @ W)
                 for side, exact in zip(("input", "output"), both):

@@ -57,6 +57,25 @@ def kept(monkeypatch) -> dict[str, torch.Tensor]:
     return found
 
 
+def run_back(model, batches) -> int:
+    """Gradients of the whole model at once, as measuring draws its tokens; how many they are."""
+    generator, tokens = torch.Generator().manual_seed(0), 0
+    for batch in batches:
+        logits = model(**batch).logits.flatten(0, -2)
+        drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+        F.cross_entropy(logits, drawn, reduction="sum").backward()
+        tokens += len(drawn)
+    return tokens
+
+
+def kronecker(xs, gs, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """H and G as they are defined, from the inputs and gradients of every batch."""
+    lengths = [g.square().sum(-1, keepdim=True) for g in gs]
+    counts = torch.cat([length / (length + length.mean()) for length in lengths])
+    x, g = torch.cat(xs).detach(), torch.cat(gs)
+    return (x * counts).T @ x / counts.sum(), g.T @ g / tokens
+
+
 def test_layer_by_layer_finds_what_the_whole_model_at_once_has(tmp_path, monkeypatch):
     given_recipe = recipe(tmp_path)
     found = kept(monkeypatch)
@@ -77,18 +96,10 @@ def test_layer_by_layer_finds_what_the_whole_model_at_once_has(tmp_path, monkeyp
     for name in names:
         model.get_submodule(name).register_forward_hook(listen(name))
     model.get_input_embeddings().register_forward_hook(lambda *given: given[2].requires_grad_(True))
-    generator, tokens = torch.Generator().manual_seed(0), 0
-    for batch in batches:
-        logits = model(**batch).logits.flatten(0, -2)
-        drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
-        F.cross_entropy(logits, drawn, reduction="sum").backward()
-        tokens += len(drawn)
+    tokens = run_back(model, batches)
     for name in names:
         W = model.get_submodule(name).weight
-        inputs, gradients = torch.cat(seen[name][::2]), torch.cat(seen[name][1::2])
-        lengths = [gradient.square().sum(-1, keepdim=True) for gradient in seen[name][1::2]]
-        counts = torch.cat([length / (length + length.mean()) for length in lengths])
-        G, H = gradients.T @ gradients / tokens, (inputs * counts).T @ inputs / counts.sum()
+        H, G = kronecker(seen[name][::2], seen[name][1::2], tokens)
         small = W.shape[0] <= W.shape[1]
         for mine, exact in (
             (found[f"{name}.output"], G if small else W.T @ G @ W),
@@ -268,22 +279,12 @@ def test_an_embedding_and_a_head_are_measured_as_by_the_whole_model_at_once(tmp_
 
     table.register_forward_hook(looked_up)
     head.register_forward_hook(judged)
-    generator, tokens = torch.Generator().manual_seed(0), 0
-    for batch in batches:
-        logits = model(**batch).logits.flatten(0, -2)
-        drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
-        F.cross_entropy(logits, drawn, reduction="sum").backward()
-        tokens += len(drawn)
+    tokens = run_back(model, batches)
 
-    def factors(xs, gs):
-        lengths = [g.square().sum(-1, keepdim=True) for g in gs]
-        counts = torch.cat([length / (length + length.mean()) for length in lengths])
-        x, g = torch.cat(xs), torch.cat(gs)
-        return (x * counts).T @ x / counts.sum(), g.T @ g / tokens, float(torch.cat(lengths).sum()) / tokens
-
-    H, G, _ = factors(vectors, at_vectors)
+    H, G = kronecker(vectors, at_vectors, tokens)
     H = H + 0.1 * table.weight.T @ table.weight / len(table.weight)  # embedding_floor
-    top, at_top, uncertain = factors(inputs, at_logits)
+    top, at_top = kronecker(inputs, at_logits, tokens)
+    uncertain = float(torch.cat(at_logits).square().sum()) / tokens
     expected = {"model.embed_tokens.input": H, "model.embed_tokens.output": G}
     if family == "llama":
         expected["model.embed_tokens.output"] = G + uncertain * top
