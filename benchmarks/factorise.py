@@ -25,7 +25,7 @@ def exact(W: Tensor, rank: int, dtype: torch.dtype) -> Factors:
 
 
 def gram(W: Tensor, rank: int, dtype: torch.dtype) -> Factors:
-    """What `lillama.init.svd` does."""
+    """What `lillama.factorise.initialisers.svd` does."""
     W = W.to(dtype)
     if len(W) <= W.shape[1]:
         U = torch.linalg.eigh(W @ W.T)[1].flip(1)[:, :rank]

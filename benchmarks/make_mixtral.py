@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import MixtralConfig, PreTrainedTokenizerFast
 
-from lillama import tensorfile
+from lillama.base import tensorfile
 
 VOCABULARY = 32000
 

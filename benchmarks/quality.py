@@ -28,12 +28,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lillama
-from lillama import checkpoint, dataset, show
-from lillama.calibration import CHARACTERS_PER_TOKEN, chunks
+from lillama.base.progress import Progress
+from lillama.checkpoint import write as checkpoint
+from lillama.cli import show
+from lillama.data import rows as dataset
+from lillama.data.text import CHARACTERS_PER_TOKEN, chunks
 from lillama.errors import LillamaError
-from lillama.evaluate import Context
+from lillama.evaluate.context import Context
 from lillama.evaluate.perplexity import perplexity
-from lillama.progress import Progress
 
 QUICKSTART = lillama.Recipe.load(Path(__file__).parents[1] / "recipes" / "quickstart.yaml").model_dump()
 OURS = {name: QUICKSTART["compress"][name] for name in ("of", "strategy", "init", "storage")}

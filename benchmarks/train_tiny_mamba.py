@@ -20,10 +20,10 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
-from lillama.calibration import token_blocks
-from lillama.dataset import load_rows, render_rows
+from lillama.data.rows import load_rows, render_rows
+from lillama.data.text import token_blocks
 from lillama.evaluate.perplexity import score
-from lillama.recipe import Calibration
+from lillama.recipe.schema import Calibration
 
 END = "<|endoftext|>"
 

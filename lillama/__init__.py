@@ -18,9 +18,9 @@ from lillama.errors import LillamaError
 from lillama.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from lillama.checkpoint import load
-    from lillama.pipeline import compress, make_plan
-    from lillama.recipe import Recipe
+    from lillama.checkpoint.write import load
+    from lillama.recipe.schema import Recipe
+    from lillama.run.pipeline import compress, make_plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,10 +35,10 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Recipe": "lillama.recipe",
-    "compress": "lillama.pipeline",
-    "load": "lillama.checkpoint",
-    "make_plan": "lillama.pipeline",
+    "Recipe": "lillama.recipe.schema",
+    "compress": "lillama.run.pipeline",
+    "load": "lillama.checkpoint.write",
+    "make_plan": "lillama.run.pipeline",
 }
 
 
@@ -52,4 +52,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-when_transformers_quantizers_load("lillama.quantizer")
+when_transformers_quantizers_load("lillama.checkpoint.quantizer")

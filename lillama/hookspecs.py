@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from lillama.base.progress import Progress
     from lillama.contract import Layer
-    from lillama.progress import Progress
-    from lillama.recipe import Recipe
+    from lillama.recipe.schema import Recipe
     from lillama.registry import Registries
 
 hookspec = pluggy.HookspecMarker("lillama")

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from lillama import hookspecs
+from lillama.base.progress import Progress
 from lillama.contract import Layer
 from lillama.errors import LillamaError, did_you_mean
-from lillama.progress import Progress
 from lillama.registry import Registries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lillama.recipe import Recipe
+    from lillama.recipe.schema import Recipe
 
 GROUP = "lillama"
 HOOKS = tuple(name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), "lillama_spec"))

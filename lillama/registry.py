@@ -116,36 +116,36 @@ def _is_scalar(annotation: Any) -> bool:
 STRATEGIES = Registry(
     "strategy",
     {
-        "bottom": "lillama.plan:bottom",
-        "top": "lillama.plan:top",
-        "uniform": "lillama.plan:uniform",
-        "fisher": "lillama.allocate:fisher",
+        "bottom": "lillama.plan.plan:bottom",
+        "top": "lillama.plan.plan:top",
+        "uniform": "lillama.plan.plan:uniform",
+        "fisher": "lillama.plan.fisher:fisher",
     },
 )
 INITIALISERS = Registry(
     "initialiser",
     {
-        "svd": "lillama.init:svd",
-        "random": "lillama.init:random",
-        "whitened": "lillama.init:whitened",
-        "compensated": "lillama.init:compensated",
-        "fisher": "lillama.init:fisher",
+        "svd": "lillama.factorise.initialisers:svd",
+        "random": "lillama.factorise.initialisers:random",
+        "whitened": "lillama.factorise.initialisers:whitened",
+        "compensated": "lillama.factorise.initialisers:compensated",
+        "fisher": "lillama.factorise.initialisers:fisher",
     },
 )
 OBJECTIVES = Registry(
     "objective",
     {
-        "l1_logcos": "lillama.losses:l1_logcos",
-        "mse": "lillama.losses:mse",
-        "normalised_mse": "lillama.losses:normalised_mse",
+        "l1_logcos": "lillama.distill.losses:l1_logcos",
+        "mse": "lillama.distill.losses:mse",
+        "normalised_mse": "lillama.distill.losses:normalised_mse",
     },
 )
 LOSSES = Registry(
     "loss",
     {
-        "teacher": "lillama.losses:teacher",
-        "student": "lillama.losses:student",
-        "teacher+student": "lillama.losses:teacher_student",
+        "teacher": "lillama.distill.losses:teacher",
+        "student": "lillama.distill.losses:student",
+        "teacher+student": "lillama.distill.losses:teacher_student",
     },
 )
 EVALUATORS = Registry(

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lillama import checkpoint, pipeline, registry
+from lillama import registry
+from lillama.base.progress import Progress
+from lillama.checkpoint import write as checkpoint
 from lillama.contract import Layer
-from lillama.factors import STORAGES
-from lillama.plan import Plan, largest_rank, stored
-from lillama.progress import Progress
-from lillama.recipe import Recipe
-from lillama.streams import arguments
+from lillama.lowrank.swap import STORAGES
+from lillama.plan.plan import Plan, largest_rank, stored
+from lillama.pretrained.calls import arguments
+from lillama.recipe.schema import Recipe
+from lillama.run import pipeline
 
 Batches = list[dict[str, Tensor]]
 

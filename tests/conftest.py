@@ -84,4 +84,4 @@ def tiny_llama() -> LlamaForCausalLM:
 def _without_reports(request, monkeypatch):
     """Reports take half a second each: drawn where a test is marked `report` alone."""
     if not request.node.get_closest_marker("report"):
-        monkeypatch.setattr("lillama.report.write", lambda path: path / "report.html")
+        monkeypatch.setattr("lillama.report.html.write", lambda path: path / "report.html")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from speech_models import RATE, folder, manifest, tone
 
-from lillama.audio import Clip, decode, pieces, read_clips, require
+from lillama.data.audio import Clip, decode, pieces, read_clips, require
 from lillama.errors import LillamaError
 
 

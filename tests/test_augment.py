@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lillama.audio import Clip
-from lillama.augment import altered
+from lillama.data.audio import Clip
+from lillama.data.augment import altered
 
 
 def clip(seconds, rate=8000, seed=0):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import tiny, tokenizer
 
-from lillama import bench, cli
-from lillama.evaluate import speed
+from lillama.cli import main as cli
+from lillama.evaluate import bench, speed
 from lillama.evaluate.speed import Timing
 
 TEXT = "the cat sat on a mat and ran . " * 60

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lillama.calibration import chunks, fingerprint, text_batches, token_blocks
-from lillama.dataset import is_lines, load_rows, render_rows
+from lillama.data.rows import is_lines, load_rows, render_rows
+from lillama.data.text import chunks, fingerprint, text_batches, token_blocks
 from lillama.errors import LillamaError
-from lillama.recipe import Calibration
+from lillama.recipe.schema import Calibration
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ eos_token }}"
 STRICT = (
@@ -446,7 +446,7 @@ TEXTS = st.lists(st.text(st.characters(exclude_characters="<", codec="utf-8"), m
 def test_joining_and_cutting_lose_nothing_but_the_tail(texts: list[str], length: int, most: int | None) -> None:
     rows = datasets.Dataset.from_dict({"text": ["a row that alone fills one block", *texts]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lillama.calibration.load_rows", lambda *_, **__: rows)
+        patch.setattr("lillama.data.text.load_rows", lambda *_, **__: rows)
         result = blocks("any", sequence_length=length, tokens=most).flatten().tolist()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     wanted: list[int] = []
@@ -482,7 +482,7 @@ def test_batches_keep_every_block_and_their_fingerprint_notices_any_change() -> 
 
 def test_reading_modules_costs_nothing_before_it_is_used() -> None:
     code = (
-        "import sys, lillama.dataset, lillama.registry as r; [r.EVALUATORS.options(n) for n in r.EVALUATORS];"
+        "import sys, lillama.data.rows, lillama.registry as r; [r.EVALUATORS.options(n) for n in r.EVALUATORS];"
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

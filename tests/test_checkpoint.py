@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 import lillama
-from lillama import LillamaError, checkpoint, factors
-from lillama.pipeline import compress
+from lillama import LillamaError
+from lillama.checkpoint import write as checkpoint
+from lillama.lowrank import swap as factors
+from lillama.run.pipeline import compress
 from lillama.testing import recipe_for, token_batches
 
 

@@ -12,8 +12,8 @@ import pytest
 from conftest import tiny, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lillama import cli
-from lillama.recipe import Recipe
+from lillama.cli import main as cli
+from lillama.recipe.schema import Recipe
 
 REPOSITORY = Path(__file__).parents[1]
 TEXT = "the cat sat on a mat and ran . " * 60
@@ -195,7 +195,7 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(recipe, capsys):
 PROBE = """
 import sys, time
 start = time.perf_counter()
-from lillama.cli import main
+from lillama.cli.main import main
 try:
     code = main(sys.argv[1:])
 except SystemExit as stop:
@@ -214,10 +214,10 @@ def test_light_verbs_do_not_import_torch(verb):
 
 def test_an_interrupted_run_says_how_to_go_on(home, tmp_path):
     code = (
-        "import sys, lillama.pipeline as p\n"
+        "import sys, lillama.run.pipeline as p\n"
         "def stop(*a, **k): raise KeyboardInterrupt\n"
         "p.Run.execute = stop\n"
-        "from lillama.cli import main\n"
+        "from lillama.cli.main import main\n"
         f"sys.exit(main(['run', {str(home / 'recipe.yaml')!r}, '--set', 'run.out={tmp_path}/o']))"
     )
     start = time.monotonic()

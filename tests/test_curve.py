@@ -10,8 +10,8 @@ import pytest
 from conftest import tiny, tokenizer
 
 import lillama
-from lillama import curve
 from lillama.errors import LillamaError
+from lillama.run import curve
 
 TEXT = "the cat sat on a mat and ran . " * 60
 

@@ -16,12 +16,15 @@ import torch
 from conftest import tiny
 from safetensors.torch import load_file
 
-from lillama import checkpoint, host, losses, pipeline, student
+from lillama import host
+from lillama.base.progress import Progress
+from lillama.checkpoint import write as checkpoint
+from lillama.distill import losses, student
 from lillama.errors import DistillationError, LillamaError
-from lillama.progress import Progress
-from lillama.recipe import Recipe
-from lillama.source import Source
-from lillama.streams import Capture
+from lillama.pretrained.calls import Capture
+from lillama.pretrained.source import Source
+from lillama.recipe.schema import Recipe
+from lillama.run import pipeline
 from lillama.testing import recipe_for, token_batches
 
 

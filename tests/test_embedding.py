@@ -13,14 +13,18 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lillama import checkpoint, curve, embedding, factors, job, pipeline, sequential
+from lillama.base.progress import Progress
+from lillama.checkpoint import write as checkpoint
 from lillama.contract import Layer, Weight
+from lillama.distill import job, sequential
 from lillama.errors import LillamaError
 from lillama.evaluate import perplexity
-from lillama.init import svd, whitened
-from lillama.plan import choose_ranks
-from lillama.progress import Progress
-from lillama.recipe import Compress, Recipe
+from lillama.factorise import embedding
+from lillama.factorise.initialisers import svd, whitened
+from lillama.lowrank import swap as factors
+from lillama.plan.plan import choose_ranks
+from lillama.recipe.schema import Compress, Recipe
+from lillama.run import curve, pipeline
 from lillama.testing import check_architecture, one_and_the_same, recipe_for, token_batches
 
 V, D = 60, 16
@@ -238,7 +242,7 @@ def test_logits_are_not_kept_for_all_batches(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
 def test_a_tied_run_continues_where_it_was_stopped(schedule, tmp_path, monkeypatch):
-    from lillama import student
+    from lillama.distill import student
 
     whole = run(tiny("llama"), tmp_path, "whole", distill__schedule=schedule).path
     steps, step = [], student.Student.step
@@ -249,7 +253,7 @@ def test_a_tied_run_continues_where_it_was_stopped(schedule, tmp_path, monkeypat
             raise KeyboardInterrupt
         return step(self, *args)
 
-    from lillama import snapshot
+    from lillama.distill import snapshot
 
     monkeypatch.setattr(student.Student, "step", stopped)
     monkeypatch.setattr(snapshot.Snapshot, "maybe", lambda self, step: self.save(step))

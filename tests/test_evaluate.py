@@ -22,11 +22,11 @@ from transformers import (
 
 from lillama import registry
 from lillama.errors import LillamaError
-from lillama.evaluate import Context, evaluate
+from lillama.evaluate.context import Context, evaluate
 from lillama.evaluate.perplexity import perplexity
 from lillama.evaluate.sample import sample
 from lillama.evaluate.speed import speed
-from lillama.recipe import Recipe
+from lillama.recipe.schema import Recipe
 
 WORDS = [f"w{i}" for i in range(190)]
 

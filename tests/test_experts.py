@@ -10,10 +10,12 @@ from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from lillama import LillamaError, Weight, factors, init
-from lillama.experts import PROJECTIONS, LowRankExperts, dense_weight
-from lillama.grams import Grams, which
-from lillama.streams import Batch, Call
+from lillama import LillamaError, Weight
+from lillama.factorise import initialisers as init
+from lillama.factorise.grams import Grams, which
+from lillama.lowrank import swap as factors
+from lillama.lowrank.experts import PROJECTIONS, LowRankExperts, dense_weight
+from lillama.pretrained.calls import Batch, Call
 
 E, H, INNER, K = 4, 32, 48, 2
 

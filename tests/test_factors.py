@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lillama import LillamaError, Weight, factors, init
-from lillama.plan import stored
+from lillama import LillamaError, Weight
+from lillama.factorise import initialisers as init
+from lillama.lowrank import swap as factors
+from lillama.plan.plan import stored
 
 STORAGES = [factors.LowRankLinear, factors.PivotedLinear]
 NAMES = {factors.LowRankLinear: "factors", factors.PivotedLinear: "pivoted"}

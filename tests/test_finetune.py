@@ -16,10 +16,12 @@ from safetensors import safe_open
 from speech_models import folder, save
 from torch.nn import functional as F
 
-from lillama import adapters, finetune, pipeline
 from lillama.errors import LillamaError
-from lillama.factors import is_factorised
-from lillama.recipe import Finetune, Lora, Recipe
+from lillama.finetune import adapters
+from lillama.finetune import train as finetune
+from lillama.lowrank.swap import is_factorised
+from lillama.recipe.schema import Finetune, Lora, Recipe
+from lillama.run import pipeline
 
 IGNORED = finetune.IGNORED
 PLAIN = {"strategy": "uniform", "storage": "factors"}
@@ -113,7 +115,7 @@ def test_a_stopped_finetuning_goes_on_to_the_same_end(tmp_path, monkeypatch):
 def test_hours_limit_the_speech(tmp_path):
     from lillama_whisper.data import finetune_examples
 
-    from lillama.progress import Progress
+    from lillama.base.progress import Progress
 
     assert len(finetune_examples(speech_recipe(tmp_path), Progress())) == 6
     assert len(finetune_examples(speech_recipe(tmp_path, hours=1 / 3600), Progress())) == 2

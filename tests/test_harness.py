@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import WORDS, tiny, tokenizer
 
-from lillama import cli
+from lillama.cli import main as cli
 from lillama.errors import LillamaError
-from lillama.evaluate import Context, evaluate, rows
+from lillama.evaluate import rows
 from lillama.evaluate import tasks as library
+from lillama.evaluate.context import Context, evaluate
 from lillama.evaluate.harness import harness
-from lillama.recipe import Recipe
+from lillama.recipe.schema import Recipe
 
 TEXT = "the cat sat on a mat and ran"
 LETTERS = "ABCD"

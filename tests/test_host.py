@@ -18,7 +18,7 @@ import pytest
 from lillama import Layer, hookimpl, host, registry
 from lillama.errors import LillamaError
 from lillama.host import Host
-from lillama.recipe import Recipe
+from lillama.recipe.schema import Recipe
 
 MODEL = SimpleNamespace(config=SimpleNamespace(model_type="novel"))
 LAYERS = [Layer("layers.0")]
@@ -375,7 +375,7 @@ def test_an_external_plugin_installed_with_pip(site: Path) -> None:
     ]
     assert auto == "neox"
     assert other == "decoder"
-    assert quantizer == "lillama.quantizer"  # known although transformers was imported first
+    assert quantizer == "lillama.checkpoint.quantizer"  # known although transformers was imported first
 
 
 def test_the_environment_narrows_installed_plugins(site: Path) -> None:

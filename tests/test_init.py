@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lillama import init
+from lillama.factorise import initialisers as init
 
 
 def problem(d_out=12, d_in=9, tokens=200, seed=0):

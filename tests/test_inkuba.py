@@ -11,9 +11,11 @@ from conftest import SMALL, tiny, tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lillama import Recipe, checkpoint, make_plan, pipeline
+from lillama import Recipe, make_plan
+from lillama.base.progress import Progress
+from lillama.checkpoint import write as checkpoint
 from lillama.errors import LillamaError
-from lillama.progress import Progress
+from lillama.run import pipeline
 from lillama.testing import check_architecture, one_and_the_same, recipe_for, token_batches
 
 # The published shape (DESIGN 9; table 18: 421.9 M -> 299 M).

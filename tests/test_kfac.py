@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lillama
-from lillama import init, pipeline
-from lillama.experts import PROJECTIONS, dense_weight
-from lillama.kfac import Sums, _Experts
+from lillama.factorise import initialisers as init
+from lillama.factorise.kfac import Sums, _Experts
+from lillama.lowrank.experts import PROJECTIONS, dense_weight
+from lillama.run import pipeline
 
 
 class Spelled(nn.Module):

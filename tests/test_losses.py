@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lillama import losses
+from lillama.distill import losses
 
 
 def pair():

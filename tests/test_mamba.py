@@ -14,10 +14,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, FalconMambaConfig, MambaConfig
 
-from lillama import Layer, checkpoint, factors, pipeline
-from lillama.progress import Progress
-from lillama.recipe import Recipe
-from lillama.streams import Capture
+from lillama import Layer
+from lillama.base.progress import Progress
+from lillama.checkpoint import write as checkpoint
+from lillama.lowrank import swap as factors
+from lillama.pretrained.calls import Capture
+from lillama.recipe.schema import Recipe
+from lillama.run import pipeline
 from lillama.testing import check_architecture, recipe_for, token_batches
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -11,11 +11,12 @@ from safetensors import safe_open
 from test_checkpoint import PLAIN
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lillama import checkpoint, pipeline
-from lillama.experts import LowRankExperts
-from lillama.plan import Plan
-from lillama.progress import Progress
-from lillama.recipe import Recipe
+from lillama.base.progress import Progress
+from lillama.checkpoint import write as checkpoint
+from lillama.lowrank.experts import LowRankExperts
+from lillama.plan.plan import Plan
+from lillama.recipe.schema import Recipe
+from lillama.run import pipeline
 from lillama.testing import check_architecture, recipe_for, token_batches
 
 TINY = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lillama import predictions
+from lillama.pretrained import predictions
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError
 
-from lillama import host, recipe, recipecheck, registry
+from lillama import host, registry
 from lillama.errors import LillamaError
-from lillama.recipe import Recipe
+from lillama.recipe import explain as recipecheck
+from lillama.recipe import schema as recipe
+from lillama.recipe.schema import Recipe
 
 MINIMAL = """\
 model: {id: some/model}
@@ -477,7 +479,7 @@ def test_validation_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(with_lines("evaluate: {speed: }"))
     code = (
         "import sys, time; start = time.perf_counter()\n"
-        "from lillama.recipe import Recipe; Recipe.load(sys.argv[1])\n"
+        "from lillama.recipe.schema import Recipe; Recipe.load(sys.argv[1])\n"
         "seconds = time.perf_counter() - start\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'accelerate'} & set(sys.modules)\n"
         "print(sorted(heavy), seconds < 3)"

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import tiny
 
-from lillama import checkpoint, pipeline
+from lillama.checkpoint import write as checkpoint
 from lillama.errors import LillamaError
+from lillama.run import pipeline
 from lillama.testing import recipe_for, token_batches
 
 

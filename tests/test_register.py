@@ -13,7 +13,7 @@ REGISTRY = "import transformers.quantizers.auto"
 # A stand-in for transformers is quick to import; lillama's own quantizer would need the real one.
 START = """
 import sys, types
-sys.modules["lillama.quantizer"] = types.ModuleType("lillama.quantizer")
+sys.modules["lillama.checkpoint.quantizer"] = types.ModuleType("lillama.checkpoint.quantizer")
 """
 END = """
 from lillama._register import _AfterImport
@@ -116,4 +116,4 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 print(AUTO_QUANTIZER_MAPPING["lillama"].__module__)
 """
-    assert python(code, tmp_path) == ["lillama.quantizer"]
+    assert python(code, tmp_path) == ["lillama.checkpoint.quantizer"]

@@ -12,8 +12,10 @@ import pytest
 from conftest import tiny, tokenizer
 
 import lillama
-from lillama import cli, figures, plots, report
+from lillama.cli import main as cli
 from lillama.errors import LillamaError
+from lillama.report import figures, plots
+from lillama.report import html as report
 
 pytestmark = pytest.mark.report
 TEXT = "the cat sat on a mat and ran . " * 60

@@ -19,11 +19,16 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, MambaConfig
 
 import lillama
-from lillama import allocate, device, init, kfac, pipeline, sensitivity, sequential
+from lillama.base import device
+from lillama.base.progress import Progress
 from lillama.contract import Layer, Weight
+from lillama.distill import sequential
 from lillama.errors import LillamaError
-from lillama.progress import Progress
-from lillama.recipe import Compress, Recipe
+from lillama.factorise import initialisers as init
+from lillama.factorise import kfac, sensitivity
+from lillama.plan import fisher as allocate
+from lillama.recipe.schema import Compress, Recipe
+from lillama.run import pipeline
 
 
 def recipe(home, model=None, **compress) -> Recipe:

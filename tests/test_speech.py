@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from speech_models import MULTILINGUAL, folder, manifest, processor, whisper
 
 from lillama.errors import LillamaError
-from lillama.evaluate import Context
+from lillama.evaluate.context import Context
 from lillama.evaluate.speech import interval, wer
 
 

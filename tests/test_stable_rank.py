@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lillama import factors
 from lillama.errors import LillamaError
-from lillama.evaluate import Context
+from lillama.evaluate.context import Context
 from lillama.evaluate.stable_rank import layers_of, of_matrix, stable_rank
+from lillama.lowrank import swap as factors
 
 
 def exact(matrix: Any) -> float:

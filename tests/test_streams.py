@@ -11,10 +11,11 @@ from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lillama import LillamaError, pipeline
-from lillama.shelf import Shelf, Stream, budgets, choose
-from lillama.source import Source
-from lillama.tensorfile import Entry, TensorFile, write
+from lillama import LillamaError
+from lillama.base.tensorfile import Entry, TensorFile, write
+from lillama.pretrained.source import Source
+from lillama.pretrained.streams import Shelf, Stream, budgets, choose
+from lillama.run import pipeline
 from lillama.testing import recipe_for, token_batches
 
 CPU = torch.device("cpu")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from conftest import tiny, tokenizer
 
-from lillama import cli, sweep, sweeptable
+from lillama.cli import main as cli
 from lillama.errors import LillamaError
+from lillama.run import sweep, sweeptable
 
 TEXT = "the cat sat on a mat and ran . " * 60
 

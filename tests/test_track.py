@@ -11,8 +11,8 @@ import pytest
 from conftest import tiny, tokenizer
 
 import lillama
-from lillama import track
 from lillama.errors import LillamaError
+from lillama.report import track
 
 
 class Tracker(types.ModuleType):

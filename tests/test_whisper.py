@@ -18,14 +18,14 @@ from safetensors import safe_open
 from speech_models import ENGLISH, LETTERS, MULTILINGUAL, folder, manifest, processor, save, tone, whisper
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperConfig, pipeline
 
-from lillama import cache
-from lillama import pipeline as runs
-from lillama.audio import read_clips
-from lillama.calibration import fingerprint
+from lillama.base import cache
+from lillama.base.progress import Progress
+from lillama.data.audio import read_clips
+from lillama.data.text import fingerprint
 from lillama.errors import LillamaError
-from lillama.progress import Progress
-from lillama.recipe import Recipe
-from lillama.streams import Capture
+from lillama.pretrained.calls import Capture
+from lillama.recipe.schema import Recipe
+from lillama.run import pipeline as runs
 from lillama.testing import check_architecture
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "whisper_decoder70.yaml"

@@ -11,8 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lillama import yamlfile
 from lillama.errors import LillamaError
+from lillama.recipe import yamlfile
 
 CHARACTERS = st.characters(exclude_categories=["Cs"])
 WORDS = (

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from lillama.errors import LillamaError
-from lillama.evaluate import Context
+from lillama.evaluate.context import Context
 from lillama.evaluate.tasks import GROUPS, PAPER, Library, described, main_metric, paths_only, version
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from lillama.dataset import is_lines, load_rows, render_rows
+from lillama.data.rows import is_lines, load_rows, render_rows
 from lillama.errors import LillamaError
-from lillama.evaluate import Context
+from lillama.evaluate.context import Context
 
 if TYPE_CHECKING:
     from torch import Tensor

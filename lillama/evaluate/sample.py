@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from lillama.evaluate import Context
+from lillama.evaluate.context import Context
 
 
 def sample(

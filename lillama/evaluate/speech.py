@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from lillama.audio import Clip, pieces, read_clips, require
+from lillama.data.audio import Clip, pieces, read_clips, require
 from lillama.errors import LillamaError
-from lillama.evaluate import Context
+from lillama.evaluate.context import Context
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from lillama.errors import LillamaError
-from lillama.evaluate import Context
+from lillama.evaluate.context import Context
 from lillama.evaluate.perplexity import positions
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from lillama.errors import LillamaError
-from lillama.evaluate import Context
+from lillama.evaluate.context import Context
 from lillama.evaluate.perplexity import positions, windows
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def _weights(number: int, layer: nn.Module) -> Iterator[dict[str, Any]]:
     """The rows of a layer's matrices. What is no parameter of a matrix shape (norms, biases, filters) is left out."""
-    from lillama import factors
+    from lillama.lowrank import swap as factors
 
     done: set[str] = set()
     for name, module in layer.named_modules():

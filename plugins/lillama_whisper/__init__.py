@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from lillama import Recipe
-    from lillama.progress import Progress
+    from lillama.base.progress import Progress
 
 MODEL_TYPE = "whisper"
 # Linears by common input, in the order a block runs them. The keys and values of the cross-attention read the encoder.

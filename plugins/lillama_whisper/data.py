@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lillama.audio import Clip, Clips, pieces, read_clips
-from lillama.augment import altered
+from lillama.data.audio import Clip, Clips, pieces, read_clips
+from lillama.data.augment import altered
 from lillama.errors import LillamaError
 from lillama_whisper.teacher import Heard, Teacher
 
 if TYPE_CHECKING:
     from lillama import Recipe
-    from lillama.progress import Progress
+    from lillama.base.progress import Progress
 
 SHORTEST = 0.1  # seconds: below, there is nothing to transcribe
 LONGER = 16  # tokens a sampled transcript may have more than the longest beside it

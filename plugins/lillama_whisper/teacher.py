@@ -15,9 +15,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from lillama import cache, device
-from lillama.audio import Clip
-from lillama.source import explained, processor, resolve
+from lillama.base import cache, device
+from lillama.data.audio import Clip
+from lillama.pretrained.source import explained, processor, resolve
 from lillama_whisper.tokens import Tokens
 
 if TYPE_CHECKING:

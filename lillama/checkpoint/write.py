@@ -1,0 +1,160 @@
+"""The compressed checkpoint: written a shard at a time, loaded strictly, exported dense (docs/checkpoint.md)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lillama.base import tensorfile
+from lillama.base.rundir import RunDirectory, atomic_directory
+from lillama.base.tensorfile import Entry, TensorFile
+from lillama.checkpoint import quantizer
+from lillama.errors import LillamaError
+from lillama.lowrank import swap as factors
+from lillama.plan.plan import Plan
+from lillama.pretrained.source import Source
+
+SHARD_BYTES = 5_000_000_000
+# Written anew, or weights in formats that would shadow ours.
+NOT_COPIED = ("config.json", "model.safetensors.index.json", "README.md")
+
+
+def write(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str], target: Path, card: str) -> None:
+    """Write the compressed model to the directory `target`, which appears whole or not at all.
+
+    Untouched tensors are copied from the original's files under their own names; finished layers come from
+    `layer_files` of the run. Weights are cast to the source's dtype.
+    """
+    entries = _entries(source, plan, run, layer_files)
+    with atomic_directory(target) as directory:
+        _write_shards(entries, directory)
+        config = copy.deepcopy(source.config)
+        config.dtype = source.dtype
+        config.architectures = [type(source.model).__name__]
+        config.quantization_config = quantizer.LillamaConfig(plan.modules(), shared=source.shared)
+        config.save_pretrained(directory)
+        assert source.directory is not None
+        copy_beside(source.directory, directory)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _entries(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str]) -> list[Entry]:
+    kinds = {name: plan.weights[name].kind for name in plan.ranks}
+    modules = {factors.module_of(name, kind): kind for name, kind in kinds.items()}
+    replaced = {f"{name}.bias" for name in plan.ranks}.union(*(factors.dense_names(*item) for item in kinds.items()))
+    entries = [Entry.of(*item) for name, kind in modules.items() for item in factors.markers(name, kind).items()]
+    for file in layer_files:
+        layer = Path(file).name[5:].removesuffix(".safetensors")
+        tensors = TensorFile(run.path / file)
+        for key in tensors:
+            name = f"{layer}.{key}"
+            if name.rpartition(".")[0] in modules:
+                entries.append(tensors.entry(key, source.dtype, name))
+            else:  # a layer's other parameters, where they were trained: they replace the original's
+                entries += _as_in_the_file(source, name, tensors, key)
+                replaced.add(name)
+    opened: dict[Path, TensorFile] = {}
+    for name, parts in source.index.items():
+        if name not in replaced and name not in source.aliases:
+            for path, key in parts:
+                tensors = opened.get(path) or opened.setdefault(path, TensorFile(path))
+                entries.append(tensors.entry(key, source.dtype))
+    return entries
+
+
+def _as_in_the_file(source: Source, name: str, tensors: TensorFile, key: str) -> list[Entry]:
+    """A dense tensor under the name (or names) the original's files use for it."""
+    parts = source.index.get(name, [])
+    if len(parts) == 1:
+        return [tensors.entry(key, source.dtype, parts[0][1])]
+    from transformers.core_model_loading import revert_weight_conversion
+
+    reverted = revert_weight_conversion(source.model, {name: tensors.read(key).to(source.dtype)})
+    return [Entry.of(out, tensor) for out, tensor in reverted.items()]
+
+
+def _write_shards(entries: list[Entry], directory: Path) -> None:
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        tensorfile.write(directory / "model.safetensors", shards[0], {"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        tensorfile.write(directory / file, shard, {"format": "pt"})
+        weight_map |= {e.name: file for e in shard}
+    index = {"metadata": {"total_size": sum(e.bytes for e in entries)}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy what stands beside the weights of `source` (tokenizer, processor, settings), less what `target` has."""
+    kinds = [".json", ".txt", ".model", ".jinja", ".tiktoken"]
+    said = [target / "config.json", *(f for f in source.glob("*config.json") if f.name not in NOT_COPIED)]
+    if any('"auto_map"' in file.read_text(encoding="utf-8") for file in said if file.exists()):
+        kinds.append(".py")  # code that the configuration names
+    for file in sorted(source.iterdir()):
+        wanted = file.suffix in kinds
+        if file.is_file() and wanted and file.name not in NOT_COPIED and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
+
+
+def load(path: str | Path, **options: Any) -> Any:
+    """Load a checkpoint written by a run, strictly.
+
+    `options` go to `from_pretrained` (dtype, device_map, ...). Raises LillamaError when the directory is not such
+    a checkpoint, or when any tensor is missing, unexpected or of the wrong shape.
+    """
+    import transformers
+
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        hint = f"Did you mean '{path / 'model'}'?" if (path / "model" / "config.json").is_file() else None
+        raise LillamaError("there is no checkpoint here (no config.json)", where=str(path), hint=hint)
+    config = json.loads((path / "config.json").read_text())
+    name = (config.get("architectures") or [None])[0]
+    auto = getattr(transformers, name, None) if name else None
+    if auto is None:
+        raise LillamaError(f"transformers has no model class '{name}'", where=str(path / "config.json"))
+    options.setdefault("dtype", "auto")
+    try:
+        model, info = auto.from_pretrained(path, output_loading_info=True, **options)
+    except RuntimeError as error:  # transformers on wrong shapes
+        raise LillamaError(f"the weights do not fit: {error}", where=str(path)) from error
+    troubles = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
+    if troubles:
+        kind, names = next(iter(troubles.items()))
+        raise LillamaError(
+            f"{kind.replace('_', ' ')}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}",
+            where=str(path),
+            hint="The checkpoint is damaged or incomplete; write it again.",
+        )
+    return model
+
+
+def export_dense(path: str | Path, target: str | Path) -> None:
+    """Multiply the factors back and save a model that plain transformers loads: it runs anywhere and saves nothing."""
+    path, target = Path(path), Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise LillamaError("the directory exists and is not empty", where=str(target), hint="Name a new one.")
+    model = load(path)
+    if getattr(model, "hf_quantizer", None) is None:
+        raise LillamaError("this checkpoint holds no factors", where=str(path))
+    model.dequantize()
+    if target.exists():
+        target.rmdir()
+    with atomic_directory(target) as directory:
+        model.save_pretrained(directory)
+        copy_beside(path, directory)
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes of the weights of a checkpoint directory."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))

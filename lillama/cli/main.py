@@ -1,0 +1,311 @@
+"""`lillama`: verbs only, thin. Nothing here imports torch before a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lillama import __version__
+from lillama.errors import LillamaError
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def _console(stderr: bool = False):  # type: ignore[no-untyped-def]  # rich is imported when first needed
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    # Wide enough for a table where the output is a file or a pipe.
+    return console if console.is_terminal else Console(stderr=stderr, width=120)
+
+
+def _recipe(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from lillama.recipe.schema import Recipe
+
+    return Recipe.load(args.recipe, args.set or [])
+
+
+def run(args: argparse.Namespace) -> int:
+    """compress a model by a recipe"""
+    recipe = _recipe(args)
+    from lillama.base.progress import Progress
+    from lillama.cli import show
+    from lillama.run import pipeline
+
+    show.quiet_libraries()
+    console = _console()
+    prepared = pipeline.prepare(recipe)
+    console.print(show.plan(prepared))
+    result = pipeline.Run(prepared, Progress(console), restart=args.restart).execute()
+    console.print(show.result(result, recipe))
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    """show ranks, parameters, memory and time; read no weights, write nothing"""
+    recipe = _recipe(args)
+    from lillama.cli import show
+    from lillama.run import pipeline
+
+    show.quiet_libraries()
+    config = None
+    if args.config:
+        config = show.read_config(args.config)
+    prepared = pipeline.prepare(recipe, config)
+    if args.json:
+        sys.stdout.write(json.dumps(prepared.plan.to_dict(), indent=2) + "\n")
+    else:
+        _console().print(show.plan(prepared))
+    return 0
+
+
+def validate(args: argparse.Namespace) -> int:
+    """check a recipe, or all of a sweep's, without opening a model"""
+    from lillama.run import sweep
+
+    if sweep.is_sweep(args.recipe):
+        found, base = sweep.load(args.recipe)
+        count = len(sweep.recipes(found, base, list(sweep.rows(found, args.set))))
+        sys.stdout.write(f"{args.recipe}: valid, {count} runs\n")
+        return 0
+    _recipe(args)
+    sys.stdout.write(f"{args.recipe}: valid\n")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """evaluate a run's result, a compressed checkpoint, or any model"""
+    from lillama.cli import show
+    from lillama.evaluate import measure
+
+    show.quiet_libraries()
+    overrides = args.set or []
+    if args.tasks:
+        names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+        options = {"tasks": names, "files": args.files, "limit": args.limit, "batch_size": args.batch_size}
+        options = {name: value for name, value in options.items() if value is not None}
+        overrides = [f"evaluate={json.dumps({'harness': options})}", *overrides]
+    found = measure.evaluate_directory(Path(args.directory), args.recipe, overrides, args.device)
+    if args.json:
+        sys.stdout.write(json.dumps(found.metrics, indent=2) + "\n")
+    else:
+        _console().print(show.metrics(found.metrics))
+    if args.out:
+        from lillama.base.rundir import write_json
+
+        write_json(Path(args.out), {"metrics": found.metrics, "details": found.details})
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """time a compressed model against its original, in turn"""
+    from lillama.base.rundir import write_json
+    from lillama.cli import show
+    from lillama.evaluate import bench
+
+    show.quiet_libraries()
+    original, compressed, run = bench.directories(args.models)
+    lengths = [int(part) for part in args.lengths.split(",")] if args.lengths else bench.LENGTHS
+    settings = bench.Settings(args.batch_size, lengths, args.new_tokens, args.repeats, args.seconds)
+    say = _console(stderr=True).print
+    found = bench.compare(original, compressed, settings, args.device, args.dtype, say)
+    if args.json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    else:
+        _console().print(show.bench(found))
+    if args.out:
+        write_json(Path(args.out), found)
+    if run:
+        from lillama.report import html as report
+
+        write_json(run / bench.FILE, found)
+        report.write(run)
+    return 0
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """run a recipe with every combination of chosen keys, and table the results"""
+    from lillama.run import sweep
+
+    found, base = sweep.load(args.sweep)
+    console = _console()
+    if args.table:
+        rows = sweep.collected(found)
+    else:
+        from lillama.base.progress import Progress
+        from lillama.cli import show
+
+        show.quiet_libraries()
+        rows = sweep.run(found, base, Progress(console), args.set)
+    from lillama.run import sweeptable
+
+    console.print(sweeptable.terminal(sweeptable.table(found, rows)))
+    return 1 if any(row.error for row in rows) else 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """write one HTML file that says what a run did"""
+    from lillama.report import html as report
+
+    sys.stdout.write(f"wrote {report.write(Path(args.directory))}\n")
+    return 0
+
+
+def plugins(args: argparse.Namespace) -> int:
+    """list the plugins installed, and what is wrong with any"""
+    from rich.table import Table
+
+    from lillama import host
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("plugin", "distribution", "version", "hooks"):
+        table.add_column(column)
+    troubles = []
+    found = host.get()
+    found.registered()
+    for plugin in found.plugins.values():
+        hooks = f"not used: {plugin.failure}" if plugin.failure else ", ".join(plugin.hooks)
+        table.add_row(plugin.name, plugin.distribution, plugin.version, hooks)
+        if plugin.details and args.debug:
+            troubles.append(plugin.details)
+    console = _console()
+    console.print(table, highlight=False)
+    for text in troubles:
+        console.print(text, markup=False, highlight=False)
+    return 0
+
+
+def schema(args: argparse.Namespace) -> int:
+    """print the JSON schema of recipes, for editors"""
+    from lillama.recipe import reference
+    from lillama.recipe import schema as recipe
+
+    sys.stdout.write(reference.markdown() if args.markdown else json.dumps(recipe.schema(), indent=2) + "\n")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """write a compressed checkpoint in another form"""
+    if not args.dense:
+        raise LillamaError("say which form", where="export", hint="--dense multiplies the factors back.")
+    from lillama.checkpoint import write as checkpoint
+    from lillama.cli import show
+
+    show.quiet_libraries()
+    checkpoint.export_dense(args.directory, args.out)
+    sys.stdout.write(f"wrote {args.out}: loads with plain transformers, and is as large as the original\n")
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """say what is installed, which device and kernels are used, and what recipes lack"""
+    from lillama.cli import doctor
+
+    console = _console()
+    console.print(doctor.report(args.recipes), highlight=False)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    # SUPPRESS: a verb's own default would undo `lillama --debug VERB`.
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser = argparse.ArgumentParser(
+        prog="lillama",
+        description="Compress pretrained models by low-rank feature distillation (arXiv 2412.16719).",
+        epilog="Start with: lillama run recipes/quickstart.yaml",
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"lillama {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(function: Verb, name: str = "") -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            name or function.__name__, help=function.__doc__, description=function.__doc__, parents=[common]
+        )
+        added.set_defaults(verb=function)
+        return added
+
+    def takes_recipe(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("recipe", help="a recipe file (YAML)")
+        sub.add_argument(
+            "--set",
+            action="append",
+            metavar="KEY=VALUE",
+            help="override a key of the recipe, for example --set model.id=./mine (repeatable)",
+        )
+
+    sub = verb(run)
+    takes_recipe(sub)
+    sub.add_argument("--restart", action="store_true", help="discard what the run directory holds")
+    sub = verb(plan)
+    takes_recipe(sub)
+    sub.add_argument("--config", metavar="FILE", help="plan for this config.json instead of the model's own")
+    sub.add_argument("--json", action="store_true", help="print the plan as JSON")
+    takes_recipe(verb(validate))
+    sub = verb(evaluate, "eval")
+    sub.add_argument("directory", help="a run directory, a checkpoint directory, or a hub id")
+    sub.add_argument("--tasks", help="measure these tasks of lm-eval alone: names with commas between; paper: its nine")
+    sub.add_argument("--files", metavar="DIR", help="with --tasks: local data, files named TASK.jsonl")
+    sub.add_argument("--limit", type=float, help="with --tasks: examples of each task at most")
+    sub.add_argument("--batch-size", type=int, help="with --tasks: examples at once")
+    sub.add_argument("--out", metavar="FILE", help="write metrics and details to this JSON file too")
+    sub.add_argument("--recipe", help="take the `evaluate:` section of this recipe")
+    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a key, such as evaluate.speed={}")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    sub.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    sub = verb(bench)
+    sub.add_argument("models", nargs="+", metavar="DIR", help="a run directory, or ORIGINAL COMPRESSED")
+    sub.add_argument("--lengths", metavar="N,N,...", help="lengths of the prompts (512 to 16384, doubling)")
+    sub.add_argument("--batch-size", type=int, default=4, help="prompts at once")
+    sub.add_argument("--new-tokens", type=int, default=32, help="tokens to write")
+    sub.add_argument("--repeats", type=int, default=3, help="how often to measure each")
+    sub.add_argument("--seconds", type=float, default=300, help="leave out lengths that would take longer")
+    sub.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    sub.add_argument("--out", metavar="FILE", help="write it to this JSON file too (a run directory gets bench.json)")
+    sub = verb(sweep)
+    sub.add_argument("sweep", help="a sweep file (YAML): base, axes, out")
+    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a key in every run (repeatable)")
+    sub.add_argument("--table", action="store_true", help="run nothing, show what there is")
+    sub = verb(report)
+    sub.add_argument("directory", help="a run directory")
+    verb(plugins)
+    sub = verb(schema)
+    sub.add_argument("--markdown", action="store_true", help="print the reference page docs/recipe.md instead")
+    sub = verb(export)
+    sub.add_argument("directory", help="a compressed checkpoint")
+    sub.add_argument("out", help="the directory to write")
+    sub.add_argument("--dense", action="store_true", help="multiply the factors back")
+    sub = verb(doctor)
+    sub.add_argument("recipes", nargs="*", help="recipes to check (default: recipes/*.yaml)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; a user's mistake is one message and exit status 2."""
+    args = _parser().parse_args(argv, argparse.Namespace(debug=False))
+    # Threads that spin while they wait starve whatever shares the machine; must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        verb: Verb = args.verb
+        return verb(args)
+    except LillamaError as error:
+        if args.debug:
+            raise
+        sys.stderr.write(f"lillama: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("lillama: stopped; the same command continues where it was\n")
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

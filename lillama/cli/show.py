@@ -1,0 +1,212 @@
+"""What a person sees: the plan before a run, the table after it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lillama.base.progress import clock
+from lillama.errors import LillamaError
+from lillama.plan.plan import Plan, stored
+from lillama.recipe.schema import Recipe
+from lillama.run.estimate import estimate
+from lillama.run.pipeline import Prepared, Result
+
+ERROR = "_stderr"  # what a metric's standard error is called after it
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' bars and advice out of our output; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit in ("B", "KiB") else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def millions(count: int) -> str:
+    """A parameter count in millions or billions."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def plan(prepared: Prepared) -> RenderableType:
+    """The plan as a table by kind of weight, with counts and estimates."""
+    p, recipe = prepared.plan, prepared.recipe
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column, justify in (("weight", "left"), ("shape", "left"), ("ranks", "left"), ("parameters", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for name, rows in _by_kind(p).items():
+        shape = " x ".join(map(str, rows[0].shape))
+        counts = Counter(p.ranks.get(w.name) for w in rows)
+        ranks = ", ".join(
+            f"{n} x {'dense' if r is None else r}"
+            for r, n in sorted(counts.items(), key=lambda c: (c[0] is None, c[0]))
+        )
+        before = sum(w.parameters for w in rows)
+        after = sum(stored(w, p.ranks[w.name], p.storage) if w.name in p.ranks else w.parameters for w in rows)
+        sizes = f"with {rows[0].tied}" if rows[0].tied else f"{millions(before)} -> {millions(after)}"
+        table.add_row(name, shape, ranks, sizes)
+    e = estimate(prepared.source, p, recipe, prepared.device)
+    layers = sum(1 for layer in p.layers if p.planned(layer))
+    compute = str(prepared.device.compute).removeprefix("torch.")
+    lines = [
+        f"{recipe.model.id}: {type(prepared.source.model).__name__}, plugin {prepared.plugin}",
+        f"parameters {p.before:,} -> {p.after:,} ({p.reduction:.1%} removed), "
+        f"{layers} of {len(p.layers)} layers, strategy {p.strategy}, {p.storage} storage, {recipe.compress.init} init",
+        *(
+            ["these ranks are uniform ones: the run measures where the predictions suffer least, and chooses its own"]
+            if p.provisional
+            else []
+        ),
+        f"distillation {recipe.distill.schedule}, loss {recipe.distill.loss}, on {prepared.device.device} in {compute}",
+        f"estimated: memory {size(e.memory)}, disk {size(e.disk)}, "
+        + (f"about {clock(e.seconds)} for {e.tokens:,} tokens" if e.seconds else "time depends on calibration.tokens"),
+    ]
+    return Group(*(Text(line) for line in lines), Text(), table, Text())
+
+
+def _by_kind(p: Plan) -> dict[str, list[Any]]:
+    """Weights of the same place in their layers, and of the same shape, together."""
+    kinds: dict[str, list[Any]] = {}
+    for layer in p.layers:
+        for weight in layer.weights:
+            name = weight.name.removeprefix(f"{layer.name}.")
+            kinds.setdefault(name, []).append(weight)
+    return kinds
+
+
+def result(found: Result, recipe: Recipe) -> RenderableType:
+    """The table after a run: before, after, change, fine-tuned; sample completions; how to load the result."""
+    m = found.metrics
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    tuned = m.get("finetuned")
+    for column in ("", "before", "after", "change", *(() if tuned is None else ("fine-tuned", "change"))):
+        table.add_column(column, justify="left" if not column else "right")
+    pairs = [("parameters", *m["parameters"].values()), ("weights on disk", *m["bytes"].values())]
+    for name, before, after in pairs:
+        show = size if name == "weights on disk" else (lambda n: f"{n:,}")
+        change = f"{after / before - 1:+.1%}"
+        table.add_row(name, show(before), show(after), change, *(() if tuned is None else (show(after), change)))
+    for name in [*m["before"], *(n for n in m["after"] if n not in m["before"])]:
+        if name.endswith(ERROR):
+            continue
+        before, after = m["before"].get(name), m["after"].get(name)
+        row = [_measured(m["before"], name), _measured(m["after"], name), _ratio(before, after)]
+        if tuned is not None:
+            row += [_measured(tuned, name), _ratio(before, tuned.get(name))]
+        table.add_row(name, *row)
+    parts: list[RenderableType] = [Text(), table, Text()]
+    for key, detail in found.details.get("after", {}).items():
+        if "prompt" in detail:
+            before = found.details.get("before", {}).get(key, {}).get("completion", "")
+            parts += _completions(detail["prompt"], before, detail["completion"])
+    total = clock(sum(m["seconds"].values()))
+    parts.append(Text(f"took {total}, peak memory {size(m['peak_memory_bytes'])}; everything is in {recipe.run.out}"))
+    parts.append(Text())
+    parts.append(Text("import lillama", style="bold"))
+    parts.append(Text(f"from transformers import {found.auto_class}", style="bold"))
+    parts.append(Text(f'model = {found.auto_class}.from_pretrained("{found.path}")', style="bold"))
+    return Group(*parts)
+
+
+def _completions(prompt: str, before: str, after: str) -> list[RenderableType]:
+    return [
+        Text.assemble(("prompt  ", "bold"), prompt),
+        Text.assemble(("before  ", "bold"), before.strip()),
+        Text.assemble(("after   ", "bold"), after.strip()),
+        Text(),
+    ]
+
+
+def _measured(values: dict[str, float], name: str) -> str:
+    """A metric, with its standard error where it has one."""
+    error = values.get(f"{name}{ERROR}")
+    return _number(values.get(name)) + (f" ± {error:.2g}" if error else "")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def _ratio(before: float | None, after: float | None) -> str:
+    return f"x {after / before:.2f}" if before and after is not None and before != after else ""
+
+
+def metrics(values: dict[str, float]) -> Table:
+    """Metrics as a table."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name in values:
+        if not name.endswith(ERROR):
+            table.add_row(name, _measured(values, name))
+    return table
+
+
+def read_config(path: str) -> Any:
+    """A transformers configuration from a config.json that stands alone."""
+    from lillama import host
+    from lillama.pretrained.source import explained
+
+    file = Path(path)
+    if not file.is_file():
+        raise LillamaError("there is no such file", where=path)
+    with explained(f"the configuration '{path}'", "--config"):
+        return host.get().read_configuration(file)
+
+
+def bench(found: dict[str, Any]) -> RenderableType:
+    """The comparison of two models' speeds as a table, with how much smaller the one is."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("prompt", "phase", "original", "compressed", "ratio", "spread", "peak memory"):
+        table.add_column(column, justify="left" if column in ("phase", "peak memory") else "right")
+    for row in found["rows"]:
+        for phase in ("prefill", "decode"):
+            speeds = row.get(phase) or {}
+            if not speeds:
+                continue
+            ratio = speeds.get("ratio")
+            memory = row.get("peak_memory_bytes", {}) if phase == "prefill" else {}
+            table.add_row(
+                str(row["length"]),
+                phase,
+                *(f"{speeds[name]:,.1f}" if name in speeds else "" for name in ("original", "compressed")),
+                f"x {ratio[0]:.2f}" if ratio else "",
+                f"{ratio[1]:.2f} to {ratio[2]:.2f}" if ratio else "",
+                ", ".join(size(value) for value in memory.values()),
+            )
+        if "note" in row:
+            table.add_row(str(row["length"]), row["note"])
+    sizes = [
+        f"{name}: {model['parameters']:,} parameters, {size(model['weight_bytes'])}"
+        for name, model in found["models"].items()
+    ]
+    parameters = [model["parameters"] for model in found["models"].values()]
+    lines = [
+        *sizes,
+        f"parameters x {parameters[1] / parameters[0]:.2f}; {found['machine']}, {found['threads']} threads, "
+        f"{found['dtype']}; tokens per second of {found['batch_size']} prompts at once, medians of {found['repeats']}",
+    ]
+    return Group(*(Text(line) for line in lines), Text(), table)

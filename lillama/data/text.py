@@ -1,0 +1,162 @@
+"""Calibration text as token blocks: the batches that layers are distilled on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lillama.data.rows import is_lines, keep_rows, load_rows, render_rows
+from lillama.errors import LillamaError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from lillama.recipe.schema import Calibration
+
+CHARACTERS_PER_TOKEN = 4  # of English prose, roughly; only sizes the chunks of a .txt file
+ROWS_AT_ONCE = 64  # per call of the tokenizer: enough for its threads, little to throw away at the end
+
+
+def token_blocks(
+    tokenizer: Any,
+    calibration: Calibration,
+    where: str = "calibration",
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """The calibration text as int64 blocks [N, sequence_length], at most `calibration.tokens` in all.
+
+    Rows that pass `filter` are shuffled by `seed`, `fraction` of them, at most `rows`, kept, rendered, tokenised with
+    the tokenizer's usual special tokens, ended by EOS, joined and cut; what does not fill a block at the end is
+    dropped. The lines of a .txt file first become chunks of about a block's length (see `chunks`), which are shuffled.
+    `progress` is called with the number of tokens so far. Raises LillamaError if there is not one block.
+    """
+    length, most = calibration.sequence_length, calibration.tokens
+    if most is not None and most < length:
+        raise LillamaError(
+            f"{most} tokens are fewer than one sequence of {length}",
+            where=f"{where}.tokens",
+            hint=f"Raise it, or lower {where}.sequence_length.",
+        )
+    rows = load_rows(calibration.dataset, config=calibration.config, split=calibration.split, where=where)
+    rows = keep_rows(rows, calibration.filter, where)
+    pieces: list[Tensor] = []
+    total = 0
+    texts = (text for text in _texts(rows, tokenizer, calibration, where) if text.strip())
+    while batch := list(itertools.islice(texts, ROWS_AT_ONCE)):
+        for ids in _encode(tokenizer, batch):
+            pieces.append(torch.tensor(ids, dtype=torch.int64))
+            total += len(ids)
+        if progress:
+            progress(total if most is None else min(total, most))
+        if most is not None and total >= most:
+            break
+    blocks = (total if most is None else min(total, most)) // length
+    if not blocks:
+        raise LillamaError(
+            f"the text of '{calibration.dataset}' has {total} tokens, fewer than one sequence of {length}",
+            where=f"{where}.dataset",
+            hint=f"Give more text, or lower {where}.sequence_length.",
+        )
+    return torch.cat(pieces)[: blocks * length].view(blocks, length)
+
+
+def text_batches(blocks: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
+    """Batches {"input_ids": [B, T]} of the blocks [N, T] in order, the last one as large as what is left.
+
+    There is no attention mask because nothing is padded.
+    """
+    return [{"input_ids": part} for part in blocks.split(batch_size)]
+
+
+def fingerprint(batches: Iterable[Mapping[str, Tensor]]) -> str:
+    """16 hex digits of the sha256 over names, types, shapes and bytes of all tensors, for resume.
+
+    Where a batch holds `digest`, that stands for its floating-point tensors: they were computed by a model, and another
+    number of threads may change their last bits.
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            if tensor.is_floating_point() and "digest" in batch:
+                continue
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(b"batch\n")
+    return digest.hexdigest()[:16]
+
+
+def chunks(lines: Iterable[str], characters: int) -> Iterator[str]:
+    """Consecutive pieces of a text, cut at line ends, that joined give the text back.
+
+    A piece ends at the first blank line after `characters`, or, where none comes, at the first line end
+    after twice as many; so paragraphs stay whole and lines are never torn.
+    """
+    piece: list[str] = []
+    size = 0
+    for line in lines:
+        piece.append(f"{line}\n")
+        size += len(line) + 1
+        if size >= (characters if not line.strip() else 2 * characters):
+            yield "".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "".join(piece)
+
+
+def _texts(rows: Dataset, tokenizer: Any, calibration: Calibration, where: str) -> Iterator[str]:
+    """The texts to tokenise: a share of the rows, or of the chunks of running text, in shuffled order."""
+
+    def chosen(count: int) -> list[int]:
+        generator = torch.Generator().manual_seed(calibration.seed)
+        order: list[int] = torch.randperm(count, generator=generator).tolist()
+        return order[: math.ceil(calibration.fraction * count)]
+
+    if is_lines(rows):
+        size = CHARACTERS_PER_TOKEN * calibration.sequence_length
+        pieces = list(chunks(render_rows(rows, tokenizer, None, where), size))
+        return _at_most(calibration.rows, (pieces[i] for i in chosen(len(pieces))))
+    rows = rows.select(chosen(len(rows))[: calibration.rows])
+    return render_rows(rows, tokenizer, calibration.column, where)
+
+
+def _at_most(lines: int | None, pieces: Iterator[str]) -> Iterator[str]:
+    """The first pieces that have `lines` lines with text in them, the last one cut there."""
+    left = lines
+    for piece in pieces:
+        if left is not None:
+            kept: list[str] = []
+            for line in piece.splitlines(keepends=True):
+                if not left:
+                    break
+                kept.append(line)
+                left -= bool(line.strip())
+            piece = "".join(kept)
+        if piece:
+            yield piece
+        if left == 0:
+            return
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
+    """Token ids of every text, begun and ended once even where a chat template wrote BOS or EOS already."""
+    begin, end, end_id = tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id
+    begun = [bool(begin) and text.startswith(begin) for text in texts]
+    encoded: dict[bool, Iterator[list[int]]] = {}
+    for state in set(begun):
+        part = [text for text, is_begun in zip(texts, begun) if is_begun is state]
+        ids = tokenizer(part, add_special_tokens=not state, return_attention_mask=False, verbose=False)
+        encoded[state] = iter(ids["input_ids"])
+    for text, state in zip(texts, begun):
+        ids = list(next(encoded[state]))
+        if end and end_id is not None:
+            while ids[-2:] == [end_id, end_id]:  # the template's and the tokenizer's own
+                ids.pop()
+            if ids[-1:] != [end_id] and not text.rstrip().endswith(end):
+                ids.append(end_id)
+        yield ids

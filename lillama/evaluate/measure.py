@@ -1,0 +1,133 @@
+"""Evaluating a model that is on disk: the one way for a run, `lillama eval` and `lillama bench`."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lillama import host
+from lillama.errors import LillamaError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lillama.recipe.schema import Recipe
+
+MODEL = "model"  # the checkpoint in a run directory
+RESOLVED = "recipe.resolved.yaml"
+
+
+@dataclass
+class Measured:
+    """What evaluators found: numbers, and what a report wants besides."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def opened(place: str | Path, dtype: Any = "auto", auto_class: Any = None, trust: bool = False) -> Any:
+    """The model in a directory (or on the hub), a compressed one loaded strictly, on the CPU in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    from lillama.checkpoint import write as checkpoint
+    from lillama.pretrained.source import explained
+
+    with explained(f"the model '{place}'", "directory"):
+        config = host.get().read_configuration(place, trust=trust)
+        if is_compressed(config):
+            return checkpoint.load(place, dtype=dtype).eval()
+        auto = auto_class or AutoModelForCausalLM
+        return auto.from_pretrained(place, config=config, dtype=dtype, trust_remote_code=trust).eval()
+
+
+def is_compressed(config: Any) -> bool:
+    """Whether a configuration is that of a checkpoint written by a run."""
+    given = getattr(config, "quantization_config", None) or {}
+    return (given.get("quant_method") if isinstance(given, dict) else given.quant_method) == "lillama"
+
+
+def measure(
+    model: Any, place: str | Path, recipe: Recipe, plugin: host.Plugin | None, device: torch.device
+) -> Measured:
+    """Run the recipe's evaluators, and the plugin's, on a loaded model; `place` holds its tokenizer or processor."""
+    from lillama.evaluate import context as evaluate
+    from lillama.pretrained.source import explained, processor
+
+    hosts = host.get()
+    with explained(f"the tokenizer of '{place}'", "directory"):
+        own = hosts.own_configuration(place)
+        options = {"trust_remote_code": recipe.model.trust_remote_code} if own is None else {"config": own}
+        reader = processor(Path(place), **options)
+    model.to(device).eval()
+    if plugin is not None:
+        hosts.prepare(plugin, model, recipe)
+    context = evaluate.Context(reader, str(device), recipe.run.seed)
+    metrics = evaluate.evaluate(model, recipe, context)
+    if plugin is not None and "evaluate" in plugin.hooks:
+        metrics |= hosts.evaluate(plugin, model, recipe)
+    return Measured(metrics, context.details)
+
+
+def plugin_of(place: str | Path, recipe: Recipe) -> tuple[host.Plugin | None, Any]:
+    """(the plugin that knows the model in a directory, its auto class); None where none does: evaluation needs none."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from lillama.pretrained.source import explained
+
+    hosts, trust = host.get(), recipe.model.trust_remote_code
+    with explained(f"the model '{place}'", "directory"):
+        config = copy.deepcopy(hosts.read_configuration(place, trust=trust))
+    if is_compressed(config):  # plugins list the layers of the original
+        del config.quantization_config
+    auto = hosts.auto_class(config, recipe) or AutoModelForCausalLM
+    with explained(f"the model '{place}'", "directory"), init_empty_weights(include_buffers=False):
+        skeleton = auto.from_config(config, trust_remote_code=trust)
+    try:
+        return hosts.layers(skeleton, recipe)[0], auto
+    except LillamaError:
+        if recipe.plugin != "auto":
+            raise
+        return None, auto
+
+
+def recipe_for(directory: Path, place: Path, path: str | None, overrides: Sequence[str]) -> Recipe:
+    """The recipe to evaluate `place` by: that of `path`, else the run's own in `directory`, else overrides alone."""
+    from lillama.recipe.schema import Recipe
+
+    data = [f"model.id={json.dumps(str(place))}", *overrides]
+    if path or (directory / RESOLVED).is_file():
+        return Recipe.load(path or directory / RESOLVED, data)
+    base = {"model": {"id": str(place)}, "compress": {"reduction": 0.5}}
+    return Recipe.parse(base | {"calibration": {"dataset": "-"}, "run": {"out": "-"}}, data)
+
+
+def checkpoint_of(directory: Path) -> Path:
+    """The checkpoint in a run directory; anything else is taken for one itself."""
+    return directory / MODEL if (directory / MODEL / "config.json").is_file() else directory
+
+
+def evaluate_directory(directory: Path, path: str | None, overrides: Sequence[str], device: str) -> Measured:
+    """Evaluate a run's result (by its own recipe), a checkpoint or any model (by the recipe `path` or overrides)."""
+    from lillama.base.device import choose
+
+    place = checkpoint_of(directory)
+    recipe = recipe_for(directory, place, path, overrides)
+    plugin, auto = plugin_of(place, recipe)
+    if not recipe.evaluate and not (plugin and "evaluate" in plugin.hooks):
+        raise LillamaError(
+            "there is nothing to measure",
+            where="evaluate",
+            hint="Give --tasks, --recipe FILE, or --set 'evaluate.perplexity={dataset: FILE}'.",
+        )
+    chosen = choose(recipe.run.model_copy(update={"device": device})).device
+    model = opened(place, "auto", auto, recipe.model.trust_remote_code)
+    found = measure(model, place, recipe, plugin, chosen)
+    del model
+    gc.collect()
+    return found

@@ -1,0 +1,216 @@
+"""The two factors of the Fisher information of a layer's weights (K-FAC, arXiv 1503.05671), summed while it runs back.
+
+See sensitivity.py for what they are and who asks. Both are kept on the weight's smaller side.
+
+An embedding is the map W^T of one-hot vectors, so W H W^T is the Gram of the vectors looked up, and G is of their
+gradients. To a head that is tied to it, an error e_t of row t costs 1/2 p_t e_t H e_t^T, with H the Gram of the head's
+inputs and p_t the chance of token t, which is about how often it occurs. That is what H would cost beside G, by as much
+as the predictions are uncertain (mean |g|^2 = 1 - sum p_t^2): both uses together are one such problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lillama.base.device import Device
+from lillama.contract import Layer, Weight
+from lillama.distill.student import relative
+from lillama.errors import LillamaError
+from lillama.factorise.embedding import weighted_gram
+from lillama.factorise.grams import SAMPLE
+from lillama.factorise.initialisers import TINY, fisher_spectrum
+from lillama.lowrank.experts import PROJECTIONS, dense_weight
+from lillama.lowrank.swap import dense, module_of
+from lillama.plan.plan import observable
+
+
+class Sums:
+    """Of one matrix W (d_out x d_in): the sums of c x x^T and g g^T, on its smaller side, and of c."""
+
+    def __init__(self, W: Tensor, embedding: bool = False) -> None:
+        """`embedding`: W is the transpose of a table, and what is given for x are the vectors looked up."""
+        self.W, self.embedding, self.wide = W, embedding, W.shape[0] <= W.shape[1]
+        n = min(W.shape)
+        self.inputs, self.outputs = (torch.zeros(n, n, device=W.device) for _ in range(2))
+        self.counted, self.length = 0.0, 0.0  # sums of c and of |g|^2
+        self.calls, self.rows = 0, 0  # rows: inputs of which anything depends
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Count inputs x (N x d_in) and the gradients g (N x d_out) of the loss at W x."""
+        self.calls += 1
+        length = g.float().square().sum(-1, keepdim=True)
+        self.length += float(length.sum())
+        counts = length / (length + length.mean().clamp_min(TINY))
+        if not self.wide:
+            g = F.linear(g.to(self.W.dtype), self.W.T)
+        self._inputs(x, counts)
+        g = g.float()
+        with torch.autocast(g.device.type, enabled=False):
+            self.outputs.addmm_(g.T, g)
+        self.rows += int((length > 0).sum())
+
+    def _inputs(self, x: Tensor, counts: Tensor) -> None:
+        if self.wide and not self.embedding:
+            x = F.linear(x.to(self.W.dtype), self.W)
+        x = x.float()
+        with torch.autocast(x.device.type, enabled=False):
+            self.inputs.addmm_((x * counts).T, x)
+        self.counted += float(counts.sum())
+
+    def borrow(self, x: Tensor) -> None:
+        """Where too few inputs were seen to tell all directions apart, add others, x, in the weight of what lacks."""
+        lacking = len(self.inputs) - self.rows
+        if lacking > 0:
+            self._inputs(x, torch.full((len(x), 1), lacking / len(x), device=x.device))
+
+    def known_to_all(self, floor: float) -> None:
+        """Let every token of an embedding count for at least the share `floor` of the mean count."""
+        table = self.W.T
+        self.inputs += weighted_gram(table, table.new_ones(len(table))) * (floor * self.counted / len(table))
+
+    def factors(self, tokens: int, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(H, G) per token predicted, on the smaller side; `more` is added to G."""
+        outputs = self.outputs / tokens
+        return self.inputs / max(self.counted, TINY), outputs if more is None else outputs + more
+
+
+class Listener:
+    """Sums both factors of a layer's weights while it runs back. Gradients at padding are 0."""
+
+    def __init__(self, layer: Layer, module: nn.Module, device: Device, floor: float = 0.0) -> None:
+        """`floor`: what every token of an embedding counts for at least (see embedding.py)."""
+        self.layer, self.device, self.floor = layer, device, floor
+        self.sums: dict[str, list[Sums]] = {}  # one per copy of the weight
+        self.stacks: list[_Experts] = []
+        self.hooks: list[Any] = []
+        stacks: dict[str, list[Weight]] = {}
+        for weight in layer.weights:
+            name = relative(weight, layer)
+            W = dense(module, name, weight.kind)
+            if weight.kind == "experts":
+                self.sums[weight.name] = [Sums(one) for one in W]
+                stacks.setdefault(module_of(name, weight.kind), []).append(weight)
+                continue
+            sums = Sums(W.T, True) if weight.kind == "embedding" else Sums(W)
+            self.sums[weight.name] = [sums]
+            self.hooks.append(module.get_submodule(name).register_forward_hook(self._one(sums)))
+        for name, weights in stacks.items():
+            stack = module.get_submodule(name)
+            inside = {weight.name.rpartition(".")[2]: self.sums[weight.name] for weight in weights}
+            self.stacks.append(_Experts(stack, inside))
+            self.hooks.append(stack.register_forward_hook(self._experts(self.stacks[-1]), with_kwargs=True))
+
+    def _one(self, sums: Sums) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], out: Tensor) -> None:
+            # Detached: a hook that held the output it hangs on would keep it, and all that led to it, for good.
+            x = _rows(out if sums.embedding else args[0])
+            self._at(out, lambda gradient: sums.add(x, gradient))
+
+        return hook
+
+    def _experts(self, experts: _Experts) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            names = ("hidden_states", "top_k_index", "top_k_weights")
+            given = dict(zip(names, args)) | kwargs
+            hidden, index, weights = (given[name].detach() for name in names)
+            self._at(out, lambda gradient: experts.add(hidden, index, weights, gradient))
+
+        return hook
+
+    def _at(self, out: Tensor, add: Any) -> None:
+        """Hand the gradient at `out` to `add`, as rows."""
+        # What an encoder's keys and values are made of does not depend on the layer's input.
+        source = out if out.requires_grad else out.requires_grad_(True)
+
+        def listen(gradient: Tensor) -> None:
+            with self.device.autocast():
+                add(_rows(gradient))
+
+        source.register_hook(listen)
+
+    def tied(self, tokens: int) -> dict[str, Tensor]:
+        """What a head in this layer adds to the output factor of the embedding it is tied to, by its name."""
+        heads = ((weight.tied, self.sums[weight.name][0]) for weight in self.layer.weights)
+        return {name: sums.factors(tokens)[0] * (sums.length / tokens) for name, sums in heads if name}
+
+    def close(self, tokens: int, tied: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """`<weight>.input`, `<weight>.output`, `<weight>.spectrum` of every weight of its own, `tokens` predicted.
+
+        `tied`: that of a head. Factors of experts are stacked. They get the same rank, so their spectra are added.
+        """
+        for hook in self.hooks:
+            hook.remove()
+        with self.device.autocast():
+            for experts in self.stacks:
+                experts.close()
+        found = {}
+        for weight in observable(self.layer):
+            sums = self.sums.pop(weight.name)
+            if not any(one.calls for one in sums):
+                raise LillamaError(
+                    "the model's forward pass never calls the module of this weight, so nothing is known of it",
+                    where=weight.name,
+                    hint="List it under compress.skip, or use strategy: uniform and init: svd.",
+                )
+            if weight.kind == "embedding":
+                sums[0].known_to_all(self.floor)
+            factors = [one.factors(tokens, (tied or {}).get(weight.name)) for one in sums]
+            spectra = [fisher_spectrum(one.W, *both) for one, both in zip(sums, factors)]
+            H, G = (torch.stack(each) if weight.kind == "experts" else each[0] for each in zip(*factors))
+            found[f"{weight.name}.input"], found[f"{weight.name}.output"] = H, G
+            found[f"{weight.name}.spectrum"] = torch.stack(spectra).sum(0)
+        return found
+
+
+class _Experts:
+    """One module of fused experts: what each of them saw, and the gradients inside of it."""
+
+    def __init__(self, module: Any, sums: dict[str, list[Sums]]) -> None:
+        self.module, self.sums = module, sums
+        self.sample: list[Tensor] = []
+
+    def add(self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:
+        """Count a batch: hidden T x H, the K experts chosen per token and their weights, the gradient at the output."""
+        kept = sum(map(len, self.sample))
+        if kept < SAMPLE:
+            # Spread over the tokens of a batch; a few batches make the sample.
+            self.sample.append(hidden[:: max(len(hidden) // 1024, 1)][: SAMPLE - kept].clone())
+        for expert in range(len(dense_weight(self.module, "down"))):
+            token, choice = torch.where(index == expert)
+            if len(token):
+                # The module's output is the sum of the experts' own, each times its weight.
+                self._expert(expert, hidden[token], gradient[token] * weights[token, choice, None])
+
+    def _expert(self, expert: int, x: Tensor, gradient: Tensor | None) -> None:
+        """Count the inputs of one expert and, unless they are borrowed (None), the gradients at its output."""
+        W = {name: dense_weight(self.module, name)[expert] for name in PROJECTIONS}
+        x = x.to(W["gate"].dtype)
+        with torch.enable_grad():
+            gate, up = (F.linear(x, W[name]).requires_grad_(True) for name in ("gate", "up"))
+            inner = self.module.act_fn(gate) * up
+        seen = {"gate": x, "up": x, "down": inner.detach()}
+        if gradient is None:
+            for name, sums in self.sums.items():
+                sums[expert].borrow(seen[name])
+            return
+        below = F.linear(gradient.to(W["down"].dtype), W["down"].T)
+        at = dict(zip(("gate", "up"), torch.autograd.grad(inner, (gate, up), below.to(inner.dtype))))
+        for name, sums in self.sums.items():
+            sums[expert].add(seen[name], gradient if name == "down" else at[name])
+
+    def close(self) -> None:
+        """Let experts that saw few tokens borrow from those of the whole layer."""
+        sample = torch.cat(self.sample)
+        for expert in range(len(dense_weight(self.module, "down"))):
+            if any(sums[expert].rows < len(sums[expert].inputs) for sums in self.sums.values()):
+                self._expert(expert, sample, None)
+        self.sample = []
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.detach().reshape(-1, t.shape[-1])

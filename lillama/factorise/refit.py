@@ -1,0 +1,117 @@
+"""Starting factors fitted one group of weights after the other, to the inputs that those before it leave (DESIGN 6).
+
+For `init: compensated`: a weight's target is the original's output on the original's inputs, its own inputs are the
+student's, so it makes up for what layers and weights before it lost.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lillama.contract import Layer, Weight
+from lillama.distill import student as students
+from lillama.errors import LillamaError
+from lillama.factorise.grams import Found, counted
+from lillama.lowrank import swap as factors
+from lillama.plan.plan import Plan
+from lillama.pretrained.calls import Batch
+from lillama.recipe.schema import Recipe
+
+
+def check(plan: Plan, recipe: Recipe) -> None:
+    """LillamaError where the recipe's initialiser wants these fits and cannot have them."""
+    init = recipe.compress.init
+    if "cross" not in students.needs(recipe)[1]:
+        return
+    if recipe.distill.schedule != "sequential":
+        raise LillamaError(
+            f"init: {init} fits a layer to finished ones before it, which only the sequential schedule has",
+            where="distill.schedule",
+            hint="Use schedule: sequential, or init: whitened.",
+        )
+    for name in plan.ranks:
+        if plan.weights[name].kind != "linear":
+            raise LillamaError(
+                f"init: {init} serves linear weights, and '{name}' is one of kind {plan.weights[name].kind}",
+                where="compress.init",
+                hint="Use init: whitened, or list it under compress.skip.",
+            )
+
+
+class _Reached(Exception):  # noqa: N818  no error: the rest of the layer need not run
+    pass
+
+
+def refitted(
+    layer: Layer,
+    position: int,
+    teacher: nn.Module,
+    plan: Plan,
+    recipe: Recipe,
+    batches: list[Batch],
+    inputs: tuple[Iterable[Tensor], Iterable[Tensor]],
+) -> dict[str, Tensor]:
+    """The starting factors of a layer's planned weights; `inputs` are the original's and the student's streams.
+
+    Takes as many partial passes over the streams as the layer has groups of weights with the same input.
+    """
+    fitted = copy.deepcopy(teacher)
+    groups: dict[str, list[Weight]] = {}
+    for weight in plan.planned(layer):
+        groups.setdefault(weight.group or weight.name, []).append(weight)
+    found: dict[str, Tensor] = {}
+    for weights in groups.values():
+        path = students.relative(weights[0], layer)
+        H, C = _moments(position, teacher, fitted, path, recipe.compress.gram_tokens, batches, inputs)
+        grams: Found = {weight.name: {"gram": H, "cross": C} for weight in weights}
+        found |= students.initial_factors(layer, teacher, plan, recipe, grams, weights)
+        for weight in weights:
+            W = factors.dense(fitted, students.relative(weight, layer), weight.kind)
+            W.copy_(found[f"{weight.name}.A"] @ found[f"{weight.name}.B"])
+    return found
+
+
+def _moments(
+    position: int,
+    teacher: nn.Module,
+    fitted: nn.Module,
+    path: str,
+    limit: int,
+    batches: list[Batch],
+    inputs: tuple[Iterable[Tensor], Iterable[Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """(X' X'^T, X X'^T) of the module at `path`, over up to `limit` tokens: its inputs X in the original, X' here."""
+    H = C = torch.zeros(())
+    seen = 0
+    for batch, original, student in zip(batches, *inputs):
+        if seen >= limit:
+            break
+        x = _input(teacher, path, batch, position, original)
+        own = _input(fitted, path, batch, position, student)
+        with torch.autocast(x.device.type, enabled=False):
+            H, C = H.to(x.device) + own.T @ own, C.to(x.device) + x.T @ own
+        seen += batch.tokens
+    return H, C
+
+
+def _input(module: nn.Module, path: str, batch: Batch, position: int, hidden: Tensor) -> Tensor:
+    """What reaches the module at `path`, tokens x d_in in float32, padding left out."""
+    found: list[Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0])
+        raise _Reached
+
+    hook = module.get_submodule(path).register_forward_pre_hook(take)
+    try:
+        batch.calls[position](module, hidden)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return counted(found[0], batch.mask)

@@ -1,0 +1,96 @@
+"""Ranks by what they cost the model's predictions (strategy `fisher`). No torch here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lillama.contract import Layer, Weight
+from lillama.errors import LillamaError
+from lillama.plan.plan import Ranks, stored, unreachable
+from lillama.recipe.schema import Compress
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to keep a weight: `rank` (None: dense), the `numbers` it holds, and the `loss` it costs."""
+
+    rank: int | None
+    numbers: int
+    loss: float
+
+
+def fisher(layers: Sequence[Layer], remove: int, compress: Compress, spectra: Mapping[str, Sequence[float]]) -> Ranks:
+    """The ranks that cost least together by the spectra of sensitivity.py, in nats per token, for the size asked for.
+
+    Every weight starts at its smallest rank. Then the steps that save most loss per number follow, along the lower
+    convex hull of each weight's choices, so that a step is never worth more than the one before it; dense is the last
+    step. Weights without a spectrum stay dense.
+    """
+    weights = [w for layer in layers for w in layer.weights if w.name in spectra]
+    if not weights:
+        raise LillamaError("no weight may be factorised", where="compress.skip", hint="Skip fewer.")
+    found = {w.name: choices(w, spectra[w.name], compress) for w in weights}
+    found = {name: options for name, options in found.items() if len(options) > 1}
+    total = sum(w.parameters for w in weights if w.name in found)
+    budget = total - remove
+    kept = {name: options[0] for name, options in found.items()}
+    spent = sum(choice.numbers for choice in kept.values())
+    if spent > budget:
+        raise unreachable(total - spent, remove, "Lower compress.rank_multiple")
+    steps = [
+        (-_worth(before, after), name, after)
+        for name, options in found.items()
+        for before, after in itertools.pairwise(_hull(options))
+    ]
+    for _, name, after in sorted(steps, key=lambda step: step[:2]):
+        cost = after.numbers - kept[name].numbers
+        if cost > 0 and spent + cost <= budget:
+            kept[name] = after
+            spent += cost
+    _spend(found, kept, budget - spent)
+    return {name: choice.rank for name, choice in kept.items() if choice.rank is not None}
+
+
+def choices(weight: Weight, spectrum: Sequence[float], compress: Compress) -> list[Choice]:
+    """The ranks a weight may get, rising, and dense at the end. Ranks that save nothing are left out."""
+    tail = [0.0]
+    for value in reversed(spectrum):
+        tail.append(tail[-1] + value / 2)
+    tail.reverse()  # tail[r]: what leaving out all but r components costs
+    step, most = compress.rank_multiple, min(weight.shape)
+    ranks = [r for r in range(step, most, step) if stored(weight, r, compress.storage) < weight.parameters]
+    kept = [Choice(r, stored(weight, r, compress.storage), tail[r]) for r in ranks]
+    return [*kept, Choice(None, weight.parameters, 0.0)]
+
+
+def _worth(before: Choice, after: Choice) -> float:
+    """Loss saved per number spent."""
+    return (before.loss - after.loss) / (after.numbers - before.numbers)
+
+
+def _hull(options: Sequence[Choice]) -> list[Choice]:
+    """The lower convex hull of (numbers, loss), from the first choice to the last."""
+    hull: list[Choice] = []
+    for option in options:
+        while len(hull) > 1 and _worth(hull[-2], hull[-1]) <= _worth(hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _spend(found: Mapping[str, Sequence[Choice]], kept: dict[str, Choice], spare: int) -> None:
+    """Spend what whole steps left over on single ranks, the best first."""
+    while True:
+        better = [
+            (_worth(kept[name], option), name, option)
+            for name, options in found.items()
+            for option in options
+            if 0 < option.numbers - kept[name].numbers <= spare
+        ]
+        if not better:
+            return
+        _, name, option = max(better, key=lambda step: (step[0], step[1]))
+        spare -= option.numbers - kept[name].numbers
+        kept[name] = option

@@ -1,0 +1,266 @@
+"""The plan: for every weight its rank, or dense, with exact parameter counts. Made before any training.
+
+A strategy is a function (layers, remove, compress) -> {weight name: rank} that removes at least
+`remove` parameters, or raises through `unreachable`. Weights it leaves out stay dense. One that names `spectra` gets
+{weight name: what each component costs} measured on the calibration data (sensitivity.py). No torch here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lillama.contract import Layer, Weight
+from lillama.errors import LillamaError
+from lillama.recipe.schema import Compress
+from lillama.registry import STRATEGIES
+
+Ranks = dict[str, int]
+
+
+def stored(weight: Weight, rank: int, storage: str) -> int:
+    """How many numbers a rank-`rank` version of `weight` holds (DESIGN 6).
+
+    Two factors hold r (d_out + d_in); pivoted storage r^2 fewer. Row numbers of pivots are not counted:
+    they are indices, not parameters. A tied weight holds nothing of its own.
+    """
+    if weight.tied:
+        return 0
+    numbers = rank * sum(weight.shape)
+    if storage == "pivoted":
+        numbers -= rank * rank
+    return numbers * weight.copies
+
+
+def largest_rank(weight: Weight, numbers: float, storage: str, multiple: int) -> int:
+    """The largest multiple of `multiple` whose factors hold at most `numbers`; 0 if there is none."""
+    low, high = 0, min(weight.shape) // multiple
+    while low < high:  # stored() rises with the rank
+        middle = (low + high + 1) // 2
+        if stored(weight, middle * multiple, storage) <= numbers:
+            low = middle
+        else:
+            high = middle - 1
+    return low * multiple
+
+
+def algorithm1(layers: Iterable[Layer], remove: int, compress: Compress) -> Ranks:
+    """Algorithm 1: ranks k, k+m, ... in falling order, layer by layer, until the target size is met."""
+    k, m = compress.min_rank, compress.rank_step
+    candidates = []
+    for position, layer in enumerate(layers):
+        for weight in layer.weights:
+            for rank in range(k, min(weight.shape), m):
+                numbers = stored(weight, rank, compress.storage)
+                if numbers < weight.parameters:
+                    candidates.append((position, rank, numbers, weight))
+    candidates.sort(key=lambda c: (c[0], -c[1]))  # stable: ties keep the order of the layer's weights
+    ranks: Ranks = {}
+    numbers_of: dict[str, int] = {}
+    removed = 0
+    for _, rank, numbers, weight in candidates:
+        if removed >= remove:
+            break
+        removed += numbers_of.get(weight.name, weight.parameters) - numbers
+        ranks[weight.name], numbers_of[weight.name] = rank, numbers
+    if removed < remove:
+        raise unreachable(removed, remove, "Lower compress.min_rank (and compress.rank_step)")
+    return ranks
+
+
+def bottom(layers: Sequence[Layer], remove: int, compress: Compress) -> Ranks:
+    """Algorithm 1 as the paper has it: the layers nearest the input first."""
+    return algorithm1(layers, remove, compress)
+
+
+def top(layers: Sequence[Layer], remove: int, compress: Compress) -> Ranks:
+    """Algorithm 1 with the layers reversed: the ones nearest the output first."""
+    return algorithm1(list(layers)[::-1], remove, compress)
+
+
+def uniform(layers: Sequence[Layer], remove: int, compress: Compress) -> Ranks:
+    """The same share of every weight, as nearly as multiples of `rank_multiple` allow."""
+    step, storage = compress.rank_multiple, compress.storage
+
+    def shrinks(weight: Weight, rank: int) -> bool:
+        return rank <= min(weight.shape) and stored(weight, rank, storage) < weight.parameters
+
+    weights = [w for layer in layers for w in layer.weights if shrinks(w, step)]
+    total = sum(w.parameters for w in weights)
+    most = total - sum(stored(w, step, storage) for w in weights)
+    if most < remove:
+        raise unreachable(most, remove, "Lower compress.rank_multiple")
+    if not weights:
+        return {}
+    keep = 1 - remove / total
+    while True:
+        ranks = {w.name: max(largest_rank(w, keep * w.parameters, storage, step), step) for w in weights}
+        spare = total - remove - sum(stored(w, ranks[w.name], storage) for w in weights)
+        if spare >= 0:
+            break
+        keep *= 0.99  # weights at the smallest rank gave less than their share
+    # Rounding down removed a little too much: give it back where the rounding hurt most.
+    for w in sorted(weights, key=lambda w: stored(w, ranks[w.name], storage) / w.parameters):
+        cost = stored(w, ranks[w.name] + step, storage) - stored(w, ranks[w.name], storage)
+        if cost <= spare and shrinks(w, ranks[w.name] + step):
+            ranks[w.name] += step
+            spare -= cost
+    return ranks
+
+
+def unreachable(most: int, remove: int, hint: str) -> LillamaError:
+    """The error of a strategy that cannot remove `remove` parameters but at most `most`."""
+    error = LillamaError(f"only {most:,} of the {remove:,} parameters to remove can be removed", hint=hint)
+    error.most = most  # type: ignore[attr-defined]  # make_plan turns it into a reduction
+    return error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks and exact counts. `before` counts the unique parameters of the original model.
+
+    `provisional`: uniform ranks stand for those that the run will choose by what it measures, for the same size.
+    """
+
+    layers: tuple[Layer, ...]
+    ranks: Ranks
+    storage: str
+    before: int
+    strategy: str = "custom"
+    provisional: bool = False
+    weights: dict[str, Weight] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found = {w.name: w for layer in self.layers for w in layer.weights}
+        object.__setattr__(self, "weights", found)
+
+    @property
+    def removed(self) -> int:
+        """Parameters the plan removes."""
+        return sum(
+            self.weights[name].parameters - stored(self.weights[name], rank, self.storage)
+            for name, rank in self.ranks.items()
+        )
+
+    @property
+    def after(self) -> int:
+        """Unique parameters of the compressed model."""
+        return self.before - self.removed
+
+    @property
+    def reduction(self) -> float:
+        """Share of all parameters that goes."""
+        return self.removed / self.before
+
+    def planned(self, layer: Layer) -> tuple[Weight, ...]:
+        """The weights of `layer` that become low-rank."""
+        return tuple(w for w in layer.weights if w.name in self.ranks)
+
+    @property
+    def work(self) -> list[Layer]:
+        """The layers of the stream up to the last planned one: nothing above it is loaded or run."""
+        last = max((i for i, layer in enumerate(self.layers) if self.planned(layer)), default=-1)
+        return list(self.layers[: last + 1])
+
+    def summary(self) -> str:
+        """The size and the ranks of every kind of weight, in a line each."""
+        kinds: dict[str, list[int | None]] = {}
+        for layer in self.layers:
+            for weight in layer.weights:
+                kind = weight.name.removeprefix(f"{layer.name}.")
+                kinds.setdefault(kind, []).append(self.ranks.get(weight.name))
+        lines = [f"parameters {self.before:,} -> {self.after:,}, ranks by {self.strategy}:"]
+        for kind, all_ranks in kinds.items():
+            ranks = [rank for rank in all_ranks if rank is not None]
+            parts = [f"{min(ranks)} to {max(ranks)}"] if ranks else []
+            parts += [f"{len(all_ranks) - len(ranks)} dense"] if len(ranks) < len(all_ranks) else []
+            lines.append(f"  {kind}  {', '.join(parts)}")
+        return "\n".join(lines)
+
+    def modules(self) -> dict[str, dict[str, Any]]:
+        """What config.json says of every replaced module."""
+        weights = {name: self.weights[name] for name in self.ranks}
+        return {
+            name: {"kind": w.kind, "storage": self.storage, "rank": self.ranks[name]}
+            | ({"tied": w.tied} if w.tied else {})
+            for name, w in weights.items()
+        }
+
+    def uses(self, weight: Weight) -> list[tuple[int, Weight]]:
+        """The tied weights that the factors of `weight` serve as well, with the positions of their layers."""
+        layers = enumerate(self.layers)
+        return [(i, w) for i, layer in layers for w in self.planned(layer) if w.tied == weight.name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plan.json holds it."""
+        weights = []
+        for layer in self.layers:
+            for w in layer.weights:
+                rank = self.ranks.get(w.name)
+                after = w.parameters if rank is None else stored(w, rank, self.storage)
+                row = {"layer": layer.name, "weight": w.name, "shape": list(w.shape), "copies": w.copies}
+                row |= {"tied": w.tied} if w.tied else {}
+                weights.append(row | {"rank": rank, "parameters": w.parameters, "after": after})
+        return {
+            "strategy": self.strategy,
+            "storage": self.storage,
+            "parameters": {"before": self.before, "after": self.after},
+            "reduction": self.reduction,
+            **({"provisional": True} if self.provisional else {}),
+            "weights": weights,
+        }
+
+
+Spectra = Mapping[str, Sequence[float]]
+
+
+def wants_spectra(compress: Compress) -> bool:
+    """Whether the recipe's strategy decides by what is measured on the calibration data."""
+    return "spectra" in inspect.signature(STRATEGIES.get(compress.strategy)).parameters
+
+
+def observable(layer: Layer) -> tuple[Weight, ...]:
+    """The weights of a layer whose effect on the predictions is measured: a tied one's counts with its embedding's."""
+    return tuple(w for w in layer.weights if not w.tied)
+
+
+def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spectra: Spectra | None = None) -> Plan:
+    """Run the recipe's strategy over the weights that are not skipped.
+
+    A strategy that wants `spectra` and has none yet gives a provisional plan.
+    Raises LillamaError with the largest possible reduction when the strategy cannot reach the recipe's.
+    """
+    # What is tied has the factors of its embedding, or both stay dense.
+    stay = {w.tied for layer in layers for w in layer.weights if _skipped(w, compress.skip)}
+    stay |= {w.name for layer in layers for w in layer.weights if w.tied or _skipped(w, compress.skip)}
+    offered = [Layer(layer.name, tuple(w for w in layer.weights if w.name not in stay), layer.kind) for layer in layers]
+    wanting = wants_spectra(compress)
+    total = sum(w.parameters for layer in layers for w in layer.weights)
+    base = before if compress.of == "model" else total
+    remove = -int(-compress.reduction * base // 1)  # rounded up
+    strategy: Callable[..., Ranks] = STRATEGIES.get(compress.strategy)
+    try:
+        if not wanting:
+            ranks = strategy(offered, remove, compress)
+        elif spectra is None:
+            ranks = uniform(offered, remove, compress)
+        else:
+            ranks = strategy(offered, remove, compress, spectra=spectra)
+    except LillamaError as error:
+        if not hasattr(error, "most"):
+            raise
+        raise LillamaError(
+            f"no ranks reach a reduction of {compress.reduction:g} of the {compress.of}: "
+            f"the largest possible is {int(error.most / base * 1e4) / 1e4:g} with strategy {compress.strategy}",
+            where="compress.reduction",
+            hint=f"{error.hint}, ask for less, or skip fewer weights.",
+        ) from error
+    tied = {w.name: ranks[w.tied] for layer in layers for w in layer.weights if w.tied in ranks}
+    return Plan(tuple(layers), ranks | tied, compress.storage, before, compress.strategy, wanting and spectra is None)
+
+
+def _skipped(weight: Weight, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(weight.name, glob) for glob in globs)

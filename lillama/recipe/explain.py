@@ -1,0 +1,127 @@
+"""What is said of a recipe that does not fit: where the value came from, and what was probably meant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from lillama.errors import LillamaError, did_you_mean
+from lillama.recipe import yamlfile
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
+
+    from lillama.recipe.schema import Recipe
+
+Path_ = tuple[str | int, ...]
+
+
+class Origin:
+    """Where the values of a recipe came from: lines of a file, and `--set`s."""
+
+    def __init__(self, document: yamlfile.Document) -> None:
+        self.document = document
+        self.overrides: dict[Path_, str] = {}
+
+    def where(self, path: Path_) -> str:
+        """The `--set` that gave or made the key `path`, or file:line and the key."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.overrides:
+                return self.overrides[path[:end]]
+        for key, override in self.overrides.items():
+            if key[: len(path)] == path and not self.document.holds(path):
+                return override
+        return f"{self.document.where(path)}: {'.'.join(map(str, path))}"
+
+
+def together(errors: Iterable[LillamaError]) -> LillamaError:
+    every = list(errors)
+    return every[0] if len(every) == 1 else LillamaError("\n".join(map(str, every)))
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section a field holds, if it holds one."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _nearest_key(path: Path_, top: type[BaseModel], schema: type[BaseModel]) -> str:
+    """A hint for the unknown key `path`: the same key of another section of the recipe, or the nearest of its own."""
+    key, sections = str(path[-1]), {name: section_of(field) for name, field in top.model_fields.items()}
+    if schema is top:
+        others = [f"'{name}.{key}'" for name, section in sections.items() if section and key in section.model_fields]
+        if others:
+            return f"Did you mean {' or '.join(others)}?"
+        for part in path[:-1]:
+            field = schema.model_fields.get(str(part))
+            schema = (field and section_of(field)) or schema
+    return did_you_mean(key, schema.model_fields)
+
+
+_HINTS = {
+    "string_type": "Put it in quotes.",
+    "bool_type": "Write true or false.",
+    "list_type": "Write a list: [a, b].",
+}
+_MAPPING_TYPES = ("model_type", "dict_type", "model_attributes_type")
+
+
+def explain(
+    problem: ErrorDetails, prefix: Path_, origin: Origin, top: type[BaseModel], schema: type[BaseModel]
+) -> LillamaError:
+    """A complaint of pydantic's about what stands at `prefix`, of type `schema`, in a recipe (`top`)."""
+    path = (*prefix, *problem["loc"])
+    where, kind, hint = origin.where(path), problem["type"], None
+    if kind == "extra_forbidden":
+        what, hint = f"unknown key '{path[-1]}'", _nearest_key(path, top, schema)
+    elif kind == "missing":
+        what, hint = f"the key '{'.'.join(map(str, path))}' is missing", "Add it."
+        where = origin.document.where(path)
+    else:
+        message = f"{problem['msg'][0].lower()}{problem['msg'][1:]}".replace("None", "null")
+        if kind in _MAPPING_TYPES:
+            message = "input should be a mapping of keys to values"
+        given = json.dumps(problem["input"], default=str, ensure_ascii=False)
+        what = f"{message}, not {given if len(given) < 80 else given[:76] + ' ...'}"
+        hint = _HINTS.get(kind) if isinstance(problem["input"], str | int | float) else None
+    return LillamaError(what, where=where, hint=hint)
+
+
+def check_names(recipe: Recipe, origin: Origin) -> dict[str, dict[str, Any]]:
+    """Check names that stand for plugins and functions; return the options of evaluators, typed."""
+    from lillama import host, registry
+
+    plugins = host.get()
+    plugins.registered()  # plugins may add names
+    errors, options = [], {}
+    for path, check in (
+        (("plugin",), plugins.check),
+        (("compress", "strategy"), registry.STRATEGIES.check),
+        (("compress", "init"), registry.INITIALISERS.check),
+        (("distill", "loss"), registry.LOSSES.check),
+        (("distill", "objective"), registry.OBJECTIVES.check),
+    ):
+        value: Any = recipe
+        for part in path:
+            value = getattr(value, part)
+        try:
+            check(value, origin.where(path))
+        except LillamaError as error:
+            errors.append(error)
+    for key, given in recipe.evaluate.items():
+        name = key.partition("/")[0]
+        try:
+            registry.EVALUATORS.check(name, origin.where(("evaluate", key)))
+            schema = registry.EVALUATORS.options(name)
+            options[key] = schema.model_validate(given).model_dump(exclude_unset=True)
+        except ValidationError as error:
+            errors += [explain(problem, ("evaluate", key), origin, type(recipe), schema) for problem in error.errors()]
+        except LillamaError as error:
+            errors.append(error)
+    if errors:
+        raise together(errors)
+    return options

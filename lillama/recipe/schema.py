@@ -1,0 +1,360 @@
+"""The recipe: the YAML file that fixes a run. Every field has a type, a default and a description.
+
+The descriptions become docs/recipe.md and the JSON schema that editors read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+
+from lillama.errors import LillamaError
+from lillama.recipe import yamlfile
+from lillama.recipe.explain import Origin, check_names, explain, together
+from lillama.registry import Options
+
+
+class Section(Options):
+    """A frozen part of the recipe that refuses keys it does not know and text where a number belongs."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Model(Section):
+    """The pretrained model to compress."""
+
+    id: str = Field(description="Hub id, local directory, or package:NAME for an installed package that ships weights.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the weights that are evaluated and saved; auto: as the checkpoint says."
+    )
+    gguf_file: str | None = Field(None, description="Name of the GGUF file to read, where the model is one.")
+    trust_remote_code: bool = Field(False, description="Run modelling code that comes with the model.")
+
+
+class Compress(Section):
+    """What becomes low-rank, and how small."""
+
+    reduction: float = Field(description="Share of the parameters to remove, between 0 and 1.", gt=0, lt=1)
+    of: Literal["weights", "model"] = Field(
+        "model",
+        description="What the share is of: model (all parameters) or weights (the matrices the plugin offers).",
+    )
+    strategy: str = Field(
+        "fisher",
+        description="How ranks are chosen: bottom (Algorithm 1), top, uniform, fisher (where the predictions suffer "
+        "least, measured when the run begins), or a plugin's.",
+    )
+    min_rank: int = Field(1024, ge=1, description="Smallest rank of bottom and top: k of Algorithm 1.")
+    rank_step: int = Field(256, ge=1, description="Distance between the ranks bottom and top try: m of Algorithm 1.")
+    rank_multiple: int = Field(8, ge=1, description="Ranks are multiples of this (uniform, fisher).")
+    init: str = Field(
+        "fisher",
+        description="Starting factors: svd, random, whitened (best for the calibration inputs), compensated (for the "
+        "student's inputs, making up for earlier losses), fisher (best for the predictions on the calibration data), "
+        "or a plugin's.",
+    )
+    storage: Literal["factors", "pivoted"] = Field(
+        "pivoted",
+        description="How rank r is kept: two factors, or pivot rows and coefficients (r^2 numbers fewer).",
+    )
+    gram_tokens: int = Field(
+        65536, ge=1, description="Calibration tokens that input statistics are taken over (whitened)."
+    )
+    fisher_tokens: int = Field(
+        32768, ge=1, description="Calibration tokens that the predictions' sensitivity is measured on (fisher)."
+    )
+    embedding_floor: float = Field(
+        0.1,
+        ge=0,
+        description="Embeddings: every token of the vocabulary counts for at least this share of the mean token's "
+        "count, so that those which the calibration text lacks keep their meaning.",
+    )
+    skip: list[str] = Field(default_factory=list, description="Globs of weights that stay dense.")
+
+
+class Distill(Section):
+    """How each student layer learns from its own original."""
+
+    loss: str = Field("student", description="Inputs the student learns on: teacher, student, teacher+student.")
+    objective: str = Field("normalised_mse", description="Distance of outputs: l1_logcos (eq. 7), mse, normalised_mse.")
+    schedule: Literal["concurrent", "sequential"] = Field(
+        "sequential",
+        description="concurrent: all layers in one pass over the data; sequential: one by one, inputs cached.",
+    )
+    train: Literal["factors", "layer"] = Field(
+        "layer", description="What learns: the factors alone, or every parameter of a layer that has factors."
+    )
+    epochs: int = Field(1, ge=0, description="Passes over the calibration data; 0 keeps the initial factors.")
+    batch_size: int = Field(8, ge=1, description="Sequences per step.")
+    learning_rate: float = Field(8.6e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after the warm-up.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the learning rate rises.")
+    clip_norm: float | None = Field(1.0, gt=0, description="Largest gradient norm of a layer; null: no limit.")
+    holdout: float = Field(
+        0.05, ge=0, lt=1, description="Share of the batches kept out of training to choose the best state."
+    )
+    checks: int = Field(4, ge=1, description="How often the held-out loss is measured while a layer trains.")
+
+
+class Calibration(Section):
+    """The data that layers are distilled on."""
+
+    dataset: str = Field(
+        description="Hub id, a .txt/.jsonl/.json/.parquet/.csv file, a folder of such files, "
+        "or package:MODULE for texts in a module of Python."
+    )
+    config: str | None = Field(None, description="Configuration of a hub data set.")
+    split: str = Field("train", description="Split, slices allowed: train[:80%].")
+    column: str | None = Field(None, description="Column of the text; null: found by its usual names.")
+    filter: dict[str, str | int | list[str | int]] | None = Field(
+        None, description="Rows to keep: a column's value, or a list of values. {language: hau}, for example."
+    )
+    rows: int | None = Field(None, gt=0, description="How many rows (lines of a .txt file) to use at most; null: all.")
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the rows to use.")
+    tokens: int | None = Field(None, gt=0, description="How many tokens to use at most; null: all.")
+    sequence_length: int = Field(512, ge=2, description="Tokens per sequence; rows are joined and cut to this.")
+    variants: int = Field(
+        0,
+        ge=0,
+        description="Speech: further transcripts of every clip, sampled from the original at rising temperatures. They "
+        "show the decoder more words where there is little data.",
+    )
+    augment: int = Field(
+        0,
+        ge=0,
+        description="Speech: altered copies of every clip (parts of it, another speed, noise), which the original "
+        "transcribes.",
+    )
+    seed: int = Field(0, description="Seed of the order of rows.")
+
+
+class Lora(Section):
+    """Adapters that learn in place of the weights themselves (LoRA); merged before the result is saved."""
+
+    rank: int = Field(16, ge=1, description="Rank of every adapter.")
+    alpha: int | None = Field(None, ge=1, description="Adapters are scaled by alpha / rank; null: by 1.")
+    on: Literal["factors", "dense", "all"] = Field(
+        "all", description="What gets adapters: the factors, the linears that stayed dense, or both."
+    )
+
+
+class Finetune(Section):
+    """Training of the whole compressed model after its layers were distilled; the factors stay factors."""
+
+    dataset: str | None = Field(None, description="Data to train on, as for calibration; null: the calibration's own.")
+    config: str | None = Field(None, description="Configuration of a hub data set.")
+    split: str | None = Field(None, description="Split; null: train, or the calibration's with its data set.")
+    column: str | None = Field(None, description="Column of the text or transcript; null: found by its usual names.")
+    hours: float | None = Field(None, gt=0, description="Hours of speech to use at most; null: all.")
+    variants: int = Field(
+        0, ge=0, description="Speech: further transcripts of every clip, as for calibration; for teacher: 1."
+    )
+    augment: int = Field(0, ge=0, description="Speech: altered copies of every clip, as for calibration.")
+    tokens: int | None = Field(None, gt=0, description="Tokens of text to use at most; null: all.")
+    sequence_length: int = Field(512, ge=2, description="Tokens per sequence of text.")
+    epochs: int = Field(1, ge=1, description="Passes over the data.")
+    steps: int | None = Field(None, ge=1, description="Updates; null: as many as the epochs take.")
+    batch_size: int = Field(8, ge=1, description="Clips or sequences per forward pass.")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes per update.")
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="Learning rate after the warm-up; linear and cosine fall to 0."
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the updates over which the learning rate rises.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    teacher: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the loss that is the distance to the original's predictions (KL divergence); the rest "
+        "is that to the labels. The original is in memory beside the student then.",
+    )
+    lora: Lora | None = Field(None, description="Train adapters (LoRA, by peft) instead of the parameters themselves.")
+    freeze: list[str] | None = Field(
+        None, description="Globs of parameters that stay as they are; null: the encoder, where there is one."
+    )
+    holdout: float = Field(0.05, ge=0, lt=1, description="Share of the examples kept out to choose the best state.")
+    checks: int = Field(4, ge=1, description="How often the held-out loss is measured and the state stored.")
+    seed: int = Field(0, description="Seed of the order of the data.")
+
+
+class Run(Section):
+    """Where and how the run happens."""
+
+    out: str = Field(description="Run directory: everything the run leaves.")
+    seed: int = Field(0, description="Seed of initialisation and of the order of batches.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    compute: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Type of the matrix products while distilling; auto: bfloat16 where the hardware has it. "
+        "Weights, sums and losses stay float32.",
+    )
+    stream_memory: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        "auto",
+        description="GiB of host memory for the activations that flow between layers (sequential schedule); where they "
+        "need more they go to files in the run directory. auto: a quarter of what is free.",
+    )
+    stream_device_memory: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        "auto", description="The same for the memory of the GPU, which is used first. auto: a quarter of what is free."
+    )
+    low_memory: bool = Field(
+        False,
+        description="A lower peak for more time: freed memory goes back to the system at once, best states are kept in "
+        "files, and in the concurrent schedule one original layer is on the device at a time (others wait in host "
+        "memory; on a CPU, on disk).",
+    )
+    curve: int = Field(
+        0,
+        ge=0,
+        description="Points of a curve of the whole model's perplexity while it is distilled, on the text of the first "
+        "perplexity evaluator, else on held-out calibration data; 0: none.",
+    )
+    curve_tokens: int = Field(4096, ge=2, description="Tokens of text for each of these points.")
+    track: list[Literal["wandb", "trackio"]] = Field(
+        default_factory=list,
+        description="Where to send losses and metrics while the run goes on; events.jsonl has them always.",
+    )
+    snapshot_seconds: float = Field(
+        300.0, ge=0, description="Concurrent schedule: how often the state is stored for a later resume."
+    )
+
+
+class Recipe(Section):
+    """A run, complete. Read one with `Recipe.load`."""
+
+    version: Literal[1] = Field(1, description="Version of this format.")
+    model: Model = Field(description="The pretrained model to compress.")
+    plugin: str = Field("auto", description="Architecture plugin by name; auto: the one that knows the model.")
+    compress: Compress = Field(description="What becomes low-rank, and how small.")
+    distill: Distill = Field(
+        default_factory=lambda: Distill.model_validate({}), description="How each student layer learns."
+    )
+    calibration: Calibration = Field(description="The data that layers are distilled on.")
+    finetune: Finetune | None = Field(
+        None, description="Training of the whole compressed model afterwards; null: none."
+    )
+    evaluate: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Evaluators by name, each with its options; NAME/LABEL runs one evaluator several times.",
+    )
+    run: Run = Field(description="Where and how the run happens.")
+
+    @field_validator("model", "compress", "distill", "calibration", "evaluate", "run", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        # A heading with nothing (or only comments) below it means the defaults.
+        return {} if value is None else value
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _empty_options(cls, value: Any) -> Any:
+        # `speed:` with nothing after it means the defaults; `speed: false` is a mistake.
+        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    _written: str = PrivateAttr("")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Read, override and validate a recipe file.
+
+        `overrides` are `dotted.key=value` texts whose values are read as YAML. Raises LillamaError with
+        file, line and key for anything that does not fit, and names the nearest valid key.
+        """
+        document = yamlfile.load(path)
+        return cls._validated(document.data, overrides, document)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any] | str, overrides: Iterable[str] = ()) -> Recipe:
+        """The same from a mapping (paths and tuples are welcome in it) or a YAML text."""
+        document = yamlfile.Document(data if isinstance(data, str) else "", "recipe")
+        return cls._validated(document.data if isinstance(data, str) else data, overrides, document)
+
+    @classmethod
+    def _validated(cls, data: Any, overrides: Iterable[str], document: yamlfile.Document) -> Recipe:
+        if not isinstance(data, Mapping):
+            what = "the recipe is empty" if data is None else "a recipe is a mapping of keys to values"
+            raise LillamaError(what, where=document.name, hint="recipes/ holds examples.")
+        data, origin = _plain(data), Origin(document)
+        for override in overrides:
+            origin.overrides[_apply_override(data, override)] = f"--set {override}"
+        try:
+            recipe = cls.model_validate(data)
+        except ValidationError as error:
+            raise together(explain(problem, (), origin, cls, cls) for problem in error.errors()) from error
+        recipe = recipe.model_copy(update={"evaluate": check_names(recipe, origin)})
+        recipe._written = document.text
+        return recipe
+
+    @property
+    def written(self) -> str:
+        """The text the recipe was read from, overrides not applied; empty when it came from Python."""
+        return self._written
+
+    def __eq__(self, other: object) -> bool:
+        # The text it was written in does not make it another recipe.
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]  # evaluators' options are mappings
+
+    def to_yaml(self) -> str:
+        """The recipe with every default of its sections written out; loads back as an equal one."""
+        return yamlfile.dump(self.model_dump(mode="json"))
+
+
+def _plain(value: Any) -> Any:
+    """A copy that overrides may change, of what YAML could have held."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _apply_override(data: dict[str, Any], override: str) -> tuple[str, ...]:
+    key, equals, text = override.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise LillamaError(f"'{override}' is not KEY=VALUE", where="--set", hint="For example run.out=runs/mine.")
+    *parents, last = path
+    for i, part in enumerate(parents):
+        child = data.get(part)
+        if child is None:
+            child = data[part] = {}
+        if not isinstance(child, dict):
+            raise LillamaError(f"'{'.'.join(parents[: i + 1])}' has no keys below it", where=f"--set {override}")
+        data = child
+    data[last] = yamlfile.value(text, f"--set {key}")
+    return path
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of recipes with the names that are installed here, for editors and for docs/recipe.md."""
+    from lillama import host, registry
+
+    host.get().registered()
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    evaluate = schema["properties"]["evaluate"]
+    evaluate["properties"], evaluate["patternProperties"] = {}, {}
+    for name in registry.EVALUATORS:
+        options = registry.EVALUATORS.options(name).model_json_schema()
+        schema["$defs"] |= options.pop("$defs", {})
+        evaluate["properties"][name] = {"anyOf": [options, {"type": "null"}]}
+        evaluate["patternProperties"][f"^{re.escape(name)}/"] = evaluate["properties"][name]
+    evaluate["additionalProperties"] = False
+    for section, key, known in (
+        ("Compress", "strategy", registry.STRATEGIES),
+        ("Compress", "init", registry.INITIALISERS),
+        ("Distill", "loss", registry.LOSSES),
+        ("Distill", "objective", registry.OBJECTIVES),
+    ):
+        schema["$defs"][section]["properties"][key]["enum"] = list(known)
+    return schema

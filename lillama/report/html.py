@@ -1,0 +1,288 @@
+"""One HTML file that says what a run did: `lillama report DIR`. Nothing in it comes from the network.
+
+It is made from the files of the run directory alone, so it can be made again at any time, and of runs that stopped.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lillama.base.progress import clock
+from lillama.errors import LillamaError
+
+NAME = "report.html"
+BENCH = "bench.json"
+TASK_METRIC = re.compile(r"(?P<task>[^/]+)/(acc|acc_norm|f1|exact_match)$")
+STAGES = {"before": "original", "after": "compressed", "finetuned": "fine-tuned"}
+
+
+@dataclass
+class Found:
+    """What a run directory holds: missing parts are empty."""
+
+    path: Path
+    metrics: dict[str, Any]
+    plan: dict[str, Any]
+    recipe: str
+    settings: dict[str, Any]
+    events: list[dict[str, Any]]
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bench: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+def read(path: Path) -> Found:
+    """What `path` holds. Raises LillamaError where it is no run directory."""
+    from lillama.recipe import yamlfile
+
+    if not (path / "plan.json").is_file() or not (path / "recipe.resolved.yaml").is_file():
+        raise LillamaError("this is not a run directory", where=str(path), hint="Give the run.out of a recipe.")
+    events = []
+    if (path / "events.jsonl").is_file():
+        for line in (path / "events.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except ValueError:  # the last line of a run that was killed
+                continue
+    return Found(
+        path,
+        _json(path / "metrics.json"),
+        _json(path / "plan.json"),
+        _text(path / "recipe.yaml"),
+        dict(yamlfile.load(path / "recipe.resolved.yaml").data),
+        events,
+        {stage: found for stage in STAGES if (found := _json(path / f"evaluation.{stage}.json"))},
+        _json(path / BENCH),
+        _json(path / "MANIFEST.json").get("fingerprint", {}),
+        _json(path / "model" / "config.json"),
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(_text(path) or "{}"))
+    except ValueError:
+        return {}
+
+
+def write(path: Path) -> Path:
+    """Write the report into the run directory; returns the file. A chart that fails is left out and named there."""
+    from lillama.base.rundir import write_text
+
+    write_text(path / NAME, render(read(path)))
+    return path / NAME
+
+
+def render(found: Found) -> str:
+    """The report as HTML."""
+    from jinja2 import Environment
+
+    from lillama import __version__
+    from lillama.cli.show import size
+
+    template = (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"clock": clock, "number": number, "size": size}
+    name = Path(str(found.settings["model"]["id"]).removeprefix("package:")).name
+    return environment.from_string(template).render(
+        found=found,
+        name=name,
+        version=__version__,
+        tiles=tiles(found),
+        table=comparison(found),
+        charts=charts(found),
+        worst=worst(found),
+        samples=samples(found),
+        tasks=_harness_note(found),
+        environment=environment_of(found),
+        seconds={phase: value for phase, value in found.metrics.get("seconds", {}).items() if value >= 0.5},
+        load=how_to_load(found),
+        recipe=found.recipe,
+    )
+
+
+def number(value: float | None) -> str:
+    """A number for people: four digits that count."""
+    if value is None:
+        return ""
+    if not math.isfinite(value) or abs(value) > 1e300:
+        return "infinite"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def tiles(found: Found) -> list[tuple[str, str, str]]:
+    """(what, value, remark) of the figures on top."""
+    from lillama.cli.show import millions, size
+
+    counts = found.plan["parameters"]
+    shown = [
+        (
+            "parameters",
+            f"{found.plan['reduction']:.1%} fewer",
+            f"{millions(counts['before'])} → {millions(counts['after'])}",
+        )
+    ]
+    m = found.metrics
+    if m:
+        before, after = m["bytes"]["before"], m["bytes"]["after"]
+        shown.append(("weights on disk", f"{1 - after / before:.1%} less", f"{size(before)} → {size(after)}"))
+        last = "finetuned" if "finetuned" in m else "after"
+        for name in _main_metrics(m["before"])[:3]:
+            a, b = m["before"].get(name), m[last].get(name)
+            if a and b is not None:
+                shown.append((_plain(name), f"x {b / a:.3g}", f"{number(a)} → {number(b)}"))
+        shown.append(("took", clock(sum(m["seconds"].values())), f"peak memory {size(m['peak_memory_bytes'])}"))
+    return shown
+
+
+def _main_metrics(names: Sequence[str] | Mapping[str, float]) -> list[str]:
+    """The metrics most people ask for first."""
+    wanted = ("perplexity", "wer", "average", "acc_norm", "acc", "decode_tokens_per_second")
+    return [name for end in wanted for name in names if name.rpartition("/")[2] == end]
+
+
+def _plain(name: str) -> str:
+    """perplexity/perplexity is perplexity."""
+    task, _, metric = name.rpartition("/")
+    metric = metric.replace("_tokens_per_second", " tokens/s").replace("_", " ")
+    return metric if task in ("", metric, "speed") else f"{task} {metric}"
+
+
+def comparison(found: Found) -> list[dict[str, Any]]:
+    """Rows of the table before, after: name, numbers with their errors, and the change."""
+    m = found.metrics
+    stages = [stage for stage in STAGES if stage in m]
+    rows = []
+    for name in dict.fromkeys(key for stage in stages for key in m[stage]):
+        if name.endswith("_stderr"):
+            continue
+        values = [m[stage].get(name) for stage in stages]
+        errors = [m[stage].get(f"{name}_stderr") for stage in stages]
+        cells = [number(v) + (f" ± {e:.2g}" if e else "") for v, e in zip(values, errors)]
+        changes = [
+            f"x {v / values[0]:.3g}" if v is not None and values[0] and v != values[0] else "" for v in values[1:]
+        ]
+        rows.append({"name": _plain(name), "cells": cells, "changes": changes})
+    return rows
+
+
+def _harness_note(found: Found) -> str:
+    """How benchmarks were measured, in a line, with the paired error of the difference where examples are known."""
+    details = [found.stages.get(stage, {}).get("details", {}) for stage in ("before", "after")]
+    key = next((key for key in details[0] if key.partition("/")[0] == "harness" and key in details[1]), None)
+    if key is None:
+        return ""
+    a, b = details[0][key], details[1][key]
+    limit = f", at most {a['limit']:g} examples a task" if a.get("limit") else ""
+    shots = "zero-shot" if a.get("fewshot") == 0 else f"{a.get('fewshot')} examples in the prompt"
+    text = f"lm-eval {a['lm_eval']}, {shots}, batch size {a['batch_size']}, {a['dtype']}{limit}."
+    pairs = []
+    for task, own in a["tasks"].items():
+        mine, theirs = own.get("hits"), b["tasks"].get(task, {}).get("hits")
+        if mine and theirs and len(mine) == len(theirs) > 1:
+            change = [int(y) - int(x) for x, y in zip(mine, theirs)]
+            mean = sum(change) / len(change)
+            error = math.sqrt(sum((d - mean) ** 2 for d in change) / (len(change) - 1) / len(change))
+            pairs.append(f"{task} {own['metric']} {100 * mean:+.1f} ± {100 * error:.1f}")
+    return text + (f" Change in points, paired by example: {'; '.join(pairs)}." if pairs else "")
+
+
+def layer_label(name: str, among: Sequence[str]) -> str:
+    """The number of a layer where that tells it from the others, else its name."""
+    numbered = [other for other in among if re.search(r"\d", other)]
+    stems = {re.sub(r"\d+", "#", other) for other in numbered}
+    last = [re.findall(r"\d+", other)[-1] for other in numbered]
+    if name in numbered and len(stems) == 1 and len(set(last)) == len(last):
+        return last[numbered.index(name)]
+    return name
+
+
+def worst(found: Found, most: int = 5) -> list[dict[str, str]]:
+    """The layers that fit their originals least, by the held-out loss, and how far training took each."""
+    layers = _layers(found)
+    names = [layer["layer"] for layer in layers]
+    rows = sorted(layers, key=lambda row: -row["loss"])[:most]
+    return [
+        {
+            "name": f"layer {label}" if (label := layer_label(row["layer"], names)).isdigit() else label,
+            "initial": number(row["initial_loss"]),
+            "loss": number(row["loss"]),
+            "change": f"{row['loss'] / row['initial_loss'] - 1:+.0%}" if row["initial_loss"] else "",
+        }
+        for row in rows
+    ]
+
+
+def _layers(found: Found) -> list[dict[str, Any]]:
+    """The events of finished layers with a loss, the last of each, in the order of the model."""
+    order = list(dict.fromkeys(row["layer"] for row in found.plan["weights"]))
+    kept = {
+        event["layer"]: event
+        for event in found.events
+        if event["event"] == "layer" and _finite(event.get("loss")) and _finite(event.get("initial_loss"))
+    }
+    return [kept[name] for name in order if name in kept]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and abs(value) < 1e300
+
+
+def samples(found: Found) -> list[dict[str, Any]]:
+    """What the models wrote."""
+    texts: dict[str, dict[str, Any]] = {}
+    for stage, label in STAGES.items():
+        for key, detail in found.stages.get(stage, {}).get("details", {}).items():
+            if isinstance(detail, dict) and "completion" in detail:
+                sample = texts.setdefault(key, {"prompt": detail["prompt"], "texts": []})
+                sample["texts"].append((label, detail["completion"].strip()))
+    return list(texts.values())
+
+
+def environment_of(found: Found) -> list[tuple[str, str]]:
+    """What the run ran on."""
+    start = next((event for event in found.events if event["event"] == "start"), {})
+    shown = [("plugin", start.get("plugin")), ("machine", start.get("machine")), ("device", start.get("device"))]
+    shown += [("threads", start.get("threads")), ("compute", found.versions.get("compute"))]
+    shown += [(name, found.versions.get(name)) for name in ("lillama", "torch", "transformers")]
+    return [(name, str(value)) for name, value in shown if value]
+
+
+def how_to_load(found: Found) -> str:
+    """Python that opens the result."""
+    place = found.path / ("finetuned" if "finetuned" in found.metrics else "model")
+    kind = (found.model.get("architectures") or ["AutoModelForCausalLM"])[0]
+    return (
+        f"import lillama  # teaches transformers the format\nfrom transformers import {kind}\n\n"
+        f'model = {kind}.from_pretrained("{place}")'
+    )
+
+
+def charts(found: Found) -> dict[str, Any]:
+    """The SVGs by name. What cannot be drawn is named, with the reason, in place of its chart."""
+    from markupsafe import Markup
+
+    from lillama.report import figures
+
+    drawn: dict[str, Any] = {}
+    for name, draw in figures.ALL.items():
+        try:
+            svg = draw(found)
+        except Exception as error:  # one chart must not take the report along
+            drawn[name] = Markup(f"<p class=note>not drawn: {html.escape(f'{type(error).__name__}: {error}')}</p>")
+            continue
+        if svg:
+            drawn[name] = Markup(svg)
+    return drawn

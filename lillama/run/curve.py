@@ -1,0 +1,156 @@
+"""How the whole model's perplexity falls while its layers are distilled (the paper's Figures 3 and 5).
+
+A few windows of text run through the skeleton with every layer that learned in the place of its original; a layer
+that is not in memory is read for as long as it runs. A point costs one pass over these windows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lillama.distill import student as students
+from lillama.errors import LillamaError
+from lillama.evaluate import perplexity
+from lillama.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from lillama.distill.job import Job
+
+At = Callable[[int], contextlib.AbstractContextManager[nn.Module]]
+AT_ONCE = 8192  # tokens per forward pass
+
+
+def text(recipe: Recipe, tokenizer: Callable[[], Any], batches: Any) -> Tensor | None:
+    """The windows to measure on: of the recipe's first perplexity evaluator, else of the held-out batches.
+
+    None where the recipe wants no curve. Raises LillamaError for a model that reads no text.
+    """
+    if not recipe.run.curve:
+        return None
+    if not batches or "input_ids" not in batches[-1]:
+        raise LillamaError("only a causal model of text has a perplexity", where="run.curve", hint="Set it to 0.")
+    most = recipe.run.curve_tokens
+    given = next((o for name, o in recipe.evaluate.items() if name.partition("/")[0] == "perplexity"), None)
+    if given is None:
+        ids = torch.cat([batch["input_ids"] for batch in reversed(batches) if "attention_mask" not in batch][:most])
+        return ids[: max(most // ids.shape[1], 1)]
+    names = ("dataset", "config", "split", "column", "sequence_length", "tokens")
+    options = {name: given[name] for name in names if name in given}
+    options["tokens"] = min(options.get("tokens") or most, most)
+    return perplexity.windows(tokenizer(), "evaluate.perplexity", **options)
+
+
+class Curve:
+    """Points of the curve, written as events: {"tokens", "layers", "perplexity"}, the first with that of "original".
+
+    Whatever fails here is said and costs the run nothing but the curve.
+    """
+
+    def __init__(self, windows: Tensor, points: int) -> None:
+        self.windows, self.points = windows, points
+        self.known: dict[str, float] = {}
+        self.failed = False
+
+    def after_step(self, job: Job, step: int, at: At, planned: Mapping[int, students.Student]) -> None:
+        """A point of the concurrent schedule, where one is due after `step` (0: before the first)."""
+        if step in {round(job.total_steps * i / self.points) for i in range(self.points + 1)}:
+            trained = {position: student.module for position, student in planned.items()}
+            seen = [batch["input_ids"].numel() for batch in job.train]
+            tokens = sum(seen) * (step // len(seen)) + sum(seen[: step % len(seen)])
+            self._point(job, at, trained, tokens=tokens, layers=len(trained))
+
+    def after_layer(self, job: Job, done: int) -> None:
+        """A point of the sequential schedule, where one is due with the first `done` layers finished."""
+        count = len(job.layers)
+        if done in {round(count * i / self.points) for i in range(self.points + 1)}:
+            finished = sum(1 for layer in job.layers[:done] if job.directory.has(job.file(layer)))
+            tokens = finished * job.recipe.distill.epochs * sum(batch["input_ids"].numel() for batch in job.train)
+            self._point(job, lambda position: job.teacher(job.plan.layers[position]), {}, tokens=tokens, layers=done)
+
+    def _point(self, job: Job, at: At, trained: Mapping[int, nn.Module], **where: int) -> None:
+        if self.failed:
+            return
+        with job.progress.timed("curve"):
+            try:
+                if not self.known:
+                    self.known["original"] = self._measure(job, at, {}, original=True)
+                found = self._measure(job, at, trained)
+            except Exception as error:
+                self.failed = True
+                job.progress.say(f"no curve: {type(error).__name__}: {error}")
+                return
+        job.directory.event("curve", **where, perplexity=found, **self.known)
+
+    @torch.no_grad()
+    def _measure(self, job: Job, at: At, trained: Mapping[int, nn.Module], original: bool = False) -> float:
+        total, count = 0.0, 0
+        with _whole(job), _playing(job, at, trained, original):
+            for ids in self.windows.split(max(AT_ONCE // self.windows.shape[1], 1)):
+                ids = ids.to(job.device.device)
+                with job.device.autocast():
+                    logits = job.source.model(input_ids=ids, use_cache=False).logits
+                losses = perplexity.token_losses(logits, ids)
+                total += float(losses.double().sum())
+                count += losses.numel()
+        return perplexity.exponential(total / count)
+
+
+@contextlib.contextmanager
+def _whole(job: Job) -> Iterator[None]:
+    """What is not inside a layer is in memory while the block lasts, the head included."""
+    inside = tuple(f"{layer.name}." for layer in job.plan.layers)
+    named = job.source.model.named_parameters()
+    missing = [name for name, p in named if p.is_meta and not name.startswith(inside)]
+    if missing:
+        job.source.materialise(missing, job.device.device)
+    job.source.place_buffers(job.device.device)
+    try:
+        yield
+    finally:
+        job.source.release_keys(missing)
+
+
+@contextlib.contextmanager
+def _playing(job: Job, at: At, trained: Mapping[int, nn.Module], original: bool) -> Iterator[None]:
+    """Every layer's forward runs the module that stands for it now."""
+    modules = [job.source.model.get_submodule(layer.name) for layer in job.plan.layers]
+    own = [module.__dict__.get("forward") for module in modules]
+
+    def restore(position: int) -> None:
+        modules[position].__dict__.pop("forward", None)
+        if own[position] is not None:
+            modules[position].forward = own[position]
+
+    def play(position: int) -> Callable[..., Any]:
+        layer = job.plan.layers[position]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if position in trained and not original:
+                return trained[position](*args, **kwargs)
+            beyond = position >= len(job.layers)
+            context = job.teacher(layer) if beyond else at(position)
+            # Its copy is not to play this game.
+            restore(position)
+            try:
+                with context as module:
+                    if not original and job.directory.has(job.file(layer)):
+                        state = job.stored(layer)
+                        module = students.finished(layer, module, job.plan, state)
+                    return module(*args, **kwargs)
+            finally:
+                modules[position].forward = forward
+
+        return forward
+
+    try:
+        for position, module in enumerate(modules):
+            module.forward = play(position)
+        yield
+    finally:
+        for position in range(len(modules)):
+            restore(position)

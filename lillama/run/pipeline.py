@@ -1,0 +1,423 @@
+"""A run from recipe to report: plan, measure, distil, write, measure again (DESIGN 3)."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lillama
+from lillama import host
+from lillama.base import device, memory
+from lillama.base.progress import Progress
+from lillama.base.rundir import RunDirectory, write_text
+from lillama.checkpoint import write as checkpoint
+from lillama.contract import Layer
+from lillama.data import text as calibration
+from lillama.distill.engine import distill
+from lillama.distill.job import EMBEDDING, Job
+from lillama.errors import LillamaError
+from lillama.evaluate import measure
+from lillama.evaluate.measure import MODEL
+from lillama.factorise import refit, sensitivity
+from lillama.finetune import train as finetune
+from lillama.lowrank import swap as factors
+from lillama.plan.plan import Plan, choose_ranks
+from lillama.pretrained import sharing
+from lillama.pretrained.source import Source
+from lillama.recipe.schema import Finetune, Recipe
+from lillama.report import track
+from lillama.run import curve
+
+PLAN = "plan.json"
+# Settings of a run that change nothing in its result.
+NOT_IN_THE_NUMBERS = {
+    "out",
+    "low_memory",
+    "snapshot_seconds",
+    "stream_memory",
+    "stream_device_memory",
+    "curve",
+    "curve_tokens",
+    "track",
+}
+
+
+@dataclass
+class Result:
+    """What a run leaves behind: the last checkpoint's `path`, the `plan`, and `metrics` as in metrics.json."""
+
+    path: Path
+    plan: Plan
+    metrics: dict[str, Any]
+    details: dict[str, Any] = field(default_factory=dict)
+    auto_class: str = "AutoModelForCausalLM"  # of transformers, which opens the checkpoint
+
+
+@dataclass
+class Prepared:
+    """An opened model with its plan; nothing was written yet."""
+
+    recipe: Recipe
+    source: Source
+    plugin: host.Plugin
+    layers: list[Layer]
+    plan: Plan
+    device: device.Device
+
+
+def prepare(recipe: Recipe, config: Any = None) -> Prepared:
+    """Open the recipe's model on the meta device and plan its ranks.
+
+    `config` is used in place of the model's own (planning for a model that is not at hand).
+    """
+    chosen = device.choose(recipe.run)
+    hosts = host.get()
+    source = Source(
+        recipe,
+        lambda found: hosts.auto_class(found, recipe),
+        config,
+        chosen.working,
+        hosts.read_configuration,
+    )
+    plugin, layers = hosts.layers(source.model, recipe)
+    source.share(hosts.shared_modules(plugin, source.model, recipe))
+    if not any(layer.weights for layer in layers):
+        raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
+    plan = choose_ranks(layers, source.parameters, recipe.compress)
+    refit.check(plan, recipe)
+    factors.check_storage((plan.weights[name] for name in plan.ranks), recipe.compress.storage)
+    _check_layers(layers, source)
+    return Prepared(recipe, source, plugin, layers, plan, chosen)
+
+
+def _check_layers(layers: list[Layer], source: Source) -> None:
+    """LillamaError for a list of layers that no schedule could work on."""
+    shared = tuple(f"{name}." for group in source.shared for name in group)
+    for layer in layers:
+        if layer.kind == "head" and layer is not layers[-1]:
+            raise LillamaError("a head must be the last layer", where=layer.name)
+        if layer.kind == "embedding" and layer is not layers[0]:
+            raise LillamaError("an embedding must be the first layer", where=layer.name)
+        if found := next((w.name for w in layer.weights if f"{w.name}.".startswith(shared)), None):
+            raise LillamaError("a weight of shared modules cannot be factorised", where=found)
+
+
+def make_plan(recipe: Recipe, config: Any = None) -> Plan:
+    """The plan of a recipe: every rank and exact parameter counts. Reads no weights, writes nothing."""
+    return prepare(recipe, config).plan
+
+
+def compress(
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    restart: bool = False,
+    batches: list[dict[str, Tensor]] | None = None,
+) -> Result:
+    """Run a recipe: leaves `run.out` with everything in it, the checkpoint under `model/`.
+
+    A run that was stopped continues where it was; a finished one is returned as it is (evaluators that were added
+    are run). `restart` discards what is there. `batches` (the model's forward arguments) take the place of the
+    recipe's calibration data. Raises LillamaError for anything the user can mend.
+    """
+    return Run(prepare(recipe), progress or Progress(), restart, batches).execute()
+
+
+class Run:
+    """One run in its directory."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        progress: Progress,
+        restart: bool = False,
+        batches: list[dict[str, Tensor]] | None = None,
+        before: dict[str, Any] | None = None,
+    ) -> None:
+        """`before`: what another run's evaluation.before.json holds, of the same original."""
+        self.prepared, self.progress = prepared, progress
+        self.recipe, self.source, self.plan = prepared.recipe, prepared.source, prepared.plan
+        self.directory = RunDirectory(Path(self.recipe.run.out))
+        self.restart = restart
+        self.given = batches
+        self.before = before
+        self.details: dict[str, Any] = {}
+
+    def execute(self) -> Result:
+        """All phases, each skipped when its result is already there."""
+        # The data is read first: a mistake in it must leave nothing behind.
+        batches = self.batches()
+        points = self.curve(batches)
+        track.modules(self.recipe)
+        if self.restart:
+            self.directory.discard()
+        self.directory.open(self.fingerprint(batches))
+        with track.tracked(self.recipe, self.directory, self.progress):
+            return self.phases(batches, points)
+
+    def phases(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> Result:
+        """What follows when the data is read and the directory open."""
+        self.plan = self.decided()
+        self.describe()
+        # Before anything large is allocated.
+        (memory.return_large_blocks if self.recipe.run.low_memory else memory.keep_large_blocks)()
+        with self.progress.timed("fetch"):
+            self.source.fetch(self.directory.path)
+        before = self.measure("before")
+        if not self.directory.has(f"{MODEL}/config.json"):
+            self.distill(batches, points)
+        after = self.measure("after")
+        tuned = None
+        if self.recipe.finetune is not None:
+            self.finetune(self.recipe.finetune)
+            tuned = self.measure("finetuned")
+        return self.finish(before, after, tuned)
+
+    def distill(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> None:
+        """Leave the checkpoint: measure what ranks depend on, distil, write."""
+        host.get().prepare(self.prepared.plugin, self.source.model, self.recipe)
+        where = (self.prepared.device, self.directory, self.progress)
+        job = Job(self.recipe, self.source, self.plan, *where, batches, points)
+        if self.plan.provisional or job.fisher:
+            spectra = sensitivity.measured(job)
+            if self.plan.provisional:
+                self.choose({name: spectrum.tolist() for name, spectrum in spectra.items()})
+                job = Job(self.recipe, self.source, self.plan, *where, batches, points)
+        distill(job)
+        with self.progress.timed("write"):
+            self.write(job, self.directory.path / MODEL)
+        sensitivity.forget(job)
+
+    def decided(self) -> Plan:
+        """The plan, with the ranks that an earlier process chose where it leaves them open."""
+        if not self.plan.provisional or not self.directory.has(PLAN):
+            return self.plan
+        held = self.directory.json(PLAN)
+        if held.get("provisional"):
+            return self.plan
+        ranks = {row["weight"]: row["rank"] for row in held["weights"] if row["rank"] is not None}
+        return replace(self.plan, ranks=ranks, provisional=False)
+
+    def choose(self, spectra: dict[str, list[float]]) -> None:
+        """Settle a provisional plan."""
+        self.plan = choose_ranks(self.prepared.layers, self.plan.before, self.recipe.compress, spectra)
+        self.directory.put_json(PLAN, self.plan.to_dict())
+        self.progress.say(self.plan.summary())
+
+    def batches(self) -> list[dict[str, Tensor]]:
+        """The calibration batches: those given, the plugin's own, or text through the model's tokenizer."""
+        if self.given is not None:
+            return self.given
+        with self.progress.timed("read data"):
+            stream = host.get().calibration_stream(self.prepared.plugin, self.source.model, self.recipe, self.progress)
+            if stream is not None:
+                batches = list(stream)
+            else:
+                blocks = calibration.token_blocks(self.tokenizer(), self.recipe.calibration)
+                batches = calibration.text_batches(blocks, self.recipe.distill.batch_size)
+        if not batches:
+            raise LillamaError("the calibration data gives no batch", where="calibration")
+        return batches
+
+    def curve(self, batches: list[dict[str, Tensor]]) -> curve.Curve | None:
+        """What measures the whole model while its layers learn, where the recipe wants that."""
+        windows = curve.text(self.recipe, self.tokenizer, batches)
+        return None if windows is None else curve.Curve(windows, self.recipe.run.curve)
+
+    def tokenizer(self) -> Any:
+        """The original's tokenizer."""
+        from transformers import AutoTokenizer
+
+        from lillama.pretrained.source import explained
+
+        options: dict[str, Any] = {"gguf_file": self.source.gguf} if self.source.gguf else {}
+        with explained(f"the tokenizer of '{self.recipe.model.id}'", "model.id"):
+            unpacked = self.directory.path / "original"
+            if self.source.gguf and unpacked.is_dir():
+                return AutoTokenizer.from_pretrained(unpacked)
+            revision, trust = self.recipe.model.revision, self.recipe.model.trust_remote_code
+            if not self.source.gguf:
+                own = host.get().own_configuration(self.source.where, revision=revision)
+                options, trust = ({}, trust) if own is None else ({"config": own}, False)
+            return AutoTokenizer.from_pretrained(
+                self.source.where, revision=revision, trust_remote_code=trust, **options
+            )
+
+    def fingerprint(self, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """What must be the same for a stored layer to be of use: all that decides its numbers."""
+        import transformers
+
+        recipe = self.recipe.model_dump(
+            mode="json", exclude={"evaluate": True, "finetune": True, "run": NOT_IN_THE_NUMBERS}
+        )
+        return {
+            "recipe": recipe,
+            "data": calibration.fingerprint(batches),
+            "model": self.source.identity(),
+            "compute": str(self.prepared.device.compute).removeprefix("torch."),
+            "lillama": lillama.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def describe(self) -> None:
+        """Write what the run is about to do."""
+        path = self.directory.path
+        write_text(path / "recipe.yaml", self.recipe.written or self.recipe.to_yaml())
+        write_text(path / "recipe.resolved.yaml", self.recipe.to_yaml())
+        self.directory.record("recipe.yaml", "recipe.resolved.yaml")
+        self.directory.put_json(PLAN, self.plan.to_dict())
+        self.directory.event(
+            "start",
+            plugin=str(self.prepared.plugin),
+            machine=device.machine(),
+            device=device.name(self.prepared.device.device),
+            threads=torch.get_num_threads(),
+        )
+
+    def measure(self, when: str) -> dict[str, float]:
+        """Run the evaluators on the original ("before"), the compressed ("after") or the "finetuned" model, once."""
+        name = f"evaluation.{when}.json"
+        wanted = self.recipe.model_dump(mode="json")["evaluate"]
+        if self.directory.has(name):
+            held = self.directory.json(name)
+            if held["evaluate"] == wanted:
+                self.details[when] = held["details"]
+                return dict(held["metrics"])
+        if not wanted and "evaluate" not in self.prepared.plugin.hooks:
+            return {}
+        if when == "before" and self.before and self.before["evaluate"] == wanted:
+            self.directory.put_json(name, self.before)
+            return self.measure(when)
+        assert self.source.directory is not None
+        places = {"after": self.directory.path / MODEL, "finetuned": self.directory.path / finetune.FINETUNED}
+        place = places.get(when, self.source.directory)
+        with self.progress.timed(f"evaluate {when}"):
+            kinds = {"before": "original", "after": "compressed", "finetuned": "fine-tuned"}
+            self.progress.say(f"evaluating the {kinds[when]} model")
+            trust = self.recipe.model.trust_remote_code
+            model = measure.opened(place, self.source.dtype, self.source.auto_class, trust)
+            if when == "before":
+                sharing.share(model, self.source.shared)
+            found = measure.measure(model, place, self.recipe, self.prepared.plugin, self.prepared.device.device)
+            del model
+            gc.collect()
+        self.details[when] = found.details
+        self.directory.put_json(name, {"evaluate": wanted, "metrics": found.metrics, "details": found.details})
+        self.directory.event("measured", stage=when, **found.metrics)
+        return found.metrics
+
+    def write(self, job: Job, target: Path) -> None:
+        """Write the checkpoint from the finished layers."""
+        import shutil
+
+        if target.exists():  # a checkpoint that the manifest does not know was not finished
+            shutil.rmtree(target)
+        files = [job.file(layer) for layer in job.layers if self.plan.planned(layer)]
+        checkpoint.write(self.source, self.plan, self.directory, files, target, self.card())
+        self.directory.record(*(f"{MODEL}/{file.name}" for file in sorted(target.iterdir())))
+
+    def finetune(self, section: Finetune) -> None:
+        """Train the compressed model as a whole, unless that was done before; leaves `finetuned/`."""
+        if finetune.finished(self.directory, section):
+            return
+        prepared, hosts = self.prepared, host.get()
+        with self.progress.timed("read data"):
+            examples = hosts.finetune_data(prepared.plugin, self.source.model, self.recipe, self.progress)
+            if examples is None:
+                if self.source.config.is_encoder_decoder:
+                    raise LillamaError(
+                        f"the plugin {prepared.plugin} provides no data to fine-tune this model on",
+                        where="finetune",
+                        hint="Its hook finetune_data would; finetune: null leaves fine-tuning out.",
+                    )
+                examples = finetune.text_examples(self.tokenizer(), self.recipe, section)
+        compressed = self.directory.path / MODEL
+        model = checkpoint.load(compressed, dtype=torch.float32)
+        hosts.prepare(prepared.plugin, model, self.recipe)
+        teacher = None
+        if section.teacher > 0:
+            teacher = self.source.auto_class.from_pretrained(
+                self.source.directory, config=copy.deepcopy(self.source.config), dtype=self.source.working
+            )
+        finetune.finetune(model, teacher, examples, self.recipe, prepared.device, self.directory, self.progress)
+        finetune.save(model, self.source.dtype, compressed, self.directory, self.card())
+        if self.directory.has("evaluation.finetuned.json"):  # of an earlier one that was removed
+            self.directory.forget("evaluation.finetuned.json")
+
+    def card(self) -> str:
+        """The model card beside the weights."""
+        recipe, plan = self.recipe, self.plan
+        original = recipe.model.id
+        base = "" if original.startswith(("package:", ".", "/")) else f"base_model: {original}\n"
+        return (
+            f"---\n{base}library_name: transformers\ntags: [lillama, low-rank]\n---\n\n"
+            f"# {Path(original.removeprefix('package:')).name}, {plan.reduction:.0%} smaller\n\n"
+            f"{plan.before:,} parameters became {plan.after:,} by low-rank feature distillation "
+            f"(Lillama, arXiv 2412.16719): strategy {plan.strategy}, {plan.storage} storage, "
+            f"{recipe.compress.init} init, loss {recipe.distill.loss}, {recipe.distill.schedule} schedule.\n\n"
+            "```python\nimport lillama  # teaches transformers the format\n"
+            f"from transformers import {self.source.auto_class.__name__}\n\n"
+            f'model = {self.source.auto_class.__name__}.from_pretrained("PATH_OR_ID")\n```\n\n'
+            f"The recipe:\n\n```yaml\n{recipe.to_yaml()}```\n"
+        )
+
+    def finish(self, before: dict[str, float], after: dict[str, float], tuned: dict[str, float] | None) -> Result:
+        """Write metrics.json and hand the result over."""
+        assert self.source.directory is not None
+        target = self.directory.path / MODEL
+        previous = self.directory.json("metrics.json") if self.directory.has("metrics.json") else {}
+        seconds = previous.get("seconds", {})
+        for phase, value in self.progress.seconds.items():
+            seconds[phase] = round(seconds.get(phase, 0.0) + value, 2)
+        metrics = {
+            "parameters": {"before": self.plan.before, "after": self.plan.after},
+            "bytes": {
+                "before": checkpoint.file_bytes(self.source.directory),
+                "after": checkpoint.file_bytes(target),
+            },
+            "before": before,
+            "after": after,
+            **({} if tuned is None else {"finetuned": tuned}),
+            **({"embedding": self.directory.json(EMBEDDING)} if self.directory.has(EMBEDDING) else {}),
+            "seconds": seconds,
+            "peak_memory_bytes": max(peak_memory(), previous.get("peak_memory_bytes", 0)),
+        }
+        if self.prepared.device.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.prepared.device.device)
+            metrics["peak_device_memory_bytes"] = max(peak, previous.get("peak_device_memory_bytes", 0))
+        self.directory.put_json("metrics.json", metrics)
+        self.directory.event("done")
+        self.report()
+        target = target if tuned is None else self.directory.path / finetune.FINETUNED
+        return Result(target, self.plan, metrics, self.details, self.source.auto_class.__name__)
+
+    def report(self) -> None:
+        """Write report.html; whatever goes wrong there must not cost the run."""
+        from lillama.report import html as report
+
+        try:
+            report.write(self.directory.path)
+        except Exception as error:
+            self.progress.say(f"the report could not be written ({type(error).__name__}: {error})")
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    import sys
+
+    if os.name == "posix":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    import psutil
+
+    return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]  # Windows only

@@ -1,0 +1,221 @@
+"""Many runs of one recipe that differ in chosen keys, and a table of what came out: `lillama sweep`.
+
+    base: ../quickstart.yaml            # beside this file
+    set: [calibration.tokens=8192]      # for every run
+    axes:
+      distill.objective: [l1_logcos, mse]
+      start:                            # values with names, each of several keys
+        svd: {compress.init: svd}
+        whitened: {compress.init: whitened, compress.gram_tokens: 16384}
+    out: runs/sweep
+
+Every combination runs in a directory of its own below `out`; finished ones are not run again, and one that fails is a
+row with its error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, ValidationError
+
+from lillama.errors import LillamaError
+from lillama.recipe import yamlfile
+from lillama.recipe.schema import Recipe, Section
+
+if TYPE_CHECKING:
+    from lillama.base.progress import Progress
+
+RESOLVED = "recipe.resolved.yaml"
+HEAVY = ("model", "layers", "original", "streams", "finetuned")
+Say = Callable[[str], None]
+
+
+class Sweep(Section):
+    """A sweep file."""
+
+    base: str = Field(description="The recipe that all runs share, beside this file.")
+    set: list[str] = Field(default_factory=list, description="Overrides for every run: KEY=VALUE.")
+    axes: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(
+        min_length=1, description="A dotted key and its values, or any name and named sets of keys."
+    )
+    out: str = Field(description="Where the runs and the table go.")
+    metrics: list[str] = Field(default_factory=list, description="Metrics of the table; none: the main ones there are.")
+    keep: bool = Field(True, description="Keep the weights of each run; false: numbers and events alone.")
+
+
+@dataclass
+class Row:
+    """One run: its place on the axes, what it gave, or why it gave nothing."""
+
+    name: str
+    values: dict[str, str]
+    overrides: list[str]
+    directory: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as sweep.json holds it."""
+        return {"name": self.name, "values": self.values, "metrics": self.metrics, "curve": self.curve} | (
+            {"error": self.error} if self.error else {}
+        )
+
+
+def load(path: str | Path) -> tuple[Sweep, Path]:
+    """The sweep and the path of its base recipe. Raises LillamaError with file and line."""
+    document = yamlfile.load(path)
+    if not isinstance(document.data, Mapping):
+        raise LillamaError("a sweep is a mapping of keys to values", where=document.name)
+    try:
+        sweep = Sweep.model_validate(document.data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = tuple(part for part in problem["loc"] if not str(part).startswith(("list[", "dict[")))
+        where = f"{document.where(place)}: {'.'.join(map(str, place))}"
+        known = f"Known: {', '.join(Sweep.model_fields)}."
+        raise LillamaError(problem["msg"], where=where, hint=known) from error
+    base = Path(path).parent / sweep.base
+    return sweep, base if base.is_file() else Path(sweep.base)
+
+
+def is_sweep(path: str | Path) -> bool:
+    """Whether a file that can be read is a sweep and not a recipe."""
+    data = yamlfile.load(path).data
+    return isinstance(data, Mapping) and "axes" in data
+
+
+def recipes(sweep: Sweep, base: Path, found: list[Row]) -> dict[str, Recipe]:
+    """The recipe of every run by its name. Raises LillamaError for any that is not valid, and for equal names."""
+    if len({row.directory for row in found}) < len(found):
+        raise LillamaError("two runs of the sweep have the same name", where="axes", hint="Name the values.")
+    return {row.name: Recipe.load(base, row.overrides) for row in found}
+
+
+def rows(sweep: Sweep, overrides: list[str] | None = None) -> Iterator[Row]:
+    """Every combination of the axes, the last axis changing fastest."""
+    axes = [list(_points(axis, values)) for axis, values in sweep.axes.items()]
+    for combination in itertools.product(*axes):
+        values = {axis: label for axis, (label, _) in zip(sweep.axes, combination)}
+        name = ",".join(re.sub(r"[^\w.+=-]+", "_", f"{axis.rpartition('.')[2]}={v}") for axis, v in values.items())
+        own = [f"{key}={json.dumps(value)}" for _, keys in combination for key, value in keys.items()]
+        directory = Path(sweep.out) / name
+        out = f"run.out={json.dumps(str(directory))}"
+        yield Row(name, values, [*sweep.set, *(overrides or []), *own, out], directory)
+
+
+def _points(axis: str, values: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(label, keys) of every point on an axis."""
+    if isinstance(values, Mapping):
+        yield from values.items()
+    else:
+        for value in values:
+            yield value if isinstance(value, str) else json.dumps(value), {axis: value}
+
+
+def run(sweep: Sweep, base: Path, progress: Progress, overrides: list[str] | None = None) -> list[Row]:
+    """Run what is not finished, and write the table after every run; returns all rows."""
+    found = list(rows(sweep, overrides))
+    valid = recipes(sweep, base, found)  # a mistake shows before hours of work
+    out = Path(sweep.out)
+    out.mkdir(parents=True, exist_ok=True)
+    shared = _Shared(out)
+    for number, row in enumerate(found, 1):
+        progress.say(f"[{number}/{len(found)}] {row.name}")
+        try:
+            if not _finished(row, valid[row.name]):
+                shared.run(valid[row.name], progress)
+            _collect(row)
+            if not sweep.keep:
+                for name in HEAVY:
+                    shutil.rmtree(row.directory / name, ignore_errors=True)
+        except LillamaError as error:
+            row.error = " ".join(str(error).split())
+        except Exception as error:  # a row with its error; the others still run
+            row.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if row.error:
+            progress.say(f"failed: {row.error}")
+        _write(sweep, found[:number])
+    return found
+
+
+class _Shared:
+    """What all runs of one original have in common, and is done once: unpacking it, and measuring it."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.before: dict[str, dict[str, Any]] = {}
+
+    def run(self, recipe: Recipe, progress: Progress) -> None:
+        from lillama.base.progress import Progress
+        from lillama.pretrained.source import resolve
+        from lillama.run import pipeline
+
+        gguf = resolve(recipe.model)[1]
+        if gguf:
+            recipe = self._unpacked(recipe, gguf)
+        prepared = pipeline.prepare(recipe)
+        key = json.dumps([prepared.source.identity(), str(prepared.source.dtype)], sort_keys=True)
+        # A Progress of its own: it adds up the seconds of one run.
+        pipeline.Run(prepared, Progress(progress.console), before=self.before.get(key)).execute()
+        measured = Path(recipe.run.out) / "evaluation.before.json"
+        if measured.is_file():
+            self.before[key] = json.loads(measured.read_text())
+
+    def _unpacked(self, recipe: Recipe, gguf: str) -> Recipe:
+        from lillama.run import pipeline
+
+        place = self.out / f"original-{re.sub(r'[^0-9A-Za-z._-]+', '_', gguf)}-{recipe.model.dtype}"
+        if not (place / "original").is_dir():
+            pipeline.prepare(recipe).source.fetch(place)
+        model = recipe.model.model_copy(update={"id": str(place / "original"), "gguf_file": None})
+        return recipe.model_copy(update={"model": model})
+
+
+def _finished(row: Row, recipe: Recipe) -> bool:
+    """Whether the run is done; what evaluates it must be the same too. The engine checks all else."""
+    if not (row.directory / "metrics.json").is_file() or not (row.directory / RESOLVED).is_file():
+        return False
+    held = Recipe.load(row.directory / RESOLVED).model_dump(exclude={"model": {"id", "gguf_file"}})
+    return bool(held == recipe.model_dump(exclude={"model": {"id", "gguf_file"}}))
+
+
+def _collect(row: Row) -> None:
+    """Read a finished run's numbers."""
+    row.metrics = json.loads((row.directory / "metrics.json").read_text())
+    events = map(json.loads, (row.directory / "events.jsonl").read_text().splitlines())
+    row.curve = [event for event in events if event["event"] == "curve"]
+
+
+def collected(sweep: Sweep) -> list[Row]:
+    """The rows of what has run so far, without running anything."""
+    found = list(rows(sweep))
+    for row in found:
+        if (row.directory / "metrics.json").is_file():
+            _collect(row)
+        else:
+            row.error = "not run"
+    return found
+
+
+def _write(sweep: Sweep, found: list[Row]) -> None:
+    from lillama.base.rundir import write_json, write_text
+    from lillama.run import sweeptable
+
+    out = Path(sweep.out)
+    table = sweeptable.table(sweep, found)
+    write_json(out / "sweep.json", [row.to_dict() for row in found])
+    write_text(out / "sweep.csv", sweeptable.csv_text(table))
+    write_text(out / "sweep.md", sweeptable.markdown(table))
+    for name, draw in (("sweep.svg", sweeptable.chart), ("curves.svg", sweeptable.curves)):
+        svg = draw(sweep, found)
+        if svg:
+            write_text(out / name, svg)
