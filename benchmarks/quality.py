@@ -28,9 +28,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lillama
+from lillama.base import quiet
 from lillama.base.progress import Progress
-from lillama.checkpoint import write as checkpoint
-from lillama.cli import show
+from lillama.data import render
 from lillama.data import rows as dataset
 from lillama.data.text import CHARACTERS_PER_TOKEN, chunks
 from lillama.errors import LillamaError
@@ -66,7 +66,7 @@ def mixed(files: list[str], target: Path, length: int) -> None:
     with target.open("w", encoding="utf-8") as out:
         for file in files:
             rows = dataset.load_rows(file, split="train", where="--calibrate")
-            texts = dataset.render_rows(rows, None, None, "--calibrate")
+            texts = render.render_rows(rows, None, None, "--calibrate")
             if dataset.is_lines(rows):
                 texts = iter(chunks(texts, CHARACTERS_PER_TOKEN * length))
             for text in texts:
@@ -123,7 +123,7 @@ def compressed(arguments: argparse.Namespace, method: str, reduction: float, mix
 
 def measured(place: Path | str, arguments: argparse.Namespace, dense: bool = False) -> dict[str, float]:
     """Perplexities of a checkpoint on both texts."""
-    load = AutoModelForCausalLM.from_pretrained if dense else checkpoint.load
+    load = AutoModelForCausalLM.from_pretrained if dense else lillama.load
     model = load(place, dtype=torch.float32).eval()
     context = Context(AutoTokenizer.from_pretrained(place), "cpu")
     found = {}
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--min-rank", type=int, default=256, help="of the paper's recipe; halved where it is too large")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     arguments = parser.parse_args()
-    show.quiet_libraries()
+    quiet.quiet_libraries()
     arguments.out.mkdir(parents=True, exist_ok=True)
     mix, kept = arguments.out / "calibration.jsonl", arguments.out / "results.json"
     if not mix.exists():

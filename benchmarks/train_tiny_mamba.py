@@ -20,7 +20,8 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
-from lillama.data.rows import load_rows, render_rows
+from lillama.data.render import render_rows
+from lillama.data.rows import load_rows
 from lillama.data.text import token_blocks
 from lillama.evaluate.perplexity import score
 from lillama.recipe.schema import Calibration

@@ -18,9 +18,10 @@ from lillama.errors import LillamaError
 from lillama.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from lillama.checkpoint.write import load
+    from lillama.checkpoint.load import load
     from lillama.recipe.schema import Recipe
-    from lillama.run.pipeline import compress, make_plan
+    from lillama.run.pipeline import compress
+    from lillama.run.prepare import make_plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,8 +38,8 @@ __all__ = [
 _LAZY = {
     "Recipe": "lillama.recipe.schema",
     "compress": "lillama.run.pipeline",
-    "load": "lillama.checkpoint.write",
-    "make_plan": "lillama.run.pipeline",
+    "load": "lillama.checkpoint.load",
+    "make_plan": "lillama.run.prepare",
 }
 
 

@@ -101,3 +101,8 @@ def _find(model: nn.Module, getter: str, kind: type) -> str:
     if name is None or not isinstance(module, kind):
         raise ValueError(f"{getter}() of {type(model).__name__} gives no {kind.__name__} of the model")
     return name
+
+
+def relative(weight: Weight, layer: Layer) -> str:
+    """The name of a weight's module inside its layer; empty when it is the layer itself."""
+    return weight.name.removeprefix(layer.name).removeprefix(".")

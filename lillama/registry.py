@@ -116,9 +116,9 @@ def _is_scalar(annotation: Any) -> bool:
 STRATEGIES = Registry(
     "strategy",
     {
-        "bottom": "lillama.plan.plan:bottom",
-        "top": "lillama.plan.plan:top",
-        "uniform": "lillama.plan.plan:uniform",
+        "bottom": "lillama.plan.strategies:bottom",
+        "top": "lillama.plan.strategies:top",
+        "uniform": "lillama.plan.strategies:uniform",
         "fisher": "lillama.plan.fisher:fisher",
     },
 )

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from lillama import registry
 from lillama.base.progress import Progress
-from lillama.checkpoint import write as checkpoint
+from lillama.checkpoint.load import load
 from lillama.contract import Layer
+from lillama.lowrank.counts import largest_rank, stored
 from lillama.lowrank.swap import STORAGES
-from lillama.plan.plan import Plan, largest_rank, stored
+from lillama.plan.plan import Plan
 from lillama.pretrained.calls import arguments
 from lillama.recipe.schema import Recipe
-from lillama.run import pipeline
+from lillama.run import pipeline, prepare
 
 Batches = list[dict[str, Tensor]]
 
@@ -74,12 +75,12 @@ def check_architecture(model: Any, directory: Path, batches: Batches | None = No
     for number, (schedule, loss, storage) in enumerate(choices):
         changes = {"distill.schedule": schedule, "distill.loss": loss, "compress.storage": storage}
         result = _run(original, directory / f"run-{number}", batches, plugin, changes)
-        loaded = checkpoint.load(result.path)
+        loaded = load(result.path)
         actual = sum(p.numel() for p in loaded.parameters())
         assert actual == result.plan.after, f"{changes}: planned {result.plan.after} parameters, got {actual}"
     _same_in_a_fresh_process(result.path, inputs, directory)
     loaded.save_pretrained(directory / "again")
-    first, second = checkpoint.load(result.path).eval(), checkpoint.load(directory / "again").eval()
+    first, second = load(result.path).eval(), load(directory / "again").eval()
     with torch.no_grad():
         once, twice = first(**inputs).logits, second(**inputs).logits
     assert torch.equal(once, twice), "saving the loaded model changed it"
@@ -140,7 +141,7 @@ def full_rank_plan(layers: list[Layer], before: int, storage: str) -> Plan:
 
 def _storages(original: Path, plugin: str) -> list[str]:
     """The storages that every kind of weight of the model can be kept in."""
-    prepared = pipeline.prepare(recipe_for(original, original, plugin))
+    prepared = prepare.prepare(recipe_for(original, original, plugin))
     smallest = [w for layer in prepared.layers for w in layer.weights if largest_rank(w, w.parameters, "factors", 1)]
     assert smallest, "the plugin offers no weight that factors could make smaller"
     for layer in prepared.layers:
@@ -155,7 +156,7 @@ def _storages(original: Path, plugin: str) -> list[str]:
 def _run(
     original: Path, out: Path, batches: Batches, plugin: str, changes: dict[str, Any], plan: Plan | None = None
 ) -> pipeline.Result:
-    prepared = pipeline.prepare(recipe_for(original, out, plugin, changes))
+    prepared = prepare.prepare(recipe_for(original, out, plugin, changes))
     if plan is not None:
         prepared = replace(prepared, plan=plan)
     return pipeline.Run(prepared, Progress(), batches=batches).execute()
@@ -164,12 +165,12 @@ def _run(
 def _full_rank(
     original: Path, out: Path, storage: str, batches: Batches, inputs: Any, expected: Tensor, plugin: str
 ) -> None:
-    prepared = pipeline.prepare(recipe_for(original, out, plugin))
+    prepared = prepare.prepare(recipe_for(original, out, plugin))
     plan = full_rank_plan(prepared.layers, prepared.source.parameters, storage)
     changes = {"compress.init": "svd", "compress.storage": storage, "distill.epochs": 0}
     result = _run(original, out, batches, plugin, changes, plan)
     with torch.no_grad():
-        logits = checkpoint.load(result.path).eval()(**inputs).logits
+        logits = load(result.path).eval()(**inputs).logits
     worst = float((logits - expected).abs().max())
     assert worst <= 1e-5, f"full rank in {storage} storage changes the logits by {worst:.2g}"
 
@@ -177,7 +178,7 @@ def _full_rank(
 def _same_in_a_fresh_process(path: Path, inputs: dict[str, Tensor], directory: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    loaded = checkpoint.load(path).eval()
+    loaded = load(path).eval()
     save_file(inputs, directory / "inputs.safetensors")
     out = directory / "outputs.safetensors"
     with torch.no_grad():

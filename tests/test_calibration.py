@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lillama.data.rows import is_lines, load_rows, render_rows
-from lillama.data.text import chunks, fingerprint, text_batches, token_blocks
+from lillama.data.batches import fingerprint, text_batches
+from lillama.data.render import render_rows
+from lillama.data.rows import is_lines, load_rows
+from lillama.data.text import chunks, token_blocks
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Calibration
 

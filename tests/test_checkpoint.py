@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 import lillama
 from lillama import LillamaError
-from lillama.checkpoint import write as checkpoint
+from lillama.checkpoint import export, write
 from lillama.lowrank import swap as factors
 from lillama.run.pipeline import compress
 from lillama.testing import recipe_for, token_batches
@@ -52,7 +52,7 @@ def test_sharded_checkpoints_load_bit_equal(compressed, tmp_path, monkeypatch):
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     assert torch.equal(logits(lillama.load(tmp_path / "hf")), logits(model))
     # And the shards the run itself writes.
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(write, "SHARD_BYTES", 20_000)
     storage = json.loads((path / "config.json").read_text())["quantization_config"]["modules"]
     recipe = recipe_for(
         original, tmp_path / "run", changes={"compress.storage": next(iter(storage.values()))["storage"]}
@@ -135,7 +135,7 @@ with torch.no_grad():
 
 def test_export_dense_loads_with_plain_transformers(compressed, tmp_path):
     path, original = compressed
-    checkpoint.export_dense(path, tmp_path / "dense")
+    export.export_dense(path, tmp_path / "dense")
     save_file(token_batches(tiny())[0], tmp_path / "in")
     arguments = [str(tmp_path / "dense"), str(tmp_path / "in"), str(tmp_path / "out")]
     subprocess.run([sys.executable, "-c", PLAIN, *arguments], check=True, capture_output=True)
@@ -143,9 +143,9 @@ def test_export_dense_loads_with_plain_transformers(compressed, tmp_path):
     assert (tmp_path / "dense" / "tokenizer.json").exists()
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     with pytest.raises(LillamaError, match="not empty"):
-        checkpoint.export_dense(path, tmp_path / "dense")
+        export.export_dense(path, tmp_path / "dense")
     with pytest.raises(LillamaError, match="holds no factors"):
-        checkpoint.export_dense(original, tmp_path / "other")
+        export.export_dense(original, tmp_path / "other")
 
 
 @pytest.mark.parametrize("harm", ["missing", "unexpected", "shape"])

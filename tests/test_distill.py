@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 
 from lillama import host
 from lillama.base.progress import Progress
-from lillama.checkpoint import write as checkpoint
+from lillama.checkpoint.load import load
 from lillama.distill import losses, student
 from lillama.errors import DistillationError, LillamaError
+from lillama.factorise import start
 from lillama.pretrained.calls import Capture
 from lillama.pretrained.source import Source
 from lillama.recipe.schema import Recipe
-from lillama.run import pipeline
+from lillama.run import pipeline, prepare
 from lillama.testing import recipe_for, token_batches
 
 
@@ -68,7 +69,7 @@ def test_schedules_agree_where_layers_are_independent(original, tmp_path, storag
     if storage == "factors":
         assert_same(first, second, 1e-5)
     else:  # rounding may choose other pivots of the same matrix: compare what they compute
-        logits = [checkpoint.load(r.path)(**token_batches(tiny())[0]).logits for r in results]
+        logits = [load(r.path)(**token_batches(tiny())[0]).logits for r in results]
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
@@ -81,7 +82,7 @@ def test_less_memory_changes_no_bit(original, tmp_path, loss, schedule):
     assert_same(layers_of(usual), layers_of(low))
     # What it put on disk meanwhile is gone, and the original layers it let go are in the checkpoint.
     assert not list((tmp_path / "low").glob("best.*"))
-    assert checkpoint.load(low.path)(**token_batches(tiny())[0]).logits.isfinite().all()
+    assert load(low.path)(**token_batches(tiny())[0]).logits.isfinite().all()
 
 
 def test_training_lowers_the_held_out_loss_and_the_best_state_is_kept(original, tmp_path):
@@ -92,7 +93,7 @@ def test_training_lowers_the_held_out_loss_and_the_best_state_is_kept(original, 
         assert len(checks) == 8
         assert done["loss"] == min([*checks, done["initial_loss"]])
         assert done["loss"] < done["initial_loss"]
-    assert result.plan.after == sum(p.numel() for p in checkpoint.load(result.path).parameters())
+    assert result.plan.after == sum(p.numel() for p in load(result.path).parameters())
 
 
 def test_driving_layers_gives_the_full_forward_bit_for_bit():
@@ -142,14 +143,14 @@ def test_padding_changes_nothing(original, tmp_path):
 
 def test_teacher_student_is_the_sum(original, tmp_path):
     recipe = recipe_for(original, tmp_path)
-    prepared = pipeline.prepare(recipe)
+    prepared = prepare.prepare(recipe)
     source, plan = prepared.source, prepared.plan
     source.fetch(tmp_path)
     source.materialise(["model"])
     layer = prepared.layers[0]
     teacher = source.model.get_submodule(layer.name)
     batch = Capture(source.model, prepared.layers, torch.device("cpu"))(token_batches(tiny())[0])
-    init = student.initial_factors(
+    init = start.initial_factors(
         layer, teacher, plan, recipe, {w.name: {"gram": torch.eye(w.shape[1])} for w in layer.weights}
     )
     inputs = {"teacher": batch.hidden, "student": batch.hidden + 0.1}
@@ -301,7 +302,7 @@ def test_a_plugin_s_own_objective_and_initialiser(original, tmp_path, monkeypatc
     result = run(original, tmp_path, distill__objective="mine", compress__init="zeros", distill__epochs=0)
     tensors = load_file(result.path / "model.safetensors")
     assert float(tensors["model.layers.0.self_attn.q_proj.A"].abs().max()) == 0.0
-    assert math.isfinite(float(checkpoint.load(result.path)(**token_batches(tiny())[0]).logits.sum()))
+    assert math.isfinite(float(load(result.path)(**token_batches(tiny())[0]).logits.sum()))
 
 
 def _zeros(W, rank):

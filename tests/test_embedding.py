@@ -14,8 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lillama.base.progress import Progress
-from lillama.checkpoint import write as checkpoint
+from lillama.checkpoint import export
+from lillama.checkpoint.load import load
 from lillama.contract import Layer, Weight
+from lillama.distill import embedding as embedding_
 from lillama.distill import job, sequential
 from lillama.errors import LillamaError
 from lillama.evaluate import perplexity
@@ -24,7 +26,7 @@ from lillama.factorise.initialisers import svd, whitened
 from lillama.lowrank import swap as factors
 from lillama.plan.plan import choose_ranks
 from lillama.recipe.schema import Compress, Recipe
-from lillama.run import curve, pipeline
+from lillama.run import curve, pipeline, prepare
 from lillama.testing import check_architecture, one_and_the_same, recipe_for, token_batches
 
 V, D = 60, 16
@@ -95,7 +97,7 @@ def test_an_embedding_that_does_more_is_refused():
 
 
 def errors(W, A, B):
-    return embedding.row_errors(W, A, B).double()
+    return embedding_.row_errors(W, A, B).double()
 
 
 def test_frequent_tokens_come_first_and_the_floor_keeps_unseen_ones():
@@ -146,11 +148,11 @@ def test_counts_leave_padding_out_and_groups_cover_the_vocabulary():
     ]
     counts = embedding.token_counts(batches, 6)
     assert counts.tolist() == [0, 5, 1, 1, 0, 0]
-    groups = embedding.frequency_groups(counts)
+    groups = embedding_.frequency_groups(counts)
     assert groups["frequent"].nonzero().flatten().tolist() == [1, 2]
     assert groups["rare"].nonzero().flatten().tolist() == [3]
     assert groups["unseen"].nonzero().flatten().tolist() == [0, 4, 5]
-    report = embedding.by_frequency(torch.tensor([9.0, 1.0, 2.0, 3.0, 9.0, 9.0]), counts)
+    report = embedding_.by_frequency(torch.tensor([9.0, 1.0, 2.0, 3.0, 9.0, 9.0]), counts)
     assert report == pytest.approx({"frequent": 1.5, "rare": 3.0, "unseen": 9.0, "mean": 10 / 7})
 
 
@@ -179,7 +181,7 @@ def run(model, tmp_path, name="run", **changes):
     changes = {"compress.reduction": 0.5, "distill.epochs": 4, "distill.learning_rate": 1e-2} | {
         key.replace("__", "."): value for key, value in changes.items()
     }
-    prepared = pipeline.prepare(recipe_for(original, tmp_path / name, "inkuba", changes))
+    prepared = prepare.prepare(recipe_for(original, tmp_path / name, "inkuba", changes))
     batches = token_batches(model, batches=6)
     return pipeline.Run(prepared, Progress(), batches=batches).execute()
 
@@ -212,15 +214,15 @@ def test_tied_factors_learn_from_both_uses(schedule, tmp_path):
     """After one step, the factors differ from what either use alone would have made of them."""
     changes = {"distill__schedule": schedule, "distill__epochs": 1, "distill__checks": 1, "distill__holdout": 0}
     model = tiny("llama")
-    both = checkpoint.load(run(model, tmp_path, **changes).path)
+    both = load(run(model, tmp_path, **changes).path)
     assert both.lm_head.A is both.model.embed_tokens.A
-    alone = checkpoint.load(run(model, tmp_path, "none", **(changes | {"distill__epochs": 0})).path)
+    alone = load(run(model, tmp_path, "none", **(changes | {"distill__epochs": 0})).path)
     untied = copy.deepcopy(model)
     untied.config.tie_word_embeddings = False
     untied.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach().clone())
     other = tmp_path / "untied"
     other.mkdir()
-    separate = checkpoint.load(run(untied, other, **changes).path)
+    separate = load(run(untied, other, **changes).path)
     for factor in ("A", "B"):
         found = getattr(both.model.embed_tokens, factor)
         assert not torch.allclose(found, getattr(alone.model.embed_tokens, factor))
@@ -268,9 +270,9 @@ def test_a_tied_run_continues_where_it_was_stopped(schedule, tmp_path, monkeypat
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])
 def test_dense_again_has_the_same_logits_and_ties(name, storage, tmp_path):
     result = run(tiny(name), tmp_path, compress__storage=storage, distill__epochs=0)
-    checkpoint.export_dense(result.path, tmp_path / "dense")
+    export.export_dense(result.path, tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
-    small = checkpoint.load(result.path).eval()
+    small = load(result.path).eval()
     ids = token_batches(small)[0]["input_ids"]
     with torch.no_grad():
         assert torch.allclose(dense(ids).logits, small(ids).logits, atol=1e-5)
@@ -290,10 +292,10 @@ def test_without_us_transformers_refuses_the_checkpoint(tmp_path):
 def test_a_head_must_come_last(tmp_path):
     model = tiny("llama-bias")
     model.save_pretrained(tmp_path / "model")
-    source = pipeline.prepare(recipe_for(tmp_path / "model", tmp_path / "run", "inkuba")).source
+    source = prepare.prepare(recipe_for(tmp_path / "model", tmp_path / "run", "inkuba")).source
     layers = [Layer.of_head(source.model), Layer.of_embedding(source.model)]
     with pytest.raises(LillamaError, match="last layer"):
-        pipeline._check_layers(layers, source)
+        prepare._check_layers(layers, source)
 
 
 def test_finetuning_keeps_tied_factors_tied(tmp_path):
@@ -306,7 +308,7 @@ def test_finetuning_keeps_tied_factors_tied(tmp_path):
     settings["calibration"] |= {"dataset": str(text), "sequence_length": 8}
     settings["finetune"] = {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, "sequence_length": 8, "checks": 2}
     result = pipeline.compress(Recipe.parse(settings))
-    compressed, tuned = checkpoint.load(tmp_path / "run" / "model"), checkpoint.load(result.path)
+    compressed, tuned = load(tmp_path / "run" / "model"), load(result.path)
     assert sum(p.numel() for p in tuned.parameters()) == result.plan.after
     assert one_and_the_same(tuned) == one_and_the_same(compressed) != set()
     assert not torch.equal(tuned.lm_head.C, compressed.lm_head.C)
@@ -322,7 +324,7 @@ def test_the_curve_ends_at_the_perplexity_of_the_result(name, schedule, tmp_path
     windows = curve.text(
         Recipe.load(tmp_path / "run" / "recipe.resolved.yaml"), None, token_batches(tiny(name), batches=6)
     )
-    found = perplexity.score(checkpoint.load(result.path), windows, 4, "cpu")["perplexity"]
+    found = perplexity.score(load(result.path), windows, 4, "cpu")["perplexity"]
     if schedule == "sequential":  # the other's last point is of the last state, the result of the best
         assert points[-1]["perplexity"] == pytest.approx(found, rel=1e-4)
 

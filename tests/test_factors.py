@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lillama import LillamaError, Weight
-from lillama.factorise import initialisers as init
+from lillama.lowrank import pivot
 from lillama.lowrank import swap as factors
-from lillama.plan.plan import stored
+from lillama.lowrank.counts import stored
 
 STORAGES = [factors.LowRankLinear, factors.PivotedLinear]
 NAMES = {factors.LowRankLinear: "factors", factors.PivotedLinear: "pivoted"}
@@ -85,7 +85,7 @@ def test_pivot_coefficients_stay_small_enough_for_bfloat16():
         return float((m.weight.double() @ x.T - W @ x.T).norm() / (W @ x.T).norm())
 
     plain = factors.LowRankLinear(128, 256, 96)
-    plain.set_factors(*init.balanced(U * S.sqrt(), S.sqrt()[:, None] * V.T))
+    plain.set_factors(*pivot.balanced(U * S.sqrt(), S.sqrt()[:, None] * V.T))
     assert error(module.bfloat16()) < 3 * error(plain.bfloat16())
 
 

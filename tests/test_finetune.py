@@ -17,13 +17,13 @@ from speech_models import folder, save
 from torch.nn import functional as F
 
 from lillama.errors import LillamaError
-from lillama.finetune import adapters
+from lillama.finetune import adapters, data, loss
 from lillama.finetune import train as finetune
 from lillama.lowrank.swap import is_factorised
 from lillama.recipe.schema import Finetune, Lora, Recipe
 from lillama.run import pipeline
 
-IGNORED = finetune.IGNORED
+IGNORED = data.IGNORED
 PLAIN = {"strategy": "uniform", "storage": "factors"}
 
 
@@ -93,7 +93,7 @@ def test_a_stopped_finetuning_goes_on_to_the_same_end(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     whole = tensors(pipeline.compress(speech_recipe(tmp_path / "a")).path)
     settings = speech_recipe(tmp_path / "b")
-    loss_of, calls = finetune.loss_of, []
+    loss_of, calls = loss.loss_of, []
 
     def stops(*arguments, **options):
         calls.append(1)
@@ -206,13 +206,13 @@ def test_the_loss_is_the_models_own_cross_entropy_and_the_teachers_at_its_share(
     labels = ids.clone()
     labels[0, 4:] = IGNORED
     inputs = {"input_ids": ids, "labels": labels}
-    own, _ = finetune.loss_of(model, None, inputs, 0.0, True)
+    own, _ = loss.loss_of(model, None, inputs, 0.0, True)
     torch.testing.assert_close(own, model(input_ids=ids, labels=labels).loss)
-    taught, _ = finetune.loss_of(model, teacher, inputs, 1.0, True)
+    taught, _ = loss.loss_of(model, teacher, inputs, 1.0, True)
     counts = labels[:, 1:] != IGNORED
     p, q = (m(input_ids=ids).logits[:, :-1][counts].log_softmax(-1) for m in (teacher, model))
     torch.testing.assert_close(taught, F.kl_div(q, p, log_target=True, reduction="batchmean"))
-    same, _ = finetune.loss_of(model, model, inputs, 1.0, True)
+    same, _ = loss.loss_of(model, model, inputs, 1.0, True)
     assert abs(float(same)) < 1e-6
 
 
@@ -221,7 +221,7 @@ def test_batches_pad_what_is_long_and_keep_tuples():
         {"labels": torch.tensor([1, 2]), "ids": torch.tensor([5, 6]), "mask": torch.ones(2), "x": (torch.ones(3, 2),)},
         {"labels": torch.tensor([3]), "ids": torch.tensor([7]), "mask": torch.ones(1), "x": (torch.zeros(3, 2),)},
     ]
-    batch = finetune.Collator(9)(examples)
+    batch = data.Collator(9)(examples)
     assert batch["labels"].tolist() == [[1, 2], [3, IGNORED]]
     assert batch["ids"].tolist() == [[5, 6], [7, 9]] and batch["mask"].tolist() == [[1, 1], [1, 0]]
     assert isinstance(batch["x"], tuple) and batch["x"][0].shape == (2, 3, 2)
@@ -238,7 +238,7 @@ def test_globs_freeze_and_a_wrong_one_is_named(tiny_llama):
 
 
 def test_the_number_of_updates_rounds_up():
-    assert finetune.updates(17, Finetune(batch_size=4, gradient_accumulation=2, epochs=3)) == 9
+    assert data.updates(17, Finetune(batch_size=4, gradient_accumulation=2, epochs=3)) == 9
 
 
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=12), share=st.floats(0, 0.9))
@@ -246,7 +246,7 @@ def test_examples_of_one_source_are_held_out_together(sizes, share):
     examples = [
         {"input_ids": torch.tensor([i, j]), "source": f"clip {i}"} for i, n in enumerate(sizes) for j in range(n)
     ]
-    learned, held = finetune.split(examples, share, torch.Generator().manual_seed(0))
+    learned, held = data.split(examples, share, torch.Generator().manual_seed(0))
     sources = [{int(e["input_ids"][0]) for e in part} for part in (learned, held)]
     assert not sources[0] & sources[1]
     assert len(learned) + len(held) == len(examples)

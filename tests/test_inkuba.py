@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lillama import Recipe, make_plan
 from lillama.base.progress import Progress
-from lillama.checkpoint import write as checkpoint
+from lillama.checkpoint import export
+from lillama.checkpoint.load import load
 from lillama.errors import LillamaError
-from lillama.run import pipeline
+from lillama.run import pipeline, prepare
 from lillama.testing import check_architecture, one_and_the_same, recipe_for, token_batches
 
 # The published shape (DESIGN 9; table 18: 421.9 M -> 299 M).
@@ -61,7 +62,7 @@ def saved(tmp_path):
 def run(path, out, changes=None, **settings):
     changes = {"compress.init": "svd", **(changes or {})}
     recipe = recipe_for(path, out, "auto", changes)
-    prepared = pipeline.prepare(recipe)
+    prepared = prepare.prepare(recipe)
     batches = token_batches(prepared.source.model)
     return pipeline.Run(prepared, Progress(), batches=batches, **settings).execute()
 
@@ -102,7 +103,7 @@ def test_the_original_is_evaluated_without_its_code(saved, tmp_path):
     recipe = recipe_for(saved, tmp_path / "run").model_dump(mode="json") | {"evaluate": evaluate}
     recipe["model"]["trust_remote_code"] = True
     recipe["compress"] |= {"reduction": 0.3, "rank_multiple": 1}
-    prepared = pipeline.prepare(Recipe.parse(recipe))
+    prepared = prepare.prepare(Recipe.parse(recipe))
     batches = token_batches(prepared.source.model)
     result = pipeline.Run(prepared, Progress(), batches=batches).execute()
     own = inkuba()
@@ -121,7 +122,7 @@ def test_a_shared_file_needs_no_copies(saved, tmp_path):
     a, b = run(saved, tmp_path / "a"), run(other, tmp_path / "b")
     ids = torch.arange(12)[None]
     with torch.no_grad():
-        assert torch.equal(checkpoint.load(a.path)(ids).logits, checkpoint.load(b.path)(ids).logits)
+        assert torch.equal(load(a.path)(ids).logits, load(b.path)(ids).logits)
 
 
 def test_copies_that_differ_are_refused(saved, tmp_path):
@@ -135,28 +136,28 @@ def test_copies_that_differ_are_refused(saved, tmp_path):
 def test_auto_leaves_other_models_to_their_plugin(tmp_path):
     for name in ("llama", "mistral"):
         tiny(name).save_pretrained(tmp_path / name)
-        assert pipeline.prepare(recipe_for(tmp_path / name, tmp_path / "run")).plugin.name == "decoder"
+        assert prepare.prepare(recipe_for(tmp_path / name, tmp_path / "run")).plugin.name == "decoder"
     inkuba().save_pretrained(tmp_path / "inkuba")
-    assert pipeline.prepare(recipe_for(tmp_path / "inkuba", tmp_path / "run")).plugin.name == "inkuba"
+    assert prepare.prepare(recipe_for(tmp_path / "inkuba", tmp_path / "run")).plugin.name == "inkuba"
 
 
 def test_dense_again_loads_without_us(saved, tmp_path):
     result = run(saved, tmp_path / "run")
-    checkpoint.export_dense(result.path, tmp_path / "dense")
+    export.export_dense(result.path, tmp_path / "dense")
     state = load_file(tmp_path / "dense" / "model.safetensors")
     assert {f"{name}.up_proj.weight" for name in MLPS} <= state.keys()
     dense = LlamaForCausalLM.from_pretrained(tmp_path / "dense")
     ids = torch.arange(12)[None]
     with torch.no_grad():
-        expected = checkpoint.load(result.path).eval()(ids).logits
+        expected = load(result.path).eval()(ids).logits
         assert torch.allclose(dense.eval()(ids).logits, expected, atol=1e-5)
 
 
 def test_a_weight_of_a_shared_module_cannot_be_factorised(saved, tmp_path):
     import lillama_decoder
 
-    source = pipeline.prepare(recipe_for(saved, tmp_path / "run")).source
+    source = prepare.prepare(recipe_for(saved, tmp_path / "run")).source
     layers = lillama_decoder.enumerate_layers(source.model, None)
     assert len(one_and_the_same(source.model)) == 3
     with pytest.raises(LillamaError, match="shared modules"):
-        pipeline._check_layers(layers, source)
+        prepare._check_layers(layers, source)

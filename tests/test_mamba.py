@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, FalconMambaConfig, MambaConfig
 
 from lillama import Layer
 from lillama.base.progress import Progress
-from lillama.checkpoint import write as checkpoint
+from lillama.checkpoint.load import load
 from lillama.lowrank import swap as factors
 from lillama.pretrained.calls import Capture
 from lillama.recipe.schema import Recipe
-from lillama.run import pipeline
+from lillama.run import pipeline, prepare
 from lillama.testing import check_architecture, recipe_for, token_batches
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -210,7 +210,7 @@ def test_a_run_never_uses_the_stock_scan(monkeypatch, tmp_path):
 
     monkeypatch.setattr(modelling("mamba"), "mamba_selective_scan", stock)
     recipe = recipe_for(tmp_path / "model", tmp_path / "run")
-    prepared = pipeline.prepare(recipe)
+    prepared = prepare.prepare(recipe)
     result = pipeline.Run(prepared, Progress(), batches=token_batches(prepared.source.model)).execute()
     assert result.plan.after < result.plan.before
 
@@ -232,11 +232,11 @@ def test_bfloat16_runs_learn_what_float32_runs_do(schedule, residual, tmp_path):
     for name in ("bfloat16", "float32"):
         changes = {"model.dtype": name, "run.compute": name, "distill.schedule": schedule, "compress.reduction": 0.4}
         recipe = recipe_for(tmp_path / "model", tmp_path / name, changes=changes)
-        prepared = pipeline.prepare(recipe)
+        prepared = prepare.prepare(recipe)
         block = prepared.source.model.backbone.layers[0]
         assert block.mixer.in_proj.weight.dtype == getattr(torch, name)
         result = pipeline.Run(prepared, Progress(), batches=batches).execute()
-        loaded = checkpoint.load(result.path)
+        loaded = load(result.path)
         assert loaded.backbone.layers[0].mixer.in_proj.A.dtype == getattr(torch, name)
         with torch.no_grad():
             logits[name] = loaded.eval()(**batches[0]).logits.float()
@@ -299,7 +299,7 @@ FULL_SIZE = {
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_the_recipes_give_the_sizes_of_table_13(name):
     config, before, after, one_rank_step = FULL_SIZE[name]
-    plan = pipeline.make_plan(Recipe.load(RECIPES / f"{name}.yaml"), config)
+    plan = prepare.make_plan(Recipe.load(RECIPES / f"{name}.yaml"), config)
     assert plan.before == pytest.approx(before, abs=1e7)  # the last of the table's three digits
     assert plan.after == pytest.approx(after, abs=1e7)
     assert 0 <= 0.8 * plan.before - plan.after <= one_rank_step

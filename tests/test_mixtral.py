@@ -12,11 +12,12 @@ from test_checkpoint import PLAIN
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lillama.base.progress import Progress
-from lillama.checkpoint import write as checkpoint
+from lillama.checkpoint import export
+from lillama.checkpoint.load import load
 from lillama.lowrank.experts import LowRankExperts
 from lillama.plan.plan import Plan
 from lillama.recipe.schema import Recipe
-from lillama.run import pipeline
+from lillama.run import pipeline, prepare
 from lillama.testing import check_architecture, recipe_for, token_batches
 
 TINY = {
@@ -67,7 +68,7 @@ def logits(model):
 def run(original, out, ranks, **changes):
     """A run whose plan is exactly `ranks`."""
     settings = {"distill.train": "layer", **{k.replace("__", "."): v for k, v in changes.items()}}
-    prepared = pipeline.prepare(recipe_for(original, out, changes=settings))
+    prepared = prepare.prepare(recipe_for(original, out, changes=settings))
     prepared.plan = Plan(tuple(prepared.layers), ranks, "factors", prepared.source.parameters)
     return pipeline.Run(prepared, Progress(), batches=token_batches(tiny())).execute()
 
@@ -81,7 +82,7 @@ def test_a_layer_planned_in_part_loads_and_saves_again(original, tmp_path, sched
     # As `bottom` leaves its last layer: up and down of the second layer stay dense.
     ranks = {f"{LAYERS[0]}.{p}": 8 for p in ("gate", "up", "down")} | {f"{LAYERS[1]}.gate": 8}
     result = run(original, tmp_path / "run", ranks, distill__schedule=schedule)
-    model = checkpoint.load(result.path)
+    model = load(result.path)
     assert sum(p.numel() for p in model.parameters()) == result.plan.after
     assert model.get_submodule(LAYERS[1]).ranks == {"gate": 8}
     before = tiny().get_submodule(LAYERS[1])
@@ -89,7 +90,7 @@ def test_a_layer_planned_in_part_loads_and_saves_again(original, tmp_path, sched
     up = model.get_submodule(LAYERS[1]).weight("up")
     torch.testing.assert_close(up, before.gate_up_proj[:, 48:], rtol=0, atol=0.1)
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
-    assert torch.equal(logits(checkpoint.load(tmp_path / "again")), logits(model))
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
 def test_the_router_learns_with_its_layer_and_is_stored_under_its_hub_name(original, tmp_path):
@@ -108,21 +109,21 @@ def test_the_router_learns_with_its_layer_and_is_stored_under_its_hub_name(origi
 
 def test_without_lillama_it_fails_and_dense_it_loads_anywhere(original, tmp_path):
     result = run(original, tmp_path / "run", {f"{LAYERS[0]}.down": 8})
-    checkpoint.load(result.path).save_pretrained(tmp_path / "again")
+    load(result.path).save_pretrained(tmp_path / "again")
     command = [sys.executable, "-c", REFUSED, str(result.path), str(tmp_path / "again")]
     subprocess.run(command, check=True, capture_output=True)
     from safetensors.torch import load_file, save_file
 
-    checkpoint.export_dense(result.path, tmp_path / "dense")
+    export.export_dense(result.path, tmp_path / "dense")
     save_file(token_batches(tiny())[0], tmp_path / "in")
     arguments = [str(tmp_path / "dense"), str(tmp_path / "in"), str(tmp_path / "out")]
     subprocess.run([sys.executable, "-c", PLAIN, *arguments], check=True, capture_output=True)
-    expected = logits(checkpoint.load(result.path))
+    expected = logits(load(result.path))
     torch.testing.assert_close(load_file(tmp_path / "out")["logits"], expected, rtol=0, atol=1e-5)
 
 
 def test_generation_on_bfloat16_and_grouped_products(original, tmp_path):
-    model = checkpoint.load(run(original, tmp_path, {f"{LAYERS[0]}.up": 8}).path, dtype=torch.bfloat16)
+    model = load(run(original, tmp_path, {f"{LAYERS[0]}.up": 8}).path, dtype=torch.bfloat16)
     assert isinstance(model.get_submodule(LAYERS[0]), LowRankExperts)
     ids = torch.tensor([[5, 6, 7]])
     for implementation in ("eager", "grouped_mm"):
@@ -136,15 +137,15 @@ def test_experts_in_pivoted_storage(original, tmp_path, schedule):
     changes = {"compress.storage": "pivoted", "distill.schedule": schedule}
     recipe = recipe_for(original, tmp_path, changes=changes)
     result = pipeline.compress(recipe, batches=token_batches(tiny()))
-    model = checkpoint.load(result.path)
+    model = load(result.path)
     assert sum(p.numel() for p in model.parameters()) == result.plan.after
     experts = model.get_submodule(LAYERS[0])
     assert all(map(experts.is_pivoted, experts.ranks)) and experts.ranks
     ids = token_batches(model)[0]
     logits = model(**ids).logits
     model.save_pretrained(tmp_path / "again")
-    assert torch.equal(checkpoint.load(tmp_path / "again")(**ids).logits, logits)
-    dense = checkpoint.load(result.path)
+    assert torch.equal(load(tmp_path / "again")(**ids).logits, logits)
+    dense = load(result.path)
     dense.dequantize()
     torch.testing.assert_close(dense(**ids).logits, logits, rtol=1e-4, atol=1e-4)
 
@@ -152,7 +153,7 @@ def test_experts_in_pivoted_storage(original, tmp_path, schedule):
 @pytest.mark.parametrize("name", ["mixtral8x7b_20", "mixtral8x7b_20_24gb"])
 def test_the_real_model_s_plan_is_table_3(name, request):
     recipe = Recipe.load(request.config.rootpath / f"recipes/{name}.yaml", ["run.device=cpu"])
-    plan = pipeline.make_plan(recipe, MixtralConfig())
+    plan = prepare.make_plan(recipe, MixtralConfig())
     assert plan.before == 46_702_792_704
     assert 37.0e9 < plan.after <= 37.4e9
     assert len(plan.work) == 10

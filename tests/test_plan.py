@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lillama import Layer, LillamaError, Weight
-from lillama.plan.plan import choose_ranks, stored
+from lillama.lowrank.counts import stored
+from lillama.plan.plan import choose_ranks
 from lillama.recipe.schema import Compress
 
 shapes = st.tuples(st.integers(1, 96), st.integers(1, 96))

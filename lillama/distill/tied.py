@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lillama.base.progress import Bar
 from lillama.contract import Layer
-from lillama.distill import student as students
 from lillama.distill.job import Job, Targets
 from lillama.distill.student import Student
+from lillama.factorise import start
 from lillama.factorise.grams import Found, Grams
 from lillama.pretrained.calls import Batch
 from lillama.pretrained.streams import Stream
@@ -40,7 +40,7 @@ def distill_tied(
     ids, vectors, final = streams
     top = job.layers[head]
     with job.teacher(top) as head_teacher:
-        init = students.initial_factors(
+        init = start.initial_factors(
             layer, teacher, job.plan, job.recipe, _statistics(job, layer, head_teacher, batches, final, head)
         )
         place = job.layers.index(layer)

@@ -39,7 +39,7 @@ class Settings:
 
 def directories(given: Sequence[str]) -> tuple[str, str, Path | None]:
     """(original, compressed, run directory) of one run directory, or of two models."""
-    from lillama.evaluate.measure import MODEL, RESOLVED
+    from lillama.base.rundir import MODEL, RESOLVED
     from lillama.recipe.schema import Recipe
 
     if len(given) == 2:
@@ -52,7 +52,7 @@ def directories(given: Sequence[str]) -> tuple[str, str, Path | None]:
     original = run / "original"  # unpacked from a GGUF file
     if original.is_dir():
         return str(original), str(run / MODEL), run
-    from lillama.pretrained.source import resolve
+    from lillama.pretrained.locate import resolve
 
     return resolve(Recipe.load(run / RESOLVED).model)[0], str(run / MODEL), run
 
@@ -95,7 +95,8 @@ def compare(original: str, compressed: str, settings: Settings, device: str, dty
 
 
 def _opened(place: str, dtype: str) -> Any:
-    from lillama.evaluate.measure import opened, plugin_of, recipe_for
+    from lillama.checkpoint.open import opened, plugin_of
+    from lillama.evaluate.measure import recipe_for
 
     recipe = recipe_for(Path(place), Path(place), None, [])
     plugin, auto = plugin_of(place, recipe)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 from collections.abc import Sequence
@@ -11,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lillama import host
+from lillama.base.rundir import MODEL, RESOLVED
+from lillama.checkpoint.open import opened, plugin_of
 from lillama.errors import LillamaError
 
 if TYPE_CHECKING:
     import torch
 
     from lillama.recipe.schema import Recipe
-
-MODEL = "model"  # the checkpoint in a run directory
-RESOLVED = "recipe.resolved.yaml"
 
 
 @dataclass
@@ -30,33 +28,12 @@ class Measured:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def opened(place: str | Path, dtype: Any = "auto", auto_class: Any = None, trust: bool = False) -> Any:
-    """The model in a directory (or on the hub), a compressed one loaded strictly, on the CPU in eval mode."""
-    from transformers import AutoModelForCausalLM
-
-    from lillama.checkpoint import write as checkpoint
-    from lillama.pretrained.source import explained
-
-    with explained(f"the model '{place}'", "directory"):
-        config = host.get().read_configuration(place, trust=trust)
-        if is_compressed(config):
-            return checkpoint.load(place, dtype=dtype).eval()
-        auto = auto_class or AutoModelForCausalLM
-        return auto.from_pretrained(place, config=config, dtype=dtype, trust_remote_code=trust).eval()
-
-
-def is_compressed(config: Any) -> bool:
-    """Whether a configuration is that of a checkpoint written by a run."""
-    given = getattr(config, "quantization_config", None) or {}
-    return (given.get("quant_method") if isinstance(given, dict) else given.quant_method) == "lillama"
-
-
 def measure(
     model: Any, place: str | Path, recipe: Recipe, plugin: host.Plugin | None, device: torch.device
 ) -> Measured:
     """Run the recipe's evaluators, and the plugin's, on a loaded model; `place` holds its tokenizer or processor."""
     from lillama.evaluate import context as evaluate
-    from lillama.pretrained.source import explained, processor
+    from lillama.pretrained.locate import explained, processor
 
     hosts = host.get()
     with explained(f"the tokenizer of '{place}'", "directory"):
@@ -71,29 +48,6 @@ def measure(
     if plugin is not None and "evaluate" in plugin.hooks:
         metrics |= hosts.evaluate(plugin, model, recipe)
     return Measured(metrics, context.details)
-
-
-def plugin_of(place: str | Path, recipe: Recipe) -> tuple[host.Plugin | None, Any]:
-    """(the plugin that knows the model in a directory, its auto class); None where none does: evaluation needs none."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    from lillama.pretrained.source import explained
-
-    hosts, trust = host.get(), recipe.model.trust_remote_code
-    with explained(f"the model '{place}'", "directory"):
-        config = copy.deepcopy(hosts.read_configuration(place, trust=trust))
-    if is_compressed(config):  # plugins list the layers of the original
-        del config.quantization_config
-    auto = hosts.auto_class(config, recipe) or AutoModelForCausalLM
-    with explained(f"the model '{place}'", "directory"), init_empty_weights(include_buffers=False):
-        skeleton = auto.from_config(config, trust_remote_code=trust)
-    try:
-        return hosts.layers(skeleton, recipe)[0], auto
-    except LillamaError:
-        if recipe.plugin != "auto":
-            raise
-        return None, auto
 
 
 def recipe_for(directory: Path, place: Path, path: str | None, overrides: Sequence[str]) -> Recipe:

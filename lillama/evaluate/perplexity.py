@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from lillama.data.rows import is_lines, load_rows, render_rows
+from lillama.data.render import render_rows
+from lillama.data.rows import is_lines, load_rows
 from lillama.errors import LillamaError
 from lillama.evaluate.context import Context
 

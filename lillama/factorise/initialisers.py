@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-Factors = tuple[Tensor, Tensor]
+from lillama.lowrank.pivot import Factors, balanced
 
 # H is singular when inputs are fewer than their dimensions: a share of its mean eigenvalue is added.
 RIDGE = 1e-4
@@ -126,11 +126,3 @@ def regularised(gram: Tensor, ridge: float = RIDGE) -> Tensor:
     H = (H + H.T) / 2
     mean = H.diagonal().mean().clamp_min(TINY)
     return H + ridge * mean * torch.eye(len(H), dtype=H.dtype, device=H.device)
-
-
-def balanced(A: Tensor, B: Tensor) -> Factors:
-    """The same product with |column i of A| = |row i of B|."""
-    a, b = A.norm(dim=0), B.norm(dim=1)
-    scale = (b / a.clamp_min(1e-300)).sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return A * scale, B / scale[:, None]

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lillama.base.device import Device
-from lillama.contract import Layer, Weight
-from lillama.distill.student import relative
+from lillama.contract import Layer, Weight, relative
 from lillama.errors import LillamaError
 from lillama.factorise.embedding import weighted_gram
 from lillama.factorise.grams import SAMPLE

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lillama import contract
 from lillama.contract import Layer, Weight
-from lillama.distill import student as students
 from lillama.errors import LillamaError
+from lillama.factorise import start
 from lillama.factorise.grams import Found, counted
 from lillama.lowrank import swap as factors
 from lillama.plan.plan import Plan
@@ -26,7 +27,7 @@ from lillama.recipe.schema import Recipe
 def check(plan: Plan, recipe: Recipe) -> None:
     """LillamaError where the recipe's initialiser wants these fits and cannot have them."""
     init = recipe.compress.init
-    if "cross" not in students.needs(recipe)[1]:
+    if "cross" not in start.needs(recipe)[1]:
         return
     if recipe.distill.schedule != "sequential":
         raise LillamaError(
@@ -66,12 +67,12 @@ def refitted(
         groups.setdefault(weight.group or weight.name, []).append(weight)
     found: dict[str, Tensor] = {}
     for weights in groups.values():
-        path = students.relative(weights[0], layer)
+        path = contract.relative(weights[0], layer)
         H, C = _moments(position, teacher, fitted, path, recipe.compress.gram_tokens, batches, inputs)
         grams: Found = {weight.name: {"gram": H, "cross": C} for weight in weights}
-        found |= students.initial_factors(layer, teacher, plan, recipe, grams, weights)
+        found |= start.initial_factors(layer, teacher, plan, recipe, grams, weights)
         for weight in weights:
-            W = factors.dense(fitted, students.relative(weight, layer), weight.kind)
+            W = factors.dense(fitted, contract.relative(weight, layer), weight.kind)
             W.copy_(found[f"{weight.name}.A"] @ found[f"{weight.name}.B"])
     return found
 

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from lillama.base import memory
 from lillama.contract import Layer
-from lillama.distill.job import FISHER, Job, captured_batches, fisher_file, place, through
+from lillama.distill.job import Job, captured_batches, place, through
 from lillama.factorise.kfac import Listener
+from lillama.factorise.statistics import FISHER, fisher_file
 from lillama.plan.plan import observable
 from lillama.pretrained.calls import Batch, arguments, stand_in
 from lillama.pretrained.predictions import divergence, drawn

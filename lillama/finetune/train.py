@@ -13,49 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lillama.base.device import Device
+from lillama.base.files import atomic_directory
 from lillama.base.progress import Bar, Progress
-from lillama.base.rundir import RunDirectory, atomic_directory
+from lillama.base.rundir import RunDirectory
 from lillama.checkpoint import write as checkpoint
 from lillama.errors import DistillationError, LillamaError
 from lillama.finetune import adapters
+from lillama.finetune.data import Collator, Examples, split, updates
+from lillama.finetune.loss import loss_of
 from lillama.lowrank import swap as factors
-from lillama.pretrained.predictions import divergence
 from lillama.recipe.schema import Finetune, Recipe
 from lillama.report import track
 
 FINETUNED = "finetuned"  # the checkpoint
 WORK = "finetune"  # the trainer's own directory, while it trains
 SETTINGS = "finetune.json"
-IGNORED = -100
-
-Examples = list[dict[str, Any]]
-
-
-def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune) -> Examples:
-    """Blocks of text as examples of a causal model; the data set is the calibration's unless the section names one."""
-    from lillama.data.text import token_blocks
-
-    own = section.dataset is not None
-    base = recipe.calibration
-    data = base.model_copy(
-        update={
-            "dataset": section.dataset or base.dataset,
-            "config": section.config if own else section.config or base.config,
-            "split": section.split or ("train" if own else base.split),
-            "column": section.column if own else section.column or base.column,
-            "filter": None if own else base.filter,
-            "rows": None if own else base.rows,
-            "fraction": 1.0,
-            "tokens": section.tokens,
-            "sequence_length": section.sequence_length,
-            "seed": section.seed,
-        }
-    )
-    blocks = token_blocks(tokenizer, data, "finetune" if own else "calibration")
-    return [{"input_ids": block, "labels": block} for block in blocks]
 
 
 def finished(directory: RunDirectory, section: Finetune) -> bool:
@@ -140,23 +114,6 @@ def finetune(
         factors.store_as(model, name, kind, "pivoted")
 
 
-def split(examples: Examples, share: float, generator: torch.Generator) -> tuple[Examples, Examples]:
-    """(to learn from, held out): about `share` of the examples, all those of one `source` on the same side."""
-    sources = [example.get("source", number) for number, example in enumerate(examples)]
-    order = list(dict.fromkeys(sources[i] for i in torch.randperm(len(examples), generator=generator).tolist()))
-    count = min(max(round(len(order) * share), 1), len(order) - 1) if share else 0
-    away = set(order[:count])
-    parts: tuple[Examples, Examples] = ([], [])
-    for source, example in zip(sources, examples):
-        parts[source in away].append({name: value for name, value in example.items() if name != "source"})
-    return parts
-
-
-def updates(examples: int, section: Finetune) -> int:
-    """How many updates the section's epochs take."""
-    return max(math.ceil(examples / (section.batch_size * section.gradient_accumulation)) * section.epochs, 1)
-
-
 def freeze(model: Any, globs: list[str] | None) -> None:
     """Let every parameter learn but those that match; with None, but those of the encoder where there is one."""
     model.requires_grad_(True)
@@ -175,52 +132,6 @@ def freeze(model: Any, globs: list[str] | None) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise LillamaError("everything is frozen", where="finetune.freeze", hint="Freeze less.")
-
-
-def loss_of(
-    model: Any, teacher: Any, inputs: dict[str, Any], share: float, shifted: bool, items: Any = None
-) -> tuple[Tensor, Any]:
-    """(loss, outputs): (1 - share) cross entropy of the labels + share KL(teacher || student), per label.
-
-    `shifted`: a causal model, whose position t predicts label t + 1. `items` is the number of labels to divide by
-    (None: those of these inputs).
-    """
-    given = {name: value for name, value in inputs.items() if name != "labels"}
-    labels = inputs["labels"]
-    outputs = model(**given, use_cache=False)
-    logits = outputs.logits[:, :-1] if shifted else outputs.logits
-    labels = labels[:, 1:] if shifted else labels
-    counts = labels != IGNORED
-    items = counts.sum().clamp_min(1) if items is None else items
-    wanted = None
-    if teacher is not None and share > 0:
-        with torch.no_grad():
-            wanted = teacher(**given, use_cache=False).logits
-        wanted = _chosen(wanted[:, :-1] if shifted else wanted, counts)
-    return divergence(_chosen(logits, counts), labels[counts], wanted, share) / items, outputs
-
-
-def _chosen(logits: Tensor, counts: Tensor) -> Tensor:
-    """The rows that count; not a copy where all do."""
-    return logits.flatten(0, -2) if bool(counts.all()) else logits[counts]
-
-
-class Collator:
-    """Makes a batch of examples: tensors of one dimension are padded (labels with -100), others stacked."""
-
-    def __init__(self, padding: int) -> None:
-        self.padding = padding
-
-    def __call__(self, examples: Examples) -> dict[str, Any]:
-        return {name: self._column(name, [example[name] for example in examples]) for name in examples[0]}
-
-    def _column(self, name: str, values: list[Any]) -> Any:
-        if isinstance(values[0], tuple):
-            return tuple(self._column(name, list(parts)) for parts in zip(*values))
-        if values[0].dim() != 1:
-            return torch.stack(values)
-        value = IGNORED if name == "labels" else 0 if name.endswith("mask") else self.padding
-        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=value)
 
 
 def last_checkpoint(work: Path) -> Path | None:

@@ -13,7 +13,6 @@ names do not meet the patterns by which transformers fuses and splits experts (D
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lillama.errors import LillamaError
-from lillama.lowrank.linear import Permute, orders, pivoted, unpivoted
+from lillama.lowrank.grouped import _grouped_permute, grouped_linear
+from lillama.lowrank.pivot import Permute, orders, pivoted, unpivoted
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -238,61 +238,3 @@ class LowRankExperts(nn.Module):
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}={self.ranks.get(name, 'dense')}" for name in PROJECTIONS)
         return f"experts={self.num_experts}, {ranks}"
-
-
-def grouped_linear(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
-    """x[start:end] @ W[e]^T for every expert e, its rows of x ending at ends[e]; in the type autocast asks for."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, W = x.to(dtype), W.to(dtype)
-    else:
-        x = x.to(W.dtype)
-    if _has_kernel(x, W):
-        return _Grouped.apply(x, W, ends)
-    start, rows = 0, []
-    for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            rows.append(F.linear(x[start:end], W[expert]))
-        start = end
-    if start < len(x):
-        rows.append(x.new_zeros(len(x) - start, W.shape[1]))
-    return torch.cat(rows)
-
-
-def _grouped_permute(y: Tensor, order: Tensor, inverse: Tensor, ends: Tensor) -> Tensor:
-    """The columns of y[start:end] in the order of every expert."""
-    bounds = [0, *ends.tolist()]
-    rows = [
-        Permute.apply(y[start:end], order[expert], inverse[expert])
-        for expert, (start, end) in enumerate(itertools.pairwise(bounds))
-        if end > start
-    ]
-    return torch.cat([*rows, y[bounds[-1] :]])
-
-
-class _Grouped(torch.autograd.Function):
-    """torch's grouped product; its own backward refuses a gradient that is an expanded view."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(x, W, ends)
-        return F.grouped_mm(x, W.transpose(-2, -1), offs=ends)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, W, ends = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        to_x = F.grouped_mm(gradient, W, offs=ends) if ctx.needs_input_grad[0] else None
-        to_W = F.grouped_mm(gradient.T, x, offs=ends) if ctx.needs_input_grad[1] else None
-        return to_x, to_W, None
-
-
-def _has_kernel(x: Tensor, W: Tensor) -> bool:
-    """Whether torch's grouped product serves: it wants strides (and starts) of whole 16 bytes."""
-    if not hasattr(F, "grouped_mm") or x.device.type not in ("cpu", "cuda"):
-        return False
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return False
-    size = W.element_size()
-    aligned = all(n * size % 16 == 0 for n in W.shape[1:]) and W.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
-    return aligned and x.is_contiguous() and W.is_contiguous()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lillama.factorise.initialisers import balanced
+from lillama.lowrank.pivot import Permute, orders, pivoted, unpivoted
 
 
 class _Factors(nn.Module):
@@ -60,58 +60,6 @@ class LowRankLinear(_Factors):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
-
-
-class Permute(torch.autograd.Function):
-    """x[..., order], whose gradient is a second gather: autograd's own would scatter, element by element.
-
-    `gather` and not `index_select`, which takes three times as long on bfloat16 on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.gather(-1, order.expand_as(x))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradient.gather(-1, inverse.expand_as(gradient)), None, None
-
-
-def pivoted(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(pivots, rows, coefficients) of A @ B, on the host, the latter two in float64; see PivotedLinear.set_factors."""
-    import scipy.linalg
-
-    r = A.shape[1]
-    A64, B64 = A.detach().double().cpu(), B.detach().double().cpu()
-    _, R, order = scipy.linalg.qr(A64.T.numpy(), mode="economic", pivoting=True)
-    diagonal = abs(R.diagonal())
-    if diagonal.min() <= diagonal.max() * 1e-12:
-        # A of deficient rank has no r independent rows; the least-norm coefficients still serve.
-        coefficients = scipy.linalg.lstsq(R[:, :r], R[:, r:])[0].T
-    else:
-        coefficients = scipy.linalg.solve_triangular(R[:, :r], R[:, r:]).T
-    pivots, rest = torch.from_numpy(order[:r].copy()).long(), torch.from_numpy(order[r:].copy())
-    return pivots, A64[pivots] @ B64, torch.from_numpy(coefficients)[rest.argsort()]
-
-
-def unpivoted(B: Tensor, C: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Balanced factors in float64 of the matrix cat(B, C B)[order]."""
-    rows = B.detach().double()
-    one = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-    Q, R = torch.linalg.qr(torch.cat([one, C.detach().double()])[order])
-    rows = R @ rows
-    U = torch.linalg.eigh(rows @ rows.T)[1]
-    return balanced(Q @ U, U.T @ rows)
-
-
-def orders(pivots: Tensor, d_out: int) -> tuple[Tensor, Tensor]:
-    """(order, inverse): cat(pivot rows, others)[order] is the output in its own order."""
-    rest = torch.ones(d_out, dtype=torch.bool, device=pivots.device)
-    rest[pivots] = False
-    inverse = torch.cat([pivots, rest.nonzero().squeeze(1)])
-    return inverse.argsort(), inverse
 
 
 class PivotedLinear(nn.Module):
@@ -176,59 +124,3 @@ class PivotedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
-
-
-class LowRankEmbedding(_Factors):
-    """A table of token vectors kept as A (vocabulary x r) and B (r x d): token t has the vector A[t] B."""
-
-    bias = None
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        rank: int,
-        padding_idx: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
-        self.padding_idx = padding_idx
-        self.A = nn.Parameter(torch.empty(num_embeddings, rank, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(rank, embedding_dim, device=device, dtype=dtype))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        # As a dense table does under autocast: the residual stream begins here, in full precision.
-        return F.linear(F.embedding(ids, self.A, self.padding_idx), self.B.T).to(self.B.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
-
-
-class PivotedEmbedding(PivotedLinear):
-    """A table of token vectors kept as those of r tokens (B) and the coefficients (C) of the others in them."""
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        rank: int,
-        padding_idx: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(embedding_dim, num_embeddings, rank, False, device, dtype)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = padding_idx
-
-    def forward(self, ids: Tensor) -> Tensor:
-        place = self._order()[0][ids]
-        pivots = F.embedding(place.clamp(max=self.rank - 1), self.B)
-        if self.rank == self.num_embeddings:
-            return pivots
-        others = F.linear(F.embedding((place - self.rank).clamp(min=0), self.C), self.B.T)
-        return torch.where((place < self.rank)[..., None], pivots, others.to(pivots.dtype))
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lillama.contract import Weight
 from lillama.errors import LillamaError
+from lillama.lowrank.embedding import LowRankEmbedding, PivotedEmbedding
 from lillama.lowrank.experts import PROJECTIONS, LowRankExperts, dense_weight, is_fused, replaced_parameters
-from lillama.lowrank.linear import LowRankEmbedding, LowRankLinear, PivotedEmbedding, PivotedLinear
+from lillama.lowrank.linear import LowRankLinear, PivotedLinear
 
 __all__ = ["LowRankEmbedding", "LowRankExperts", "LowRankLinear", "PivotedEmbedding", "PivotedLinear"]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from lillama.contract import Layer, Weight
 from lillama.errors import LillamaError
-from lillama.plan.plan import Ranks, stored, unreachable
+from lillama.lowrank.counts import stored
+from lillama.plan.strategies import Ranks, unreachable
 from lillama.recipe.schema import Compress
 
 

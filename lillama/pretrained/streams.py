@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lillama.base import tensorfile
-from lillama.base.rundir import write_json
+from lillama.base.files import write_json
 from lillama.recipe.schema import Run
 
 Place = Literal["device", "host", "file"]

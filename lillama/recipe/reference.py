@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -82,3 +83,28 @@ def _default(field: FieldInfo) -> str:
     if value is None:
         return "null"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of recipes with the names that are installed here, for editors and for docs/recipe.md."""
+    from lillama import host, registry
+
+    host.get().registered()
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    evaluate = schema["properties"]["evaluate"]
+    evaluate["properties"], evaluate["patternProperties"] = {}, {}
+    for name in registry.EVALUATORS:
+        options = registry.EVALUATORS.options(name).model_json_schema()
+        schema["$defs"] |= options.pop("$defs", {})
+        evaluate["properties"][name] = {"anyOf": [options, {"type": "null"}]}
+        evaluate["patternProperties"][f"^{re.escape(name)}/"] = evaluate["properties"][name]
+    evaluate["additionalProperties"] = False
+    for section, key, known in (
+        ("Compress", "strategy", registry.STRATEGIES),
+        ("Compress", "init", registry.INITIALISERS),
+        ("Distill", "loss", registry.LOSSES),
+        ("Distill", "objective", registry.OBJECTIVES),
+    ):
+        schema["$defs"][section]["properties"][key]["enum"] = list(known)
+    return schema

@@ -5,8 +5,6 @@ The descriptions become docs/recipe.md and the JSON schema that editors read.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +14,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_vali
 from lillama.errors import LillamaError
 from lillama.recipe import yamlfile
 from lillama.recipe.explain import Origin, check_names, explain, together
+from lillama.recipe.overrides import _apply_override, _plain
 from lillama.registry import Options
 
 
@@ -307,54 +306,3 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The recipe with every default of its sections written out; loads back as an equal one."""
         return yamlfile.dump(self.model_dump(mode="json"))
-
-
-def _plain(value: Any) -> Any:
-    """A copy that overrides may change, of what YAML could have held."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _apply_override(data: dict[str, Any], override: str) -> tuple[str, ...]:
-    key, equals, text = override.partition("=")
-    path = tuple(key.strip().split("."))
-    if not equals or not all(path):
-        raise LillamaError(f"'{override}' is not KEY=VALUE", where="--set", hint="For example run.out=runs/mine.")
-    *parents, last = path
-    for i, part in enumerate(parents):
-        child = data.get(part)
-        if child is None:
-            child = data[part] = {}
-        if not isinstance(child, dict):
-            raise LillamaError(f"'{'.'.join(parents[: i + 1])}' has no keys below it", where=f"--set {override}")
-        data = child
-    data[last] = yamlfile.value(text, f"--set {key}")
-    return path
-
-
-def schema() -> dict[str, Any]:
-    """The JSON schema of recipes with the names that are installed here, for editors and for docs/recipe.md."""
-    from lillama import host, registry
-
-    host.get().registered()
-    schema = Recipe.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    evaluate = schema["properties"]["evaluate"]
-    evaluate["properties"], evaluate["patternProperties"] = {}, {}
-    for name in registry.EVALUATORS:
-        options = registry.EVALUATORS.options(name).model_json_schema()
-        schema["$defs"] |= options.pop("$defs", {})
-        evaluate["properties"][name] = {"anyOf": [options, {"type": "null"}]}
-        evaluate["patternProperties"][f"^{re.escape(name)}/"] = evaluate["properties"][name]
-    evaluate["additionalProperties"] = False
-    for section, key, known in (
-        ("Compress", "strategy", registry.STRATEGIES),
-        ("Compress", "init", registry.INITIALISERS),
-        ("Distill", "loss", registry.LOSSES),
-        ("Distill", "objective", registry.OBJECTIVES),
-    ):
-        schema["$defs"][section]["properties"][key]["enum"] = list(known)
-    return schema

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from lillama.report import plots
 
 if TYPE_CHECKING:
-    from lillama.report.html import Found
+    from lillama.report.record import Found
 
 
 def ranks(found: Found) -> str | None:
     """How much of every weight is kept, by layer and kind; the rank in each cell."""
-    from lillama.report.html import layer_label
+    from lillama.report.record import layer_label
 
     weights = found.plan["weights"]
     if not weights:
@@ -46,7 +46,7 @@ def _unique(kinds: list[str]) -> bool:
 
 def losses(found: Found) -> str | None:
     """The held-out loss of every layer as it trains."""
-    from lillama.report.html import _finite, layer_label
+    from lillama.report.record import _finite, layer_label
 
     curves: dict[str, dict[int, float]] = {}
     for event in found.events:
@@ -60,7 +60,7 @@ def losses(found: Found) -> str | None:
 
 def layers(found: Found) -> str | None:
     """Where every layer began and ended."""
-    from lillama.report.html import _layers, layer_label
+    from lillama.report.record import _layers, layer_label
 
     done = _layers(found)
     names = [event["layer"] for event in done]
@@ -97,7 +97,7 @@ def finetuning(found: Found) -> str | None:
 
 def benchmarks(found: Found) -> str | None:
     """Accuracy on every task, with standard errors."""
-    from lillama.report.html import STAGES
+    from lillama.report.record import STAGES
 
     metrics: dict[str, str] = {}  # task -> its main metric
     for measured in found.stages.values():
@@ -117,7 +117,7 @@ def benchmarks(found: Found) -> str | None:
 
 def speed(found: Found) -> str | None:
     """How many times as fast, by length of prompt where `lillama bench` ran; else of the run's own figures."""
-    from lillama.report.html import STAGES
+    from lillama.report.record import STAGES
 
     phases = ("prefill", "decode")
     rows = [row for row in found.bench.get("rows", []) if "ratio" in row.get("prefill", {})]
@@ -160,7 +160,7 @@ def stable_ranks(found: Found) -> str | None:
 
 def activations(found: Found) -> str | None:
     """Stable rank of what the layers put out, original and compressed."""
-    from lillama.report.html import STAGES
+    from lillama.report.record import STAGES
 
     series, colors = {}, {}
     for stage, label in STAGES.items():

@@ -6,80 +6,22 @@ It is made from the files of the run directory alone, so it can be made again at
 from __future__ import annotations
 
 import html
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lillama.base.progress import clock
-from lillama.errors import LillamaError
+from lillama.report.record import STAGES, Found, _layers, layer_label, read
+from lillama.report.words import _main_metrics, _plain, number
 
 NAME = "report.html"
-BENCH = "bench.json"
 TASK_METRIC = re.compile(r"(?P<task>[^/]+)/(acc|acc_norm|f1|exact_match)$")
-STAGES = {"before": "original", "after": "compressed", "finetuned": "fine-tuned"}
-
-
-@dataclass
-class Found:
-    """What a run directory holds: missing parts are empty."""
-
-    path: Path
-    metrics: dict[str, Any]
-    plan: dict[str, Any]
-    recipe: str
-    settings: dict[str, Any]
-    events: list[dict[str, Any]]
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    bench: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-
-
-def read(path: Path) -> Found:
-    """What `path` holds. Raises LillamaError where it is no run directory."""
-    from lillama.recipe import yamlfile
-
-    if not (path / "plan.json").is_file() or not (path / "recipe.resolved.yaml").is_file():
-        raise LillamaError("this is not a run directory", where=str(path), hint="Give the run.out of a recipe.")
-    events = []
-    if (path / "events.jsonl").is_file():
-        for line in (path / "events.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                events.append(json.loads(line))
-            except ValueError:  # the last line of a run that was killed
-                continue
-    return Found(
-        path,
-        _json(path / "metrics.json"),
-        _json(path / "plan.json"),
-        _text(path / "recipe.yaml"),
-        dict(yamlfile.load(path / "recipe.resolved.yaml").data),
-        events,
-        {stage: found for stage in STAGES if (found := _json(path / f"evaluation.{stage}.json"))},
-        _json(path / BENCH),
-        _json(path / "MANIFEST.json").get("fingerprint", {}),
-        _json(path / "model" / "config.json"),
-    )
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(_text(path) or "{}"))
-    except ValueError:
-        return {}
 
 
 def write(path: Path) -> Path:
     """Write the report into the run directory; returns the file. A chart that fails is left out and named there."""
-    from lillama.base.rundir import write_text
+    from lillama.base.files import write_text
 
     write_text(path / NAME, render(read(path)))
     return path / NAME
@@ -90,7 +32,7 @@ def render(found: Found) -> str:
     from jinja2 import Environment
 
     from lillama import __version__
-    from lillama.cli.show import size
+    from lillama.report.words import size
 
     template = (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -113,18 +55,9 @@ def render(found: Found) -> str:
     )
 
 
-def number(value: float | None) -> str:
-    """A number for people: four digits that count."""
-    if value is None:
-        return ""
-    if not math.isfinite(value) or abs(value) > 1e300:
-        return "infinite"
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
-
-
 def tiles(found: Found) -> list[tuple[str, str, str]]:
     """(what, value, remark) of the figures on top."""
-    from lillama.cli.show import millions, size
+    from lillama.report.words import millions, size
 
     counts = found.plan["parameters"]
     shown = [
@@ -145,19 +78,6 @@ def tiles(found: Found) -> list[tuple[str, str, str]]:
                 shown.append((_plain(name), f"x {b / a:.3g}", f"{number(a)} → {number(b)}"))
         shown.append(("took", clock(sum(m["seconds"].values())), f"peak memory {size(m['peak_memory_bytes'])}"))
     return shown
-
-
-def _main_metrics(names: Sequence[str] | Mapping[str, float]) -> list[str]:
-    """The metrics most people ask for first."""
-    wanted = ("perplexity", "wer", "average", "acc_norm", "acc", "decode_tokens_per_second")
-    return [name for end in wanted for name in names if name.rpartition("/")[2] == end]
-
-
-def _plain(name: str) -> str:
-    """perplexity/perplexity is perplexity."""
-    task, _, metric = name.rpartition("/")
-    metric = metric.replace("_tokens_per_second", " tokens/s").replace("_", " ")
-    return metric if task in ("", metric, "speed") else f"{task} {metric}"
 
 
 def comparison(found: Found) -> list[dict[str, Any]]:
@@ -199,16 +119,6 @@ def _harness_note(found: Found) -> str:
     return text + (f" Change in points, paired by example: {'; '.join(pairs)}." if pairs else "")
 
 
-def layer_label(name: str, among: Sequence[str]) -> str:
-    """The number of a layer where that tells it from the others, else its name."""
-    numbered = [other for other in among if re.search(r"\d", other)]
-    stems = {re.sub(r"\d+", "#", other) for other in numbered}
-    last = [re.findall(r"\d+", other)[-1] for other in numbered]
-    if name in numbered and len(stems) == 1 and len(set(last)) == len(last):
-        return last[numbered.index(name)]
-    return name
-
-
 def worst(found: Found, most: int = 5) -> list[dict[str, str]]:
     """The layers that fit their originals least, by the held-out loss, and how far training took each."""
     layers = _layers(found)
@@ -223,21 +133,6 @@ def worst(found: Found, most: int = 5) -> list[dict[str, str]]:
         }
         for row in rows
     ]
-
-
-def _layers(found: Found) -> list[dict[str, Any]]:
-    """The events of finished layers with a loss, the last of each, in the order of the model."""
-    order = list(dict.fromkeys(row["layer"] for row in found.plan["weights"]))
-    kept = {
-        event["layer"]: event
-        for event in found.events
-        if event["event"] == "layer" and _finite(event.get("loss")) and _finite(event.get("initial_loss"))
-    }
-    return [kept[name] for name in order if name in kept]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and abs(value) < 1e300
 
 
 def samples(found: Found) -> list[dict[str, Any]]:

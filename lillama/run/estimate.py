@@ -10,9 +10,10 @@ import torch
 
 from lillama.base.device import Device
 from lillama.contract import Weight
-from lillama.distill.student import fisher_factors, needs
 from lillama.factorise.grams import which
-from lillama.plan.plan import Plan, observable, stored, wants_spectra
+from lillama.factorise.start import fisher_factors, needs
+from lillama.lowrank.counts import stored
+from lillama.plan.plan import Plan, observable, wants_spectra
 from lillama.pretrained.source import Source
 from lillama.pretrained.streams import budgets, choose
 from lillama.recipe.schema import Recipe

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,38 +14,31 @@ from torch import Tensor
 import lillama
 from lillama import host
 from lillama.base import device, memory
+from lillama.base.files import write_text
+from lillama.base.memory import peak_memory
 from lillama.base.progress import Progress
-from lillama.base.rundir import RunDirectory, write_text
+from lillama.base.rundir import MODEL, RunDirectory
+from lillama.checkpoint import open
 from lillama.checkpoint import write as checkpoint
-from lillama.contract import Layer
+from lillama.checkpoint.load import load
+from lillama.data import batches as data_batches
 from lillama.data import text as calibration
 from lillama.distill.engine import distill
 from lillama.distill.job import EMBEDDING, Job
 from lillama.errors import LillamaError
 from lillama.evaluate import measure
-from lillama.evaluate.measure import MODEL
-from lillama.factorise import refit, sensitivity
+from lillama.factorise import sensitivity
+from lillama.finetune import data
 from lillama.finetune import train as finetune
-from lillama.lowrank import swap as factors
 from lillama.plan.plan import Plan, choose_ranks
 from lillama.pretrained import sharing
-from lillama.pretrained.source import Source
 from lillama.recipe.schema import Finetune, Recipe
 from lillama.report import track
 from lillama.run import curve
+from lillama.run.fingerprint import NOT_IN_THE_NUMBERS
+from lillama.run.prepare import Prepared, prepare
 
 PLAN = "plan.json"
-# Settings of a run that change nothing in its result.
-NOT_IN_THE_NUMBERS = {
-    "out",
-    "low_memory",
-    "snapshot_seconds",
-    "stream_memory",
-    "stream_device_memory",
-    "curve",
-    "curve_tokens",
-    "track",
-}
 
 
 @dataclass
@@ -58,60 +50,6 @@ class Result:
     metrics: dict[str, Any]
     details: dict[str, Any] = field(default_factory=dict)
     auto_class: str = "AutoModelForCausalLM"  # of transformers, which opens the checkpoint
-
-
-@dataclass
-class Prepared:
-    """An opened model with its plan; nothing was written yet."""
-
-    recipe: Recipe
-    source: Source
-    plugin: host.Plugin
-    layers: list[Layer]
-    plan: Plan
-    device: device.Device
-
-
-def prepare(recipe: Recipe, config: Any = None) -> Prepared:
-    """Open the recipe's model on the meta device and plan its ranks.
-
-    `config` is used in place of the model's own (planning for a model that is not at hand).
-    """
-    chosen = device.choose(recipe.run)
-    hosts = host.get()
-    source = Source(
-        recipe,
-        lambda found: hosts.auto_class(found, recipe),
-        config,
-        chosen.working,
-        hosts.read_configuration,
-    )
-    plugin, layers = hosts.layers(source.model, recipe)
-    source.share(hosts.shared_modules(plugin, source.model, recipe))
-    if not any(layer.weights for layer in layers):
-        raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
-    plan = choose_ranks(layers, source.parameters, recipe.compress)
-    refit.check(plan, recipe)
-    factors.check_storage((plan.weights[name] for name in plan.ranks), recipe.compress.storage)
-    _check_layers(layers, source)
-    return Prepared(recipe, source, plugin, layers, plan, chosen)
-
-
-def _check_layers(layers: list[Layer], source: Source) -> None:
-    """LillamaError for a list of layers that no schedule could work on."""
-    shared = tuple(f"{name}." for group in source.shared for name in group)
-    for layer in layers:
-        if layer.kind == "head" and layer is not layers[-1]:
-            raise LillamaError("a head must be the last layer", where=layer.name)
-        if layer.kind == "embedding" and layer is not layers[0]:
-            raise LillamaError("an embedding must be the first layer", where=layer.name)
-        if found := next((w.name for w in layer.weights if f"{w.name}.".startswith(shared)), None):
-            raise LillamaError("a weight of shared modules cannot be factorised", where=found)
-
-
-def make_plan(recipe: Recipe, config: Any = None) -> Plan:
-    """The plan of a recipe: every rank and exact parameter counts. Reads no weights, writes nothing."""
-    return prepare(recipe, config).plan
 
 
 def compress(
@@ -221,7 +159,7 @@ class Run:
                 batches = list(stream)
             else:
                 blocks = calibration.token_blocks(self.tokenizer(), self.recipe.calibration)
-                batches = calibration.text_batches(blocks, self.recipe.distill.batch_size)
+                batches = data_batches.text_batches(blocks, self.recipe.distill.batch_size)
         if not batches:
             raise LillamaError("the calibration data gives no batch", where="calibration")
         return batches
@@ -235,7 +173,7 @@ class Run:
         """The original's tokenizer."""
         from transformers import AutoTokenizer
 
-        from lillama.pretrained.source import explained
+        from lillama.pretrained.locate import explained
 
         options: dict[str, Any] = {"gguf_file": self.source.gguf} if self.source.gguf else {}
         with explained(f"the tokenizer of '{self.recipe.model.id}'", "model.id"):
@@ -259,7 +197,7 @@ class Run:
         )
         return {
             "recipe": recipe,
-            "data": calibration.fingerprint(batches),
+            "data": data_batches.fingerprint(batches),
             "model": self.source.identity(),
             "compute": str(self.prepared.device.compute).removeprefix("torch."),
             "lillama": lillama.__version__,
@@ -303,7 +241,7 @@ class Run:
             kinds = {"before": "original", "after": "compressed", "finetuned": "fine-tuned"}
             self.progress.say(f"evaluating the {kinds[when]} model")
             trust = self.recipe.model.trust_remote_code
-            model = measure.opened(place, self.source.dtype, self.source.auto_class, trust)
+            model = open.opened(place, self.source.dtype, self.source.auto_class, trust)
             if when == "before":
                 sharing.share(model, self.source.shared)
             found = measure.measure(model, place, self.recipe, self.prepared.plugin, self.prepared.device.device)
@@ -338,9 +276,9 @@ class Run:
                         where="finetune",
                         hint="Its hook finetune_data would; finetune: null leaves fine-tuning out.",
                     )
-                examples = finetune.text_examples(self.tokenizer(), self.recipe, section)
+                examples = data.text_examples(self.tokenizer(), self.recipe, section)
         compressed = self.directory.path / MODEL
-        model = checkpoint.load(compressed, dtype=torch.float32)
+        model = load(compressed, dtype=torch.float32)
         hosts.prepare(prepared.plugin, model, self.recipe)
         teacher = None
         if section.teacher > 0:
@@ -407,17 +345,3 @@ class Run:
             report.write(self.directory.path)
         except Exception as error:
             self.progress.say(f"the report could not be written ({type(error).__name__}: {error})")
-
-
-def peak_memory() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    import sys
-
-    if os.name == "posix":
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    import psutil
-
-    return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]  # Windows only

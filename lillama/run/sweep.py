@@ -15,20 +15,16 @@ row with its error.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError
-
 from lillama.errors import LillamaError
-from lillama.recipe import yamlfile
-from lillama.recipe.schema import Recipe, Section
+from lillama.recipe.schema import Recipe
+from lillama.run.sweepfile import Row, Sweep, rows
 
 if TYPE_CHECKING:
     from lillama.base.progress import Progress
@@ -38,87 +34,11 @@ HEAVY = ("model", "layers", "original", "streams", "finetuned")
 Say = Callable[[str], None]
 
 
-class Sweep(Section):
-    """A sweep file."""
-
-    base: str = Field(description="The recipe that all runs share, beside this file.")
-    set: list[str] = Field(default_factory=list, description="Overrides for every run: KEY=VALUE.")
-    axes: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(
-        min_length=1, description="A dotted key and its values, or any name and named sets of keys."
-    )
-    out: str = Field(description="Where the runs and the table go.")
-    metrics: list[str] = Field(default_factory=list, description="Metrics of the table; none: the main ones there are.")
-    keep: bool = Field(True, description="Keep the weights of each run; false: numbers and events alone.")
-
-
-@dataclass
-class Row:
-    """One run: its place on the axes, what it gave, or why it gave nothing."""
-
-    name: str
-    values: dict[str, str]
-    overrides: list[str]
-    directory: Path
-    metrics: dict[str, Any] = field(default_factory=dict)
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    error: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The row as sweep.json holds it."""
-        return {"name": self.name, "values": self.values, "metrics": self.metrics, "curve": self.curve} | (
-            {"error": self.error} if self.error else {}
-        )
-
-
-def load(path: str | Path) -> tuple[Sweep, Path]:
-    """The sweep and the path of its base recipe. Raises LillamaError with file and line."""
-    document = yamlfile.load(path)
-    if not isinstance(document.data, Mapping):
-        raise LillamaError("a sweep is a mapping of keys to values", where=document.name)
-    try:
-        sweep = Sweep.model_validate(document.data)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = tuple(part for part in problem["loc"] if not str(part).startswith(("list[", "dict[")))
-        where = f"{document.where(place)}: {'.'.join(map(str, place))}"
-        known = f"Known: {', '.join(Sweep.model_fields)}."
-        raise LillamaError(problem["msg"], where=where, hint=known) from error
-    base = Path(path).parent / sweep.base
-    return sweep, base if base.is_file() else Path(sweep.base)
-
-
-def is_sweep(path: str | Path) -> bool:
-    """Whether a file that can be read is a sweep and not a recipe."""
-    data = yamlfile.load(path).data
-    return isinstance(data, Mapping) and "axes" in data
-
-
 def recipes(sweep: Sweep, base: Path, found: list[Row]) -> dict[str, Recipe]:
     """The recipe of every run by its name. Raises LillamaError for any that is not valid, and for equal names."""
     if len({row.directory for row in found}) < len(found):
         raise LillamaError("two runs of the sweep have the same name", where="axes", hint="Name the values.")
     return {row.name: Recipe.load(base, row.overrides) for row in found}
-
-
-def rows(sweep: Sweep, overrides: list[str] | None = None) -> Iterator[Row]:
-    """Every combination of the axes, the last axis changing fastest."""
-    axes = [list(_points(axis, values)) for axis, values in sweep.axes.items()]
-    for combination in itertools.product(*axes):
-        values = {axis: label for axis, (label, _) in zip(sweep.axes, combination)}
-        name = ",".join(re.sub(r"[^\w.+=-]+", "_", f"{axis.rpartition('.')[2]}={v}") for axis, v in values.items())
-        own = [f"{key}={json.dumps(value)}" for _, keys in combination for key, value in keys.items()]
-        directory = Path(sweep.out) / name
-        out = f"run.out={json.dumps(str(directory))}"
-        yield Row(name, values, [*sweep.set, *(overrides or []), *own, out], directory)
-
-
-def _points(axis: str, values: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(label, keys) of every point on an axis."""
-    if isinstance(values, Mapping):
-        yield from values.items()
-    else:
-        for value in values:
-            yield value if isinstance(value, str) else json.dumps(value), {axis: value}
 
 
 def run(sweep: Sweep, base: Path, progress: Progress, overrides: list[str] | None = None) -> list[Row]:
@@ -156,13 +76,13 @@ class _Shared:
 
     def run(self, recipe: Recipe, progress: Progress) -> None:
         from lillama.base.progress import Progress
-        from lillama.pretrained.source import resolve
-        from lillama.run import pipeline
+        from lillama.pretrained.locate import resolve
+        from lillama.run import pipeline, prepare
 
         gguf = resolve(recipe.model)[1]
         if gguf:
             recipe = self._unpacked(recipe, gguf)
-        prepared = pipeline.prepare(recipe)
+        prepared = prepare.prepare(recipe)
         key = json.dumps([prepared.source.identity(), str(prepared.source.dtype)], sort_keys=True)
         # A Progress of its own: it adds up the seconds of one run.
         pipeline.Run(prepared, Progress(progress.console), before=self.before.get(key)).execute()
@@ -171,11 +91,11 @@ class _Shared:
             self.before[key] = json.loads(measured.read_text())
 
     def _unpacked(self, recipe: Recipe, gguf: str) -> Recipe:
-        from lillama.run import pipeline
+        from lillama.run import prepare
 
         place = self.out / f"original-{re.sub(r'[^0-9A-Za-z._-]+', '_', gguf)}-{recipe.model.dtype}"
         if not (place / "original").is_dir():
-            pipeline.prepare(recipe).source.fetch(place)
+            prepare.prepare(recipe).source.fetch(place)
         model = recipe.model.model_copy(update={"id": str(place / "original"), "gguf_file": None})
         return recipe.model_copy(update={"model": model})
 
@@ -207,7 +127,7 @@ def collected(sweep: Sweep) -> list[Row]:
 
 
 def _write(sweep: Sweep, found: list[Row]) -> None:
-    from lillama.base.rundir import write_json, write_text
+    from lillama.base.files import write_json, write_text
     from lillama.run import sweeptable
 
     out = Path(sweep.out)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lillama.report import plots
-from lillama.report.html import _main_metrics, _plain, number
+from lillama.report.words import _main_metrics, _plain, number
 
 if TYPE_CHECKING:
-    from lillama.run.sweep import Row, Sweep
+    from lillama.run.sweepfile import Row, Sweep
 
 Table = list[dict[str, str]]
 

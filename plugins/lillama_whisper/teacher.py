@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lillama.base import cache, device
 from lillama.data.audio import Clip
-from lillama.pretrained.source import explained, processor, resolve
+from lillama.pretrained.locate import explained, processor, resolve
 from lillama_whisper.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -1,0 +1,26 @@
+"""The compressed checkpoint in other forms: `lillama export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lillama.base.files import atomic_directory
+from lillama.checkpoint.load import load
+from lillama.checkpoint.write import copy_beside
+from lillama.errors import LillamaError
+
+
+def export_dense(path: str | Path, target: str | Path) -> None:
+    """Multiply the factors back and save a model that plain transformers loads: it runs anywhere and saves nothing."""
+    path, target = Path(path), Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise LillamaError("the directory exists and is not empty", where=str(target), hint="Name a new one.")
+    model = load(path)
+    if getattr(model, "hf_quantizer", None) is None:
+        raise LillamaError("this checkpoint holds no factors", where=str(path))
+    model.dequantize()
+    if target.exists():
+        target.rmdir()
+    with atomic_directory(target) as directory:
+        model.save_pretrained(directory)
+        copy_beside(path, directory)

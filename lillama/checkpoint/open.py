@@ -1,0 +1,57 @@
+"""Any model in a directory or on the hub, opened: a compressed one strictly, others as transformers does."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lillama import host
+from lillama.errors import LillamaError
+
+if TYPE_CHECKING:
+    from lillama.recipe.schema import Recipe
+
+
+def opened(place: str | Path, dtype: Any = "auto", auto_class: Any = None, trust: bool = False) -> Any:
+    """The model in a directory (or on the hub), a compressed one loaded strictly, on the CPU in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    from lillama.checkpoint.load import load
+    from lillama.pretrained.locate import explained
+
+    with explained(f"the model '{place}'", "directory"):
+        config = host.get().read_configuration(place, trust=trust)
+        if is_compressed(config):
+            return load(place, dtype=dtype).eval()
+        auto = auto_class or AutoModelForCausalLM
+        return auto.from_pretrained(place, config=config, dtype=dtype, trust_remote_code=trust).eval()
+
+
+def is_compressed(config: Any) -> bool:
+    """Whether a configuration is that of a checkpoint written by a run."""
+    given = getattr(config, "quantization_config", None) or {}
+    return (given.get("quant_method") if isinstance(given, dict) else given.quant_method) == "lillama"
+
+
+def plugin_of(place: str | Path, recipe: Recipe) -> tuple[host.Plugin | None, Any]:
+    """(the plugin that knows the model in a directory, its auto class); None where none does: evaluation needs none."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from lillama.pretrained.locate import explained
+
+    hosts, trust = host.get(), recipe.model.trust_remote_code
+    with explained(f"the model '{place}'", "directory"):
+        config = copy.deepcopy(hosts.read_configuration(place, trust=trust))
+    if is_compressed(config):  # plugins list the layers of the original
+        del config.quantization_config
+    auto = hosts.auto_class(config, recipe) or AutoModelForCausalLM
+    with explained(f"the model '{place}'", "directory"), init_empty_weights(include_buffers=False):
+        skeleton = auto.from_config(config, trust_remote_code=trust)
+    try:
+        return hosts.layers(skeleton, recipe)[0], auto
+    except LillamaError:
+        if recipe.plugin != "auto":
+            raise
+        return None, auto

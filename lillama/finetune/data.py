@@ -1,0 +1,74 @@
+"""Examples to fine-tune on: blocks of text, split into what is learned and what is held out, padded to batches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from lillama.recipe.schema import Finetune, Recipe
+
+IGNORED = -100
+
+
+Examples = list[dict[str, Any]]
+
+
+def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune) -> Examples:
+    """Blocks of text as examples of a causal model; the data set is the calibration's unless the section names one."""
+    from lillama.data.text import token_blocks
+
+    own = section.dataset is not None
+    base = recipe.calibration
+    data = base.model_copy(
+        update={
+            "dataset": section.dataset or base.dataset,
+            "config": section.config if own else section.config or base.config,
+            "split": section.split or ("train" if own else base.split),
+            "column": section.column if own else section.column or base.column,
+            "filter": None if own else base.filter,
+            "rows": None if own else base.rows,
+            "fraction": 1.0,
+            "tokens": section.tokens,
+            "sequence_length": section.sequence_length,
+            "seed": section.seed,
+        }
+    )
+    blocks = token_blocks(tokenizer, data, "finetune" if own else "calibration")
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def split(examples: Examples, share: float, generator: torch.Generator) -> tuple[Examples, Examples]:
+    """(to learn from, held out): about `share` of the examples, all those of one `source` on the same side."""
+    sources = [example.get("source", number) for number, example in enumerate(examples)]
+    order = list(dict.fromkeys(sources[i] for i in torch.randperm(len(examples), generator=generator).tolist()))
+    count = min(max(round(len(order) * share), 1), len(order) - 1) if share else 0
+    away = set(order[:count])
+    parts: tuple[Examples, Examples] = ([], [])
+    for source, example in zip(sources, examples):
+        parts[source in away].append({name: value for name, value in example.items() if name != "source"})
+    return parts
+
+
+def updates(examples: int, section: Finetune) -> int:
+    """How many updates the section's epochs take."""
+    return max(math.ceil(examples / (section.batch_size * section.gradient_accumulation)) * section.epochs, 1)
+
+
+class Collator:
+    """Makes a batch of examples: tensors of one dimension are padded (labels with -100), others stacked."""
+
+    def __init__(self, padding: int) -> None:
+        self.padding = padding
+
+    def __call__(self, examples: Examples) -> dict[str, Any]:
+        return {name: self._column(name, [example[name] for example in examples]) for name in examples[0]}
+
+    def _column(self, name: str, values: list[Any]) -> Any:
+        if isinstance(values[0], tuple):
+            return tuple(self._column(name, list(parts)) for parts in zip(*values))
+        if values[0].dim() != 1:
+            return torch.stack(values)
+        value = IGNORED if name == "labels" else 0 if name.endswith("mask") else self.padding
+        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=value)

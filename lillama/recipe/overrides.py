@@ -1,0 +1,36 @@
+"""`--set KEY=VALUE`: one value of a recipe replaced before it is checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lillama.errors import LillamaError
+from lillama.recipe import yamlfile
+
+
+def _plain(value: Any) -> Any:
+    """A copy that overrides may change, of what YAML could have held."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _apply_override(data: dict[str, Any], override: str) -> tuple[str, ...]:
+    key, equals, text = override.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise LillamaError(f"'{override}' is not KEY=VALUE", where="--set", hint="For example run.out=runs/mine.")
+    *parents, last = path
+    for i, part in enumerate(parents):
+        child = data.get(part)
+        if child is None:
+            child = data[part] = {}
+        if not isinstance(child, dict):
+            raise LillamaError(f"'{'.'.join(parents[: i + 1])}' has no keys below it", where=f"--set {override}")
+        data = child
+    data[last] = yamlfile.value(text, f"--set {key}")
+    return path

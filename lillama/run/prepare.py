@@ -1,0 +1,70 @@
+"""What a run does before it writes anything: the model is opened, asked for its layers, and planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lillama import host
+from lillama.base import device
+from lillama.contract import Layer
+from lillama.errors import LillamaError
+from lillama.factorise import refit
+from lillama.lowrank import swap as factors
+from lillama.plan.plan import Plan, choose_ranks
+from lillama.pretrained.source import Source
+from lillama.recipe.schema import Recipe
+
+
+@dataclass
+class Prepared:
+    """An opened model with its plan; nothing was written yet."""
+
+    recipe: Recipe
+    source: Source
+    plugin: host.Plugin
+    layers: list[Layer]
+    plan: Plan
+    device: device.Device
+
+
+def prepare(recipe: Recipe, config: Any = None) -> Prepared:
+    """Open the recipe's model on the meta device and plan its ranks.
+
+    `config` is used in place of the model's own (planning for a model that is not at hand).
+    """
+    chosen = device.choose(recipe.run)
+    hosts = host.get()
+    source = Source(
+        recipe,
+        lambda found: hosts.auto_class(found, recipe),
+        config,
+        chosen.working,
+        hosts.read_configuration,
+    )
+    plugin, layers = hosts.layers(source.model, recipe)
+    source.share(hosts.shared_modules(plugin, source.model, recipe))
+    if not any(layer.weights for layer in layers):
+        raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
+    plan = choose_ranks(layers, source.parameters, recipe.compress)
+    refit.check(plan, recipe)
+    factors.check_storage((plan.weights[name] for name in plan.ranks), recipe.compress.storage)
+    _check_layers(layers, source)
+    return Prepared(recipe, source, plugin, layers, plan, chosen)
+
+
+def _check_layers(layers: list[Layer], source: Source) -> None:
+    """LillamaError for a list of layers that no schedule could work on."""
+    shared = tuple(f"{name}." for group in source.shared for name in group)
+    for layer in layers:
+        if layer.kind == "head" and layer is not layers[-1]:
+            raise LillamaError("a head must be the last layer", where=layer.name)
+        if layer.kind == "embedding" and layer is not layers[0]:
+            raise LillamaError("an embedding must be the first layer", where=layer.name)
+        if found := next((w.name for w in layer.weights if f"{w.name}.".startswith(shared)), None):
+            raise LillamaError("a weight of shared modules cannot be factorised", where=found)
+
+
+def make_plan(recipe: Recipe, config: Any = None) -> Plan:
+    """The plan of a recipe: every rank and exact parameter counts. Reads no weights, writes nothing."""
+    return prepare(recipe, config).plan
