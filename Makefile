@@ -16,6 +16,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # What measures something in a minute or two; others make models, or want data and an hour, and are run by hand.
 BENCHMARKS := $(filter-out benchmarks/train_% benchmarks/make_% benchmarks/quality.py, $(wildcard benchmarks/*.py))

@@ -16,6 +16,7 @@ from lillama._register import when_transformers_quantizers_load
 from lillama.contract import Layer, Weight
 from lillama.errors import LillamaError
 from lillama.hookspecs import hookimpl
+from lillama.version import __version__
 
 if TYPE_CHECKING:
     from lillama.checkpoint.load import load
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
     from lillama.run.pipeline import compress
     from lillama.run.prepare import make_plan
 
-__version__ = "0.1.0"
 __all__ = [
     "Layer",
     "LillamaError",
     "Recipe",
     "Weight",
+    "__version__",
     "compress",
     "hookimpl",
     "load",

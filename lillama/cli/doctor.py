@@ -14,8 +14,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lillama import __version__, host
+from lillama import host
 from lillama.errors import LillamaError
+from lillama.version import __version__
 
 NEEDED = ("torch", "transformers", "accelerate", "safetensors", "datasets", "tokenizers", "pydantic", "pluggy")
 OPTIONAL = {

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lillama import __version__
 from lillama.errors import LillamaError
+from lillama.version import __version__
 
 Verb = Callable[[argparse.Namespace], int]
 

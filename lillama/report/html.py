@@ -31,8 +31,8 @@ def render(found: Found) -> str:
     """The report as HTML."""
     from jinja2 import Environment
 
-    from lillama import __version__
     from lillama.report.words import size
+    from lillama.version import __version__
 
     template = (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lillama
 from lillama import host
 from lillama.base import device, memory
 from lillama.base.files import write_text
@@ -37,6 +36,7 @@ from lillama.report import track
 from lillama.run import curve
 from lillama.run.fingerprint import NOT_IN_THE_NUMBERS
 from lillama.run.prepare import Prepared, prepare
+from lillama.version import __version__
 
 PLAN = "plan.json"
 
@@ -200,7 +200,7 @@ class Run:
             "data": data_batches.fingerprint(batches),
             "model": self.source.identity(),
             "compute": str(self.prepared.device.compute).removeprefix("torch."),
-            "lillama": lillama.__version__,
+            "lillama": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
