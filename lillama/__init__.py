@@ -20,6 +20,7 @@ from lillama.version import __version__
 
 if TYPE_CHECKING:
     from lillama.checkpoint.load import load
+    from lillama.checkpoint.quantizer import factorise_
     from lillama.recipe.schema import Recipe
     from lillama.run.pipeline import compress
     from lillama.run.prepare import make_plan
@@ -31,6 +32,7 @@ __all__ = [
     "Weight",
     "__version__",
     "compress",
+    "factorise_",
     "hookimpl",
     "load",
     "make_plan",
@@ -39,6 +41,7 @@ __all__ = [
 _LAZY = {
     "Recipe": "lillama.recipe.schema",
     "compress": "lillama.run.pipeline",
+    "factorise_": "lillama.checkpoint.quantizer",
     "load": "lillama.checkpoint.load",
     "make_plan": "lillama.run.prepare",
 }

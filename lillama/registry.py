@@ -159,6 +159,13 @@ EVALUATORS = Registry(
         "wer": "lillama.evaluate.speech:wer",
     },
 )
+STORAGES = Registry(
+    "storage",
+    {
+        "factors": "lillama.lowrank.factors:FactorStorage",
+        "pivoted": "lillama.lowrank.pivoted:PivotedStorage",
+    },
+)
 
 
 class Registries:
@@ -169,3 +176,4 @@ class Registries:
     objectives = OBJECTIVES
     losses = LOSSES
     evaluators = EVALUATORS
+    storages = STORAGES

@@ -10,6 +10,7 @@ import copy
 import itertools
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from lillama.base.progress import Progress
 from lillama.checkpoint.load import load
 from lillama.contract import Layer
 from lillama.lowrank.counts import largest_rank, stored
-from lillama.lowrank.swap import STORAGES
 from lillama.plan.plan import Plan
 from lillama.pretrained.calls import arguments
 from lillama.recipe.schema import Recipe
@@ -50,7 +50,13 @@ def token_batches(model: Any, *, batches: int = 3, batch_size: int = 2, length: 
     ]
 
 
-def check_architecture(model: Any, directory: Path, batches: Batches | None = None, plugin: str = "auto") -> None:
+def check_architecture(
+    model: Any,
+    directory: Path,
+    batches: Batches | None = None,
+    plugin: str = "auto",
+    storages: Sequence[str] | None = None,
+) -> None:
     """Assert that a plugin serves `model`, a tiny randomly initialised one in float32, as the contract demands.
 
     - full rank reproduces the logits to 1e-5;
@@ -60,13 +66,15 @@ def check_architecture(model: Any, directory: Path, batches: Batches | None = No
     - every loss, schedule and storage runs.
 
     `batches` are the model's forward arguments (default: random token ids). `directory` must be empty or new.
+    `storages` are the formats to try (default: all that are registered, plugins' ones too).
     """
     model = model.float().eval()
     original = directory / "model"
     model.save_pretrained(original)
     batches = batches or token_batches(model)
     inputs = arguments(batches[0])
-    storages = _storages(original, plugin)
+    _check_weights(original, plugin)
+    storages = list(registry.STORAGES) if storages is None else list(storages)
     with torch.no_grad():
         expected = model(**inputs).logits
     for storage in storages:
@@ -139,8 +147,8 @@ def full_rank_plan(layers: list[Layer], before: int, storage: str) -> Plan:
     return Plan(tuple(layers), ranks, storage, before)
 
 
-def _storages(original: Path, plugin: str) -> list[str]:
-    """The storages that every kind of weight of the model can be kept in."""
+def _check_weights(original: Path, plugin: str) -> None:
+    """The plugin offers weights that can become smaller, and all are inside their layers."""
     prepared = prepare.prepare(recipe_for(original, original, plugin))
     smallest = [w for layer in prepared.layers for w in layer.weights if largest_rank(w, w.parameters, "factors", 1)]
     assert smallest, "the plugin offers no weight that factors could make smaller"
@@ -149,8 +157,6 @@ def _storages(original: Path, plugin: str) -> list[str]:
         for weight in layer.weights:
             assert weight.name.startswith(layer.name), f"{weight.name} is not inside {layer.name}"
             assert weight.tied or stored(weight, 1, "factors") > 0
-    kinds = {w.kind for layer in prepared.layers for w in layer.weights}
-    return sorted(s for s in {s for _, s in STORAGES} if all((kind, s) in STORAGES for kind in kinds))
 
 
 def _run(

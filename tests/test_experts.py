@@ -15,6 +15,7 @@ from lillama.factorise import initialisers as init
 from lillama.factorise.grams import Grams, which
 from lillama.lowrank import swap as factors
 from lillama.lowrank.experts import PROJECTIONS, LowRankExperts, dense_weight
+from lillama.lowrank.storage import get_storage
 from lillama.pretrained.calls import Batch, Call
 
 E, H, INNER, K = 4, 32, 48, 2
@@ -41,7 +42,7 @@ def low_rank(dense, ranks, storage="factors"):
     module = LowRankExperts(dense)
     for name, rank in ranks.items():
         W = dense_weight(dense, name)
-        module.factorise(name, rank, storage)
+        module.factorise(name, get_storage(storage), rank)
         found = [init.svd(one, rank) for one in W]
         module.set_factors(name, *(torch.stack(one) for one in zip(*found)))
     return module
@@ -53,7 +54,7 @@ def test_full_rank_is_bit_equal_under_eager():
     assert torch.equal(module(*inputs), dense(*inputs))
     for name in PROJECTIONS:  # W times the identity, one projection more each time
         W = dense_weight(dense, name)
-        module.factorise(name, W.shape[2])
+        module.factorise(name, get_storage("factors"), W.shape[2])
         module.set_factors(name, W, torch.eye(W.shape[2]).expand(E, -1, -1))
         assert torch.equal(module(*inputs), dense(*inputs)), name
 
@@ -102,7 +103,7 @@ def test_replace_takes_a_projection_at_a_time_and_copies_of_the_module_work():
     assert set(dict(copy.deepcopy(module).to_dense().named_parameters())) == {"gate_up_proj", "down_proj"}
     with pytest.raises(LillamaError, match="Linear"):
         factors.replace(nn.ModuleDict({"e": nn.Linear(2, 2)}), "e.gate", kind="experts", storage="factors", rank=2)
-    with pytest.raises(LillamaError, match="no 'sparse' storage"):
+    with pytest.raises(LillamaError, match="no storage is called 'sparse'"):
         factors.replace(root, "experts.up", kind="experts", storage="sparse", rank=2)
 
 
@@ -118,12 +119,12 @@ def test_pivoted_experts_are_the_same_map_in_fewer_numbers(implementation):
     # Loaded into an empty one, copied, and back to factors that can be trained.
     empty = low_rank(experts(implementation), {}).requires_grad_(False)
     for name, rank in ranks.items():
-        empty.factorise(name, rank, "pivoted")
+        empty.factorise(name, get_storage("pivoted"), rank)
     empty(*inputs)  # its orders are known before the pivots change
     empty.load_state_dict(module.state_dict())
     assert torch.equal(empty(*inputs), out) and torch.equal(copy.deepcopy(module)(*inputs), out)
     root = nn.ModuleDict({"experts": module})
-    assert factors.train_as_factors(root) == [(f"experts.{name}", "experts") for name in PROJECTIONS]
+    assert factors.use_trainable_storage(root) == [(f"experts.{n}", "experts", "pivoted") for n in ranks]
     assert set(dict(module.named_parameters())) == {f"{name}_{letter}" for name in PROJECTIONS for letter in "AB"}
     torch.testing.assert_close(module(*inputs), out, rtol=1e-4, atol=1e-4)
     for name in PROJECTIONS:

@@ -8,8 +8,11 @@ sharding, device_map, dtypes, generate, Trainer and pipeline see an ordinary mod
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -19,9 +22,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lillama.errors import LillamaError
+from lillama.factorise.initialisers import svd
 from lillama.lowrank import swap as factors
+from lillama.lowrank.storage import Factors
+from lillama.plan.plan import Plan
 from lillama.pretrained import sharing
 
+Modules = Mapping[str, Mapping[str, Any]]  # name -> kind, storage, rank, and tied where it is
 METHOD = "lillama"
 VERSION = 1
 
@@ -58,31 +65,14 @@ class LillamaQuantizer(HfQuantizer):
     quantization_config: LillamaConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         groups = local_groups(model, self.quantization_config)
         sharing.share(model, groups)
         sharing.tell(model, sharing.aliases(model, groups))
-        for name, how in self.quantization_config.modules.items():
-            module = factors.module_of(name, how["kind"])
-            here = local_name(model, module)
-            if here is not None:
-                here += name.removeprefix(module)
-                factors.replace(model, here, kind=how["kind"], storage=how["storage"], rank=how["rank"])
-                ignored |= {rf"(^|\.){re.escape(dense)}$" for dense in factors.dense_names(here, how["kind"])}
-        model._keys_to_ignore_on_load_unexpected = ignored
-        self._tie(model)
-        return model
-
-    def _tie(self, model: Any) -> None:
-        """Make the factors of a head those of the embedding it is tied to."""
-        for name, how in self.quantization_config.modules.items():
-            here = local_name(model, name) if how.get("tied") else None
-            owner = local_name(model, how["tied"]) if here else None
-            if here is None or owner is None:
-                continue
-            head, embedding = model.get_submodule(here), model.get_submodule(owner)
-            for leaf in factors.tie(head, embedding):
-                sharing.tell(model, {f"{here}.{leaf}": f"{owner}.{leaf}"}, gone=[f"{here}.weight"])
+        here = local_modules(model, self.quantization_config.modules)
+        gone = [dense for name, how in here.items() for dense in factors.dense_names(name, how["kind"])]
+        ignored = {rf"(^|\.){re.escape(dense)}$" for dense in gone}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+        return place_factors(model, here)
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         # Not super(), and unmarked again: factors are plain floating-point parameters, while transformers lets a model
@@ -93,15 +83,14 @@ class LillamaQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         state = model.state_dict()
-        for name, module in model.named_modules():
-            if kind := factors.kind_of(module):
-                state |= factors.markers(name, kind)
+        for name, module in factors.factor_modules(model):
+            state |= factors.markers(name, module.kind)
         return state, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        for name in [n for n, m in model.named_modules() if factors.is_factorised(m)]:
+        for name, module in list(factors.factor_modules(model)):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, factors.to_dense(model.get_submodule(name)))
+            setattr(model.get_submodule(parent), child, factors.to_dense(module))
         sharing.unshare(model, local_groups(model, self.quantization_config))
         sharing.untell(model)
         model.tie_weights()
@@ -119,6 +108,53 @@ class LillamaQuantizer(HfQuantizer):
         return True
 
 
+def place_factors(model: Any, modules: Modules) -> Any:
+    """Put empty factor modules into `model` where `modules` (names as the model has them) says; what is tied is one."""
+    for name, how in modules.items():
+        factors.replace(model, name, kind=how["kind"], storage=how["storage"], rank=how["rank"])
+    for name, how in modules.items():
+        if how.get("tied"):
+            head, embedding = model.get_submodule(name), model.get_submodule(how["tied"])
+            for leaf in factors.tie(head, embedding):
+                sharing.tell(model, {f"{name}.{leaf}": f"{how['tied']}.{leaf}"}, gone=[f"{name}.weight"])
+    return model
+
+
+def factorise_(
+    model: Any, plan: Plan | Modules, initialise: Callable[[Tensor, int], Factors] = svd, shared: sharing.Groups = ()
+) -> Any:
+    """Put low-rank factors in place of the planned weights of a model in memory, and return the model.
+
+    `plan` is one of `lillama.make_plan`, or what config.json says of modules: {name: {"kind", "storage", "rank"}}, with
+    "tied" for a head that has an embedding's factors. Every weight W starts at `initialise(W, rank)`, the truncated SVD
+    unless told otherwise; a model on the meta device gets empty modules. Afterwards the model saves itself
+    (`save_pretrained`) as a compressed checkpoint; `shared` names the groups of its modules that are one. Raises
+    LillamaError where the model has no such module, or one of another kind.
+    """
+    modules = plan.modules() if isinstance(plan, Plan) else plan
+    for name, how in modules.items():
+        if local_name(model, factors.module_of(name, how["kind"])) is None:
+            raise LillamaError("the model has no such module", where=name, hint="The plan is of another model.")
+    here = local_modules(model, modules)
+    starts: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, how in here.items():
+        W = factors.dense(model, name, how["kind"])
+        if not W.is_meta and not how.get("tied"):
+            each = [initialise(one, how["rank"]) for one in (W if how["kind"] == "experts" else W[None])]
+            A, B = (torch.stack(one) for one in zip(*each))
+            starts[name] = (A, B) if how["kind"] == "experts" else (A[0], B[0])
+    place_factors(model, here)
+    for name, (A, B) in starts.items():
+        factors.set_factors(model, name, here[name]["kind"], A, B)
+    for name, how in here.items():
+        if how.get("tied"):  # the indices of an embedding, which are not parameters, are its head's as well
+            factors.copy_indices(model.get_submodule(name), model.get_submodule(how["tied"]))
+    model.hf_quantizer = LillamaQuantizer(
+        LillamaConfig({name: dict(how) for name, how in modules.items()}, shared=[list(group) for group in shared])
+    )
+    return model.hf_quantizer.postprocess_model(model)
+
+
 def local_name(model: Any, name: str) -> str | None:
     """`name` as `model` calls it: a base model (AutoModel) lacks the prefix of the whole one.
 
@@ -132,6 +168,18 @@ def local_name(model: Any, name: str) -> str | None:
             continue
         return candidate
     return None
+
+
+def local_modules(model: Any, modules: Modules) -> dict[str, dict[str, Any]]:
+    """`modules` under the names that `model` has for them, less those that it lacks."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, how in modules.items():
+        module = factors.module_of(name, how["kind"])
+        here = local_name(model, module)
+        tied = local_name(model, how["tied"]) if how.get("tied") else None
+        if here is not None and (tied is not None or not how.get("tied")):
+            found[here + name.removeprefix(module)] = {**how, "tied": tied}
+    return found
 
 
 def local_groups(model: Any, config: LillamaConfig) -> list[list[str]]:

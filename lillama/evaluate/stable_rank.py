@@ -75,29 +75,18 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def _weights(number: int, layer: nn.Module) -> Iterator[dict[str, Any]]:
     """The rows of a layer's matrices. What is no parameter of a matrix shape (norms, biases, filters) is left out."""
-    from lillama.lowrank import swap as factors
+    from lillama.lowrank.swap import factor_modules
 
     done: set[str] = set()
-    for name, module in layer.named_modules():
-        if factors.is_factorised(module):
-            done |= {f"{name}.{own}" for own, _ in module.named_parameters()}
-            for kind, matrix in _products(name, module):
-                yield {"layer": number, "kind": kind, "value": of_matrix(matrix)}
+    for name, module in factor_modules(layer):
+        for inside, matrix in module.matrices().items():
+            done |= {f"{name}.{factor}" for factor, _ in module.named_parameters() if matrix.is_factor(factor)}
+            kind = f"{name}.{inside}" if inside else name
+            yield {"layer": number, "kind": kind, "value": of_matrix(matrix.product(module).detach())}
     for name, parameter in layer.named_parameters():
         if name not in done and parameter.dim() in (2, 3) and min(parameter.shape[-2:]) > 1:
             value = of_matrix(parameter.detach())
             yield {"layer": number, "kind": re.sub(r"\.weight$", "", name), "value": value}
-
-
-def _products(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What the factors of a module stand for: its `weight`, or for stacked experts one product a projection."""
-    weight = getattr(module, "weight", None)
-    if weight is not None:
-        yield name, weight.detach()
-        return
-    held = dict(module.named_parameters())
-    for key in [key for key in held if key.endswith("_A") and f"{key[:-1]}B" in held]:
-        yield f"{name}.{key[:-2]}", (held[key] @ held[f"{key[:-1]}B"]).detach()
 
 
 def of_matrix(matrix: Tensor) -> float:

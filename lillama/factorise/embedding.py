@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lillama.errors import LillamaError
 from lillama.factorise.initialisers import TINY, regularised
-from lillama.lowrank.pivot import balanced
+from lillama.lowrank.factors import balanced
 
 IDS = ("decoder_input_ids", "input_ids")
 ROUNDS = 12  # of the alternating least squares

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from lillama.lowrank.pivot import Factors, balanced
+from lillama.lowrank.factors import balanced
+from lillama.lowrank.storage import Factors
 
 # H is singular when inputs are fewer than their dimensions: a share of its mean eigenvalue is added.
 RIDGE = 1e-4
@@ -42,7 +43,7 @@ def random(W: Tensor, rank: int, generator: Generator) -> Factors:
     d_out, d_in = W.shape
     A = torch.randn(d_out, rank, generator=generator, dtype=torch.float64)
     B = torch.randn(rank, d_in, generator=generator, dtype=torch.float64)
-    return A.to(W.device) * d_in**-0.5, B.to(W.device) * d_in**-0.5
+    return Factors(A.to(W.device) * d_in**-0.5, B.to(W.device) * d_in**-0.5)
 
 
 def whitened(W: Tensor, rank: int, gram: Tensor | None = None, output_gram: Tensor | None = None) -> Factors:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lillama.errors import LillamaError
-from lillama.lowrank import swap as factors
+from lillama.lowrank.linear import LowRankLinear
 from lillama.recipe.schema import Lora
 
 # peft asks transformers for something by its old name.
@@ -56,8 +56,9 @@ def targets(model: Any, on: str) -> tuple[list[str], list[str]]:
     for name, module in model.named_modules():
         if module is head:
             continue
-        if factors.kind_of(module) == "linear" and on in ("factors", "all"):
-            parameters += [f"{name}.{factor}" for factor in "AB" if getattr(module, factor).requires_grad]
+        if isinstance(module, LowRankLinear) and on in ("factors", "all"):
+            names = module.storage.parameters
+            parameters += [f"{name}.{factor}" for factor in names if getattr(module, factor).requires_grad]
         elif type(module) is nn.Linear and on in ("dense", "all") and module.weight.requires_grad:
             linears.append(name)
     return parameters, linears

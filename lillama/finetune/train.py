@@ -74,7 +74,7 @@ def finetune(
     if not directory.has(SETTINGS) or directory.json(SETTINGS) != settings:
         shutil.rmtree(work, ignore_errors=True)  # of other settings, and not finished
         directory.put_json(SETTINGS, settings)
-    pivoted = factors.train_as_factors(model)
+    kept = factors.use_trainable_storage(model)
     freeze(model, section.freeze)
     learner = model if section.lora is None else adapters.attach(model, section.lora)
     generator = torch.Generator().manual_seed(section.seed)
@@ -110,8 +110,8 @@ def finetune(
         raise DistillationError("no held-out loss was finite", where="finetune", hint=_SLOWER)
     if learner is not model:
         adapters.merge(learner)
-    for name, kind in pivoted:
-        factors.store_as(model, name, kind, "pivoted")
+    for name, kind, storage in kept:
+        factors.store_as(model, name, kind, storage)
 
 
 def freeze(model: Any, globs: list[str] | None) -> None:

@@ -1,22 +1,18 @@
-"""How many numbers a low-rank weight holds. No torch here."""
+"""How many numbers a low-rank weight holds."""
 
 from __future__ import annotations
 
 from lillama.contract import Weight
+from lillama.lowrank.storage import get_storage
 
 
 def stored(weight: Weight, rank: int, storage: str) -> int:
-    """How many numbers a rank-`rank` version of `weight` holds (DESIGN 6).
+    """How many numbers a rank-`rank` version of `weight` holds (DESIGN 6). A tied weight holds nothing of its own.
 
-    Two factors hold r (d_out + d_in); pivoted storage r^2 fewer. Row numbers of pivots are not counted:
-    they are indices, not parameters. A tied weight holds nothing of its own.
+    Two factors hold r (d_out + d_in); pivoted storage r^2 fewer. Row numbers of pivots are not counted: they are
+    indices, not parameters.
     """
-    if weight.tied:
-        return 0
-    numbers = rank * sum(weight.shape)
-    if storage == "pivoted":
-        numbers -= rank * rank
-    return numbers * weight.copies
+    return 0 if weight.tied else weight.copies * get_storage(storage).numbers(*weight.shape, rank)
 
 
 def largest_rank(weight: Weight, numbers: float, storage: str, multiple: int) -> int:

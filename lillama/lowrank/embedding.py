@@ -1,67 +1,64 @@
-"""Modules of one low-rank table of token vectors, as two factors or as pivot rows and coefficients."""
+"""A table of token vectors of low rank, in any storage."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lillama.lowrank.linear import PivotedLinear, _Factors
+from lillama.errors import LillamaError
+from lillama.lowrank.module import Matrix, OneMatrix
+from lillama.lowrank.storage import Storage
 
 
-class LowRankEmbedding(_Factors):
-    """A table of token vectors kept as A (vocabulary x r) and B (r x d): token t has the vector A[t] B."""
+class LowRankEmbedding(OneMatrix):
+    """The table W (vocabulary x d) of rank r: token t has the vector W[t].
 
+    Its tensors are those of an output head, so that one set can serve a head that is tied to it.
+    """
+
+    kind = "embedding"
     bias = None
 
     def __init__(
         self,
+        storage: Storage,
         num_embeddings: int,
         embedding_dim: int,
         rank: int,
         padding_idx: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        **options: Any,
     ) -> None:
+        """`options`: device and dtype."""
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
-        self.padding_idx = padding_idx
-        self.A = nn.Parameter(torch.empty(num_embeddings, rank, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(rank, embedding_dim, device=device, dtype=dtype))
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.matrix = Matrix("", storage, rank, (num_embeddings, embedding_dim))
+        self.matrix.register_empty(self, options)
+
+    @classmethod
+    def like(cls, dense: nn.Embedding, storage: Storage, rank: int, device: Any = None) -> LowRankEmbedding:
+        """An empty one of the shape and dtype of `dense`. Raises LillamaError for one that does more than look up."""
+        if type(dense).forward is not nn.Embedding.forward:  # one that scales its output, say
+            raise LillamaError(f"a {type(dense).__name__} does more than look vectors up")
+        options = {"device": device or dense.weight.device, "dtype": dense.weight.dtype}
+        return cls(storage, dense.num_embeddings, dense.embedding_dim, rank, dense.padding_idx, **options)
+
+    def in_storage(self, storage: Storage) -> LowRankEmbedding:
+        """The same table, up to rounding, in another storage."""
+        first = getattr(self, self.storage.parameters[0])
+        shape = (self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx)
+        new = type(self)(storage, *shape, device=first.device, dtype=first.dtype)
+        new.set_factors(*self.factors())
+        return new.train(self.training)
 
     def forward(self, ids: Tensor) -> Tensor:
-        # As a dense table does under autocast: the residual stream begins here, in full precision.
-        return F.linear(F.embedding(ids, self.A, self.padding_idx), self.B.T).to(self.B.dtype)
+        matrix = self.matrix
+        return matrix.storage.look_up(ids, matrix.tensors(self), matrix.derived(self), self.padding_idx)
 
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
-
-
-class PivotedEmbedding(PivotedLinear):
-    """A table of token vectors kept as those of r tokens (B) and the coefficients (C) of the others in them."""
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        rank: int,
-        padding_idx: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(embedding_dim, num_embeddings, rank, False, device, dtype)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = padding_idx
-
-    def forward(self, ids: Tensor) -> Tensor:
-        place = self._order()[0][ids]
-        pivots = F.embedding(place.clamp(max=self.rank - 1), self.B)
-        if self.rank == self.num_embeddings:
-            return pivots
-        others = F.linear(F.embedding((place - self.rank).clamp(min=0), self.C), self.B.T)
-        return torch.where((place < self.rank)[..., None], pivots, others.to(pivots.dtype))
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
+    def to_dense(self) -> nn.Embedding:
+        """The `nn.Embedding` that holds the same vectors."""
+        weight = self.weight.detach()
+        shape = (self.num_embeddings, self.embedding_dim, self.padding_idx)
+        embedding = nn.Embedding(*shape, device="meta", dtype=weight.dtype)
+        embedding.weight = nn.Parameter(weight, requires_grad=False)
+        return embedding

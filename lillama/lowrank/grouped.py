@@ -9,7 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lillama.lowrank.pivot import Permute
+from lillama.lowrank.permute import Permute
+from lillama.lowrank.storage import Products
+
+
+def products_of_one(expert: int) -> Products:
+    """Products with the matrices of one expert, out of stacked ones."""
+    return Products(
+        lambda x, W, bias=None: F.linear(x, W[expert], bias),
+        lambda y, order, inverse: Permute.apply(y, order[expert], inverse[expert]),
+    )
+
+
+def grouped_products(ends: Tensor) -> Products:
+    """Products of rows that are sorted by expert, those of expert e ending at ends[e], each with its own matrix."""
+    return Products(
+        lambda x, W, bias=None: grouped_linear(x, W, ends),
+        lambda y, order, inverse: _grouped_permute(y, order, inverse, ends),
+    )
 
 
 def grouped_linear(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from lillama.base import device
 from lillama.contract import Layer
 from lillama.errors import LillamaError
 from lillama.factorise import refit
-from lillama.lowrank import swap as factors
 from lillama.plan.plan import Plan, choose_ranks
 from lillama.pretrained.source import Source
 from lillama.recipe.schema import Recipe
@@ -48,7 +47,6 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
         raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
     plan = choose_ranks(layers, source.parameters, recipe.compress)
     refit.check(plan, recipe)
-    factors.check_storage((plan.weights[name] for name in plan.ranks), recipe.compress.storage)
     _check_layers(layers, source)
     return Prepared(recipe, source, plugin, layers, plan, chosen)
 

@@ -1,0 +1,88 @@
+"""Storage `pivoted`: a low-rank matrix as some of its own rows and the coefficients of the others in them.
+
+A rank-r matrix needs only r (d_out + d_in) - r^2 numbers (DESIGN 6; PIFA, arXiv 2501.19090). B holds r rows, `pivots`
+their row numbers, C the coefficients of the other rows in B, which follow in rising order. Rows and coefficients differ
+in size, and one learning rate does not suit both: two factors learn in their place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lillama.lowrank.factors import balanced
+from lillama.lowrank.storage import ONE_MATRIX, Factors, Products, Storage, Tensors
+
+Orders = tuple[Tensor, Tensor]
+
+
+class PivotedStorage(Storage):
+    """Pivot rows and coefficients: r^2 numbers fewer than two factors hold."""
+
+    parameters = ("B", "C")
+    indices = ("pivots",)
+
+    def shapes(self, d_out: int, d_in: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"B": (rank, d_in), "C": (d_out - rank, rank), "pivots": (rank,)}
+
+    def encode(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        """Pivot rows are chosen by column-pivoted QR of A^T, on the host, in float64.
+
+        They are then well spread, which keeps the coefficients small enough for bfloat16.
+        """
+        import scipy.linalg
+
+        r = A.shape[1]
+        A64, B64 = A.detach().double().cpu(), B.detach().double().cpu()
+        _, R, order = scipy.linalg.qr(A64.T.numpy(), mode="economic", pivoting=True)
+        diagonal = abs(R.diagonal())
+        if diagonal.min() <= diagonal.max() * 1e-12:
+            # A of deficient rank has no r independent rows; the least-norm coefficients still serve.
+            coefficients = scipy.linalg.lstsq(R[:, :r], R[:, r:])[0].T
+        else:
+            coefficients = scipy.linalg.solve_triangular(R[:, :r], R[:, r:]).T
+        pivots, rest = torch.from_numpy(order[:r].copy()).long(), torch.from_numpy(order[r:].copy())
+        return {"B": A64[pivots] @ B64, "C": torch.from_numpy(coefficients)[rest.argsort()], "pivots": pivots}
+
+    def decode(self, tensors: Tensors) -> Factors:
+        """Balanced factors in float64 of the matrix cat(B, C B)[order]."""
+        B, C = tensors["B"].detach().double(), tensors["C"].detach().double()
+        order, _ = self.derive(tensors)
+        one = torch.eye(len(B), dtype=B.dtype, device=B.device)
+        Q, R = torch.linalg.qr(torch.cat([one, C])[order])
+        rows = R @ B
+        U = torch.linalg.eigh(rows @ rows.T)[1]
+        return balanced(Q @ U, U.T @ rows)
+
+    def derive(self, tensors: Tensors) -> Orders:
+        """(order, inverse) [d_out] each: cat(pivot rows, others)[order] is the output in its own order."""
+        pivots, others = tensors["pivots"], tensors["C"].shape[0]
+        is_pivot = torch.zeros(pivots.shape[0] + others, dtype=torch.uint8, device=pivots.device)
+        is_pivot = is_pivot.index_fill(0, pivots, 1)
+        # A stable sort leaves the others in rising order; its shape is known beforehand, which a compiler needs.
+        inverse = torch.cat([pivots, is_pivot.argsort(stable=True)[:others]])
+        return inverse.argsort(), inverse
+
+    def multiply(
+        self, x: Tensor, tensors: Tensors, derived: Orders, products: Products = ONE_MATRIX, bias: Tensor | None = None
+    ) -> Tensor:
+        pivots = products.linear(x, tensors["B"])
+        C = tensors["C"]
+        others = [products.linear(pivots, C)] if C.shape[-2] else []
+        y = products.permute(torch.cat([pivots, *others], -1), *derived)
+        return y if bias is None else y + bias
+
+    def product(self, tensors: Tensors, derived: Orders) -> Tensor:
+        B, C = tensors["B"], tensors["C"]
+        rows = torch.cat([B, C @ B], dim=-2)
+        return rows.gather(-2, derived[0][..., None].expand_as(rows))
+
+    def look_up(self, ids: Tensor, tensors: Tensors, derived: Orders, padding_idx: int | None = None) -> Tensor:
+        B, C = tensors["B"], tensors["C"]
+        rank, place = len(B), derived[0][ids]
+        pivots = F.embedding(place.clamp(max=rank - 1), B)
+        if not len(C):
+            return pivots
+        others = F.linear(F.embedding((place - rank).clamp(min=0), C), B.T)
+        return torch.where((place < rank)[..., None], pivots, others.to(pivots.dtype))

@@ -1,0 +1,131 @@
+"""The contract of a storage format: one class says everything that is known of one way to keep a low-rank matrix.
+
+A format knows matrices alone: which tensors stand for W (d_out x d_in) of rank r, how many numbers they hold, how two
+factors become these tensors and the other way round, and how they multiply. What a linear, an embedding or a stack of
+experts is, the modules know (linear.py, embedding.py, experts.py), and they serve every format. So a format of your own
+is one file with one class and one line in registry.py, or a call of `registries.storages.add` in a plugin.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lillama.errors import LillamaError
+from lillama.lowrank.permute import Permute
+from lillama.registry import STORAGES
+
+Tensors = Mapping[str, Tensor]  # the tensors of one matrix by suffix: A and B of `<module>.A` and `<module>.B`
+
+
+class Factors(NamedTuple):
+    """A rank-r matrix as a product: A (d_out x r) times B (r x d_in). Stacked ones have one more dimension in front."""
+
+    A: Tensor
+    B: Tensor
+
+
+class Products(NamedTuple):
+    """The two things a format may do with its inputs, for one matrix or for one matrix per expert.
+
+    `linear(x, W[, bias])` is x W^T; `permute(y, order, inverse)` puts the columns of y in another order.
+    """
+
+    linear: Callable[..., Tensor]
+    permute: Callable[..., Tensor]
+
+
+ONE_MATRIX = Products(F.linear, Permute.apply)
+
+
+class Storage(ABC):
+    """One way to keep a rank-r matrix W (d_out x d_in). Instances hold nothing: get one from `get_storage`."""
+
+    name: str = ""  # in recipes and checkpoints; `get_storage` sets it to the name the class is registered under
+    parameters: ClassVar[tuple[str, ...]]
+    """Suffixes of the tensors that are counted, saved, and shared by an embedding with the head that is tied to it."""
+    indices: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of whole-number tensors that are saved beside them: not counted, not trained, not shared."""
+    trained_as: ClassVar[str | None] = "factors"
+    """The format whose tensors learn in the place of these, which then are made from them; None: these learn."""
+
+    @abstractmethod
+    def shapes(self, d_out: int, d_in: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by suffix: those of `parameters`, then those of `indices`."""
+
+    @abstractmethod
+    def encode(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        """The tensors, by suffix, that hold A (d_out x r) times B (r x d_in); whoever takes them casts them."""
+
+    @abstractmethod
+    def decode(self, tensors: Tensors) -> Factors:
+        """Two factors of the matrix that the tensors hold."""
+
+    @abstractmethod
+    def multiply(
+        self, x: Tensor, tensors: Tensors, derived: Any, products: Products = ONE_MATRIX, bias: Tensor | None = None
+    ) -> Tensor:
+        """W x + bias for inputs x [..., d_in] -> [..., d_out], by `products` alone; `derived` is that of `derive`."""
+
+    def __deepcopy__(self, memo: Any) -> Storage:
+        return self  # a copied module is in the same format
+
+    def numbers(self, d_out: int, d_in: int, rank: int) -> int:
+        """How many numbers a matrix of this rank holds. It must rise with the rank."""
+        shapes = self.shapes(d_out, d_in, rank)
+        return sum(math.prod(shapes[suffix]) for suffix in self.parameters)
+
+    def derive(self, tensors: Tensors) -> Any:
+        """What `multiply` needs of the `indices` and need not be computed at every call: a tensor, a tuple, or None."""
+        return None
+
+    def product(self, tensors: Tensors, derived: Any) -> Tensor:
+        """The matrix W itself (d_out x d_in); a stack of them for stacked tensors. Gradients flow through it."""
+        A, B = self.decode(tensors)
+        return A @ B
+
+    def look_up(self, ids: Tensor, tensors: Tensors, derived: Any, padding_idx: int | None = None) -> Tensor:
+        """Rows `ids` [...] of W as a table (vocabulary x d) -> [..., d]. A format may well know a faster way."""
+        A, B = self.decode(tensors)
+        return F.linear(F.embedding(ids, A, padding_idx), B.T)
+
+
+@functools.cache
+def _storage(cls: type[Storage], name: str) -> Storage:
+    storage = cls()
+    storage.name = name
+    return storage
+
+
+def get_storage(name: str) -> Storage:
+    """The format registered as `name`. Raises LillamaError, with the nearest name, where there is none."""
+    cls: Any = STORAGES.get(name)
+    if not (isinstance(cls, type) and issubclass(cls, Storage)):
+        raise LillamaError(
+            f"the storage '{name}' is {cls!r}, no subclass of lillama.lowrank.storage.Storage",
+            hint="Register the class itself.",
+        )
+    return _storage(cls, name)
+
+
+def empty_tensors(storage: Storage, shape: tuple[int, ...], rank: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors for a matrix of `shape` (d_out, d_in), or (copies, d_out, d_in), by suffix; `options`: device, dtype.
+
+    Parameters are left unfilled. Indices count from 0, so that what is derived of them is valid before they are known.
+    """
+    *copies, d_out, d_in = shape
+    found: dict[str, Tensor] = {}
+    for suffix, size in storage.shapes(d_out, d_in, rank).items():
+        if suffix in storage.indices:
+            counting = torch.arange(math.prod(size), device=options.get("device")).view(size)
+            found[suffix] = counting.repeat(*copies, *[1] * len(size)) if copies else counting
+        else:
+            found[suffix] = torch.empty(*copies, *size, **options)
+    return found
