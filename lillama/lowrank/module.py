@@ -21,6 +21,8 @@ class Matrix:
     def __init__(self, prefix: str, storage: Storage, rank: int, shape: tuple[int, ...]) -> None:
         """`shape`: (d_out, d_in), or (copies, d_out, d_in)."""
         self.prefix, self.storage, self.rank, self.shape = prefix, storage, rank, shape
+        self._names = [(suffix, prefix + suffix) for suffix in (*storage.parameters, *storage.indices)]
+        self._indices = [prefix + suffix for suffix in storage.indices]
         self._derived: tuple[list[Tensor], Any] | None = None  # of which indices, and what
 
     def register_empty(self, owner: nn.Module, options: dict[str, Any]) -> None:
@@ -38,14 +40,14 @@ class Matrix:
 
     def tensors(self, owner: nn.Module) -> dict[str, Tensor]:
         """The tensors by suffix."""
-        return {s: getattr(owner, self.prefix + s) for s in (*self.storage.parameters, *self.storage.indices)}
+        return {suffix: getattr(owner, name) for suffix, name in self._names}
 
     def derived(self, owner: nn.Module) -> Any:
         """What the storage derives of its indices, kept until these are others."""
-        if not self.storage.indices:
+        if not self._indices:
             return None
-        held = [getattr(owner, self.prefix + suffix) for suffix in self.storage.indices]
-        if self._derived is None or any(a is not b for a, b in zip(self._derived[0], held)):
+        held = [getattr(owner, name) for name in self._indices]
+        if self._derived is None or [*map(id, held)] != [*map(id, self._derived[0])]:
             self._derived = held, self._each(self.storage.derive, self.tensors(owner))
         return self._derived[1]
 
