@@ -16,8 +16,11 @@ from safetensors import safe_open
 from speech_models import folder, save
 from torch.nn import functional as F
 
+from lillama.base.device import Device
+from lillama.base.progress import Progress
+from lillama.base.rundir import RunDirectory
 from lillama.errors import LillamaError
-from lillama.finetune import adapters, data, loss
+from lillama.finetune import adapters, data, loss, trainer
 from lillama.finetune import train as finetune
 from lillama.lowrank.swap import is_factorised
 from lillama.recipe.schema import Finetune, Lora, Recipe
@@ -101,7 +104,7 @@ def test_a_stopped_finetuning_goes_on_to_the_same_end(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return loss_of(*arguments, **options)
 
-    monkeypatch.setattr(finetune, "loss_of", stops)
+    monkeypatch.setattr(trainer, "loss_of", stops)
     with pytest.raises(KeyboardInterrupt):
         pipeline.compress(settings)
     assert finetune.last_checkpoint(tmp_path / "b/run/finetune").name == "checkpoint-2"
@@ -253,3 +256,20 @@ def test_examples_of_one_source_are_held_out_together(sizes, share):
     assert bool(held) == (share > 0 and len(sizes) > 1)
     assert learned
     assert all("source" not in example for example in (*learned, *held))
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_a_trainer_stays_on_the_card_that_was_asked_for(tmp_path, monkeypatch, shifted):
+    """With several cards in the machine, transformers would take the first and split batches over all of them."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    device = Device(torch.device("cuda:1"), torch.float32)
+    section = Finetune.model_validate({"steps": 2})
+    setting = trainer.Setting(section, device, RunDirectory(tmp_path), Progress())
+    arguments = trainer.arguments(setting, 2, False, shifted)
+    assert arguments.device == torch.device("cuda:1") and current[-1] == torch.device("cuda:1")
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == section.batch_size

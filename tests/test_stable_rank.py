@@ -10,8 +10,10 @@ import torch
 from conftest import tiny, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_mixtral import tiny as tiny_mixtral
 from torch import nn
 
+from lillama.checkpoint.quantizer import factorise_
 from lillama.errors import LillamaError
 from lillama.evaluate.context import Context
 from lillama.evaluate.stable_rank import layers_of, of_matrix, stable_rank
@@ -89,3 +91,19 @@ def test_experts_inside_layers_are_not_taken_for_layers() -> None:
     assert layers_of(model) == list(model.layers)
     with pytest.raises(LillamaError, match="no list of equal layers"):
         stable_rank(nn.Linear(2, 2), Context(None, "cpu"))
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_experts_in_factors_count_with_their_products(storage: str) -> None:
+    model = tiny_mixtral()
+    names = [f"model.layers.{i}.mlp.experts.{projection}" for i in range(2) for projection in ("gate", "down")]
+    factorise_(model, {name: {"kind": "experts", "storage": storage, "rank": 8} for name in names})
+    context = Context(tokenizer(), "cpu")
+    stable_rank(model, context)
+    value = {(row["layer"], row["kind"]): row["value"] for row in context.details["rows"]}
+    experts: Any = model.get_submodule("model.layers.1.mlp.experts")
+    for projection in ("gate", "down"):
+        stack = experts.weight(projection).detach()
+        expected = sum(exact(one) for one in stack) / len(stack)
+        assert value[1, f"mlp.experts.{projection}"] == pytest.approx(expected, rel=1e-3)
+    assert value[0, "mlp.experts.up_W"] > 8, "what stays dense counts as it is"

@@ -70,15 +70,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file atomically, indented for people; an infinite number becomes the largest there is."""
-    write_text(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(without_infinities(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _finite(data: Any) -> Any:
+def without_infinities(data: Any) -> Any:
     """JSON knows no infinity (a perplexity may be) and no NaN (null then)."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: without_infinities(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [without_infinities(value) for value in data]
     if isinstance(data, float) and not math.isfinite(data):
         return None if math.isnan(data) else math.copysign(sys.float_info.max, data)
     return data

@@ -14,21 +14,16 @@ from typing import Any
 
 import torch
 
-from lillama.base.device import Device
 from lillama.base.files import atomic_directory
-from lillama.base.progress import Bar, Progress
-from lillama.base.rundir import RunDirectory
+from lillama.base.rundir import FINETUNED, RunDirectory
 from lillama.checkpoint import write as checkpoint
 from lillama.errors import DistillationError, LillamaError
 from lillama.finetune import adapters
-from lillama.finetune.data import Collator, Examples, split, updates
-from lillama.finetune.loss import loss_of
+from lillama.finetune.data import Examples, split, updates
+from lillama.finetune.trainer import SLOWER, WORK, Setting, build_trainer
 from lillama.lowrank import swap as factors
-from lillama.recipe.schema import Finetune, Recipe
-from lillama.report import track
+from lillama.recipe.schema import Finetune
 
-FINETUNED = "finetuned"  # the checkpoint
-WORK = "finetune"  # the trainer's own directory, while it trains
 SETTINGS = "finetune.json"
 
 
@@ -47,67 +42,31 @@ def finished(directory: RunDirectory, section: Finetune) -> bool:
     return True
 
 
-def finetune(
-    model: Any,
-    teacher: Any,
-    examples: Examples,
-    recipe: Recipe,
-    device: Device,
-    directory: RunDirectory,
-    progress: Progress,
-) -> None:
+def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> None:
     """Train `model` (float32, on the CPU) in place to the state with the best held-out loss.
 
     With `lora`, adapters are trained and merged into it. `teacher` is the original where the section wants its
-    predictions, else None. Continues from the trainer's last checkpoint in `directory`. Raises
+    predictions, else None. Continues from the trainer's last checkpoint in the run directory. Raises
     DistillationError when a loss is not finite.
     """
-    from transformers import Seq2SeqTrainer, Trainer
-
     if not examples:
         raise LillamaError("the data gives no example", where="finetune.dataset")
-    section = recipe.finetune
-    if section is None:
-        raise LillamaError("the recipe has no such section", where="finetune")
-    work = directory.path / WORK
-    settings = section.model_dump(mode="json")
-    if not directory.has(SETTINGS) or directory.json(SETTINGS) != settings:
-        shutil.rmtree(work, ignore_errors=True)  # of other settings, and not finished
-        directory.put_json(SETTINGS, settings)
+    section, directory = setting.section, setting.directory
+    said = section.model_dump(mode="json")
+    if not directory.has(SETTINGS) or directory.json(SETTINGS) != said:
+        shutil.rmtree(setting.work, ignore_errors=True)  # of other settings, and not finished
+        directory.put_json(SETTINGS, said)
     kept = factors.use_trainable_storage(model)
     freeze(model, section.freeze)
     learner = model if section.lora is None else adapters.attach(model, section.lora)
-    generator = torch.Generator().manual_seed(section.seed)
-    learned, held = split(examples, section.holdout, generator)
-    share = section.teacher
-    total = section.steps or updates(len(learned), section)
-    shifted = not model.config.is_encoder_decoder
-    base = Trainer if shifted else Seq2SeqTrainer
-
-    class Finetuner(base):  # type: ignore[valid-type, misc]  # one of two classes
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            with device.autocast():
-                loss, outputs = loss_of(model, self.teacher, inputs, share, shifted, num_items_in_batch)
-            return (loss, outputs) if return_outputs else loss
-
-    with progress.phase("finetune", total) as bar:
-        trainer = Finetuner(
-            model=learner,
-            args=_arguments(recipe, section, device, work, total, bool(held), shifted),
-            train_dataset=learned,
-            eval_dataset=held or None,
-            data_collator=Collator(model.config.get_text_config().pad_token_id or 0),
-            callbacks=[_watcher(bar, directory)],
-        )
-        trainer.teacher = None if teacher is None else teacher.to(device.device).eval().requires_grad_(False)
-        trainer.model_accepts_loss_kwargs = True  # compute_loss divides by the number of labels of the whole update
-        _no_prints(trainer)
-        last = last_checkpoint(work)
+    parts = split(examples, section.holdout, torch.Generator().manual_seed(section.seed))
+    total = section.steps or updates(len(parts[0]), section)
+    with setting.progress.phase("finetune", total) as bar:
+        trainer = build_trainer(learner, teacher, parts, setting, bar)
+        last = last_checkpoint(setting.work)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    if held and not math.isfinite(trainer.state.best_metric or math.nan):
-        raise DistillationError("no held-out loss was finite", where="finetune", hint=_SLOWER)
+    if parts[1] and not math.isfinite(trainer.state.best_metric or math.nan):
+        raise DistillationError("no held-out loss was finite", where="finetune", hint=SLOWER)
     if learner is not model:
         adapters.merge(learner)
     for name, kind, storage in kept:
@@ -142,6 +101,7 @@ def last_checkpoint(work: Path) -> Path | None:
 
 def save(model: Any, dtype: torch.dtype, original: Path, directory: RunDirectory, card: str) -> None:
     """Write the fine-tuned checkpoint, with what stands beside the weights of the compressed one (`original`)."""
+    shutil.rmtree(directory.path / FINETUNED, ignore_errors=True)  # one that the manifest does not know
     with atomic_directory(directory.path / FINETUNED) as target:
         model.to(device="cpu", dtype=dtype).save_pretrained(target)
         checkpoint.copy_beside(original, target)
@@ -149,84 +109,3 @@ def save(model: Any, dtype: torch.dtype, original: Path, directory: RunDirectory
     names = sorted(file.name for file in (directory.path / FINETUNED).iterdir())
     directory.record(*(f"{FINETUNED}/{name}" for name in names))
     shutil.rmtree(directory.path / WORK, ignore_errors=True)
-
-
-_SLOWER = "Lower finetune.learning_rate."
-
-
-def _arguments(
-    recipe: Recipe, section: Finetune, device: Device, work: Path, total: int, held: bool, shifted: bool
-) -> Any:
-    from transformers import Seq2SeqTrainingArguments, TrainingArguments
-
-    every = max(math.ceil(total / section.checks), 1)
-    checked: dict[str, Any] = {}
-    if held:
-        checked = {
-            "eval_strategy": "steps",
-            "eval_steps": every,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "loss",
-            "greater_is_better": False,
-            "prediction_loss_only": True,
-        }
-    return (TrainingArguments if shifted else Seq2SeqTrainingArguments)(
-        output_dir=str(work),
-        max_steps=total,
-        per_device_train_batch_size=section.batch_size,
-        per_device_eval_batch_size=section.batch_size,
-        gradient_accumulation_steps=section.gradient_accumulation,
-        learning_rate=section.learning_rate,
-        weight_decay=section.weight_decay,
-        lr_scheduler_type="constant_with_warmup" if section.lr_schedule == "constant" else section.lr_schedule,
-        warmup_steps=round(section.warmup * total),
-        max_grad_norm=section.clip_norm,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        seed=section.seed,
-        use_cpu=device.device.type == "cpu",
-        bf16=device.compute == torch.bfloat16,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=list(recipe.run.track) or "none",
-        run_name=track.name(recipe),
-        project=track.PROJECT,
-        disable_tqdm=True,
-        dataloader_pin_memory=device.device.type == "cuda",
-        **checked,
-    )
-
-
-def _watcher(bar: Bar, directory: RunDirectory) -> Any:
-    from transformers import TrainerCallback
-
-    class Watcher(TrainerCallback):
-        """Shows what the trainer does, and stops it when a loss is not finite."""
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            bar.skip(state.global_step)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            bar.advance()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            loss, held = (logs or {}).get("loss"), (logs or {}).get("eval_loss")
-            if loss is not None:
-                if not math.isfinite(loss):
-                    raise DistillationError(
-                        f"the loss became {loss} at step {state.global_step}", where="finetune", hint=_SLOWER
-                    )
-                bar.advance(0, loss=loss)
-            if held is not None:
-                directory.event("check", finetune=True, step=state.global_step, held_out_loss=held)
-
-    return Watcher()
-
-
-def _no_prints(trainer: Any) -> None:
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from lillama.base import device, memory
 from lillama.base.files import write_text
 from lillama.base.memory import peak_memory
 from lillama.base.progress import Progress
-from lillama.base.rundir import MODEL, RunDirectory
+from lillama.base.rundir import FINETUNED, MODEL, RunDirectory
 from lillama.checkpoint import open
 from lillama.checkpoint import write as checkpoint
 from lillama.checkpoint.load import load
@@ -29,6 +30,7 @@ from lillama.evaluate import measure
 from lillama.factorise import sensitivity
 from lillama.finetune import data
 from lillama.finetune import train as finetune
+from lillama.finetune.trainer import Setting
 from lillama.plan.plan import Plan, choose_ranks
 from lillama.pretrained import sharing
 from lillama.recipe.schema import Finetune, Recipe
@@ -94,10 +96,8 @@ class Run:
         batches = self.batches()
         points = self.curve(batches)
         track.modules(self.recipe)
-        if self.restart:
-            self.directory.discard()
-        self.directory.open(self.fingerprint(batches))
-        with track.tracked(self.recipe, self.directory, self.progress):
+        self.directory.open(self.fingerprint(batches), self.restart)
+        with contextlib.closing(self.directory), track.tracked(self.recipe, self.directory, self.progress):
             return self.phases(batches, points)
 
     def phases(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> Result:
@@ -235,7 +235,7 @@ class Run:
             self.directory.put_json(name, self.before)
             return self.measure(when)
         assert self.source.directory is not None
-        places = {"after": self.directory.path / MODEL, "finetuned": self.directory.path / finetune.FINETUNED}
+        places = {"after": self.directory.path / MODEL, "finetuned": self.directory.path / FINETUNED}
         place = places.get(when, self.source.directory)
         with self.progress.timed(f"evaluate {when}"):
             kinds = {"before": "original", "after": "compressed", "finetuned": "fine-tuned"}
@@ -285,7 +285,9 @@ class Run:
             teacher = self.source.auto_class.from_pretrained(
                 self.source.directory, config=copy.deepcopy(self.source.config), dtype=self.source.working
             )
-        finetune.finetune(model, teacher, examples, self.recipe, prepared.device, self.directory, self.progress)
+        trackers = (tuple(self.recipe.run.track), track.name(self.recipe))
+        setting = Setting(section, prepared.device, self.directory, self.progress, *trackers)
+        finetune.finetune(model, teacher, examples, setting)
         finetune.save(model, self.source.dtype, compressed, self.directory, self.card())
         if self.directory.has("evaluation.finetuned.json"):  # of an earlier one that was removed
             self.directory.forget("evaluation.finetuned.json")
@@ -334,7 +336,7 @@ class Run:
         self.directory.put_json("metrics.json", metrics)
         self.directory.event("done")
         self.report()
-        target = target if tuned is None else self.directory.path / finetune.FINETUNED
+        target = target if tuned is None else self.directory.path / FINETUNED
         return Result(target, self.plan, metrics, self.details, self.source.auto_class.__name__)
 
     def report(self) -> None:

@@ -1,0 +1,159 @@
+"""transformers' Trainer as fine-tuning uses it: our loss, our device, our progress; it keeps its own checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lillama.base.device import Device
+from lillama.base.progress import Bar, Progress
+from lillama.base.rundir import RunDirectory
+from lillama.errors import DistillationError
+from lillama.finetune.data import Collator, Examples
+from lillama.finetune.loss import loss_of
+from lillama.recipe.schema import Finetune
+from lillama.report import track
+
+WORK = "finetune"  # the trainer's own directory, while it trains
+SLOWER = "Lower finetune.learning_rate."
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a fine-tuning is asked for, and where it happens; `trackers` know the run as `name`."""
+
+    section: Finetune
+    device: Device
+    directory: RunDirectory
+    progress: Progress
+    trackers: tuple[str, ...] = ()
+    name: str = "run"
+
+    @property
+    def work(self) -> Path:
+        """Where the trainer keeps its checkpoints."""
+        return self.directory.path / WORK
+
+
+def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], setting: Setting, bar: Bar) -> Any:
+    """A trainer of `learner` on the first of `parts`, judged on the second; `bar` has one step per update.
+
+    `teacher` is the original where the section wants its predictions, else None. A loss that is not finite stops it
+    with a DistillationError.
+    """
+    from transformers import PrinterCallback, Seq2SeqTrainer, Trainer
+
+    learned, held = parts
+    shifted = not learner.config.is_encoder_decoder
+    share, device = setting.section.teacher, setting.device
+
+    class Finetuner(Trainer if shifted else Seq2SeqTrainer):  # type: ignore[misc]  # one of two classes
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            with device.autocast():
+                loss, outputs = loss_of(model, self.teacher, inputs, share, shifted, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+
+    trainer = Finetuner(
+        model=learner,
+        args=arguments(setting, bar.total, bool(held), shifted),
+        train_dataset=learned,
+        eval_dataset=held or None,
+        data_collator=Collator(learner.config.get_text_config().pad_token_id or 0),
+        callbacks=[_watcher(bar, setting.directory)],
+    )
+    trainer.teacher = None if teacher is None else teacher.to(device.device).eval().requires_grad_(False)
+    trainer.model_accepts_loss_kwargs = True  # compute_loss divides by the number of labels of the whole update
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def arguments(setting: Setting, updates: int, held: bool, shifted: bool) -> Any:
+    """The trainer's arguments. `held`: there are examples to judge by; `shifted`: the model is a causal one."""
+    from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+    section, device = setting.section, setting.device
+    every = max(math.ceil(updates / section.checks), 1)
+    checked: dict[str, Any] = {}
+    if held:
+        checked = {
+            "eval_strategy": "steps",
+            "eval_steps": every,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "loss",
+            "greater_is_better": False,
+            "prediction_loss_only": True,
+        }
+    made = (TrainingArguments if shifted else Seq2SeqTrainingArguments)(
+        output_dir=str(setting.work),
+        max_steps=updates,
+        per_device_train_batch_size=section.batch_size,
+        per_device_eval_batch_size=section.batch_size,
+        gradient_accumulation_steps=section.gradient_accumulation,
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
+        lr_scheduler_type="constant_with_warmup" if section.lr_schedule == "constant" else section.lr_schedule,
+        warmup_steps=round(section.warmup * updates),
+        max_grad_norm=section.clip_norm,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        seed=section.seed,
+        use_cpu=device.device.type == "cpu",
+        bf16=device.compute == torch.bfloat16,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=list(setting.trackers) or "none",
+        run_name=setting.name,
+        project=track.PROJECT,
+        disable_tqdm=True,
+        dataloader_pin_memory=device.device.type == "cuda",
+        **checked,
+    )
+    return _keep_on(device.device, made)
+
+
+def _keep_on(device: torch.device, made: Any) -> Any:
+    """The trainer's arguments `made`, for one that stays on `device`.
+
+    Left to itself it takes the first card, and all that are there as one DataParallel: a batch then is several times
+    the recipe's, the number of labels that a loss is divided by is that of one card, and the teacher is elsewhere.
+    """
+    if made.device.type == "cuda":  # asking for it makes transformers choose
+        made.__dict__["_setup_devices"] = device  # where a cached property keeps its value
+        made._n_gpu = 1
+        torch.cuda.set_device(device)
+    return made
+
+
+def _watcher(bar: Bar, directory: RunDirectory) -> Any:
+    from transformers import TrainerCallback
+
+    class Watcher(TrainerCallback):
+        """Shows what the trainer does, and stops it when a loss is not finite."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            bar.skip(state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            bar.advance()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            loss, held = (logs or {}).get("loss"), (logs or {}).get("eval_loss")
+            if loss is not None:
+                if not math.isfinite(loss):
+                    raise DistillationError(
+                        f"the loss became {loss} at step {state.global_step}", where="finetune", hint=SLOWER
+                    )
+                bar.advance(0, loss=loss)
+            if held is not None:
+                directory.event("check", finetune=True, step=state.global_step, held_out_loss=held)
+
+    return Watcher()
