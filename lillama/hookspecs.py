@@ -25,8 +25,12 @@ hookimpl = pluggy.HookimplMarker("lillama")
 
 
 @hookspec(firstresult=True)
-def enumerate_layers(model: PreTrainedModel, recipe: Recipe) -> list[Layer] | None:
-    """The layers of `model` (a skeleton on the meta device) in execution order; None: not mine."""
+def enumerate_layers(model: PreTrainedModel, recipe: Recipe | None, asked: bool) -> list[Layer] | None:
+    """The layers of `model` (a skeleton on the meta device) in execution order; None: not mine.
+
+    `asked`: the plugin was chosen by its name (`plugin:`). `recipe` is None here and in every hook that says so where
+    a model is evaluated that no run made.
+    """
 
 
 @hookspec(firstresult=True)
@@ -51,12 +55,12 @@ def finetune_data(model: PreTrainedModel, recipe: Recipe, progress: Progress) ->
 
 
 @hookspec
-def evaluate(model: PreTrainedModel, recipe: Recipe) -> dict[str, float] | None:
+def evaluate(model: PreTrainedModel, recipe: Recipe | None) -> dict[str, float] | None:
     """Metrics named `task/metric`, beside those of the recipe's own `evaluate:` section."""
 
 
 @hookspec(firstresult=True)
-def auto_class(config: PreTrainedConfig, recipe: Recipe) -> Any | None:
+def auto_class(config: PreTrainedConfig, recipe: Recipe | None) -> Any | None:
     """The transformers auto class that opens this model; None: AutoModelForCausalLM."""
 
 
@@ -69,7 +73,7 @@ def configuration(config: dict[str, Any]) -> PreTrainedConfig | None:
 
 
 @hookspec(firstresult=True)
-def shared_modules(model: PreTrainedModel, recipe: Recipe) -> Sequence[Sequence[str]] | None:
+def shared_modules(model: PreTrainedModel, recipe: Recipe | None) -> Sequence[Sequence[str]] | None:
     """Groups of modules of `model` that are one and the same, by name, the one to be stored first.
 
     The copies in a checkpoint must be equal. They are counted once, saved once, and are still one after loading.
@@ -78,11 +82,15 @@ def shared_modules(model: PreTrainedModel, recipe: Recipe) -> Sequence[Sequence[
 
 @hookspec
 def register(registries: Registries) -> None:
-    """Add strategies, initialisers, objectives, losses or evaluators under names of your own."""
+    """Add strategies, initialisers, objectives, losses, schedules, storages, data readers, exports, report figures or
+    evaluators under names of your own: `registries.losses.add("mine", function)`.
+
+    Called once, before anything is looked up. A function that names what nothing is given for is refused.
+    """
 
 
 @hookspec
-def prepare(model: PreTrainedModel, recipe: Recipe) -> None:
+def prepare(model: PreTrainedModel, recipe: Recipe | None) -> None:
     """Make `model` run as it should here: the skeleton before distillation, a loaded model before evaluation.
 
     For a forward that is faster and equal, say. Change instances (`module.forward`), never classes: a student is a

@@ -11,18 +11,17 @@ import importlib.metadata
 import logging
 import os
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
-from lillama import hookspecs
+from lillama import hookspecs, registry
 from lillama.base.progress import Progress
 from lillama.contract import Layer
 from lillama.errors import LillamaError, did_you_mean
-from lillama.registry import Registries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +32,7 @@ GROUP = "lillama"
 HOOKS = tuple(name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), "lillama_spec"))
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 
 @dataclass
@@ -117,7 +117,6 @@ class Host:
                 where="LILLAMA_PLUGINS",
                 hint=did_you_mean(missing[0], [point.name for point in found]),
             )
-        self._registered = False
 
     def _load(self, point: importlib.metadata.EntryPoint) -> None:
         dist = point.dist
@@ -149,63 +148,58 @@ class Host:
                 return f"implements a hook that does not exist: '{name}'. {did_you_mean(name, HOOKS)}"
         return None
 
-    def _call(self, plugin: Plugin, hook: str, **arguments: Any) -> Any:
+    def _ask(self, plugin: Plugin, hook: str, check: Callable[[Any], Answer], **arguments: Any) -> Answer:
+        """What `plugin` says to `hook`, as `check` takes it; whatever either raises names the plugin."""
         others = [other for other in self.manager.get_plugins() if other is not plugin.module]
         with _guard(plugin, hook):
-            return self.manager.subset_hook_caller(hook, others)(**arguments)
+            return check(self.manager.subset_hook_caller(hook, others)(**arguments))
 
-    def check(self, name: str, where: str | None = "plugin") -> None:
-        """Raise LillamaError unless a recipe can say `plugin: name`."""
-        if name == "auto":
-            return
-        if name not in self.plugins:
-            raise LillamaError(f"no plugin is called '{name}'", where=where, hint=did_you_mean(name, self.plugins))
-        if failure := self.plugins[name].failure:
-            raise LillamaError(f"the plugin {self.plugins[name]} {failure}", where=where)
-
-    def _chosen(self, name: str) -> list[Plugin]:
-        self.check(name)
-        if name == "auto":
-            return [plugin for plugin in self.plugins.values() if not plugin.failure]
-        return [self.plugins[name]]
-
-    def _failures(self) -> Iterator[str]:
-        for plugin in self.plugins.values():
-            if plugin.failure:
-                yield f"The plugin {plugin} {plugin.failure}"
-
-    def registered(self) -> None:
-        """Let every plugin add to the registries, once."""
-        if self._registered:
-            return
-        self._registered = True
-        for plugin in self._chosen("auto"):
-            try:
-                self._call(plugin, "register", registries=Registries)
-            except LillamaError as error:
-                self.manager.unregister(name=plugin.name)
-                plugin.failure = f"cannot be used: {error.what}"
-
-    def layers(self, model: PreTrainedModel, recipe: Recipe) -> tuple[Plugin, list[Layer]]:
-        """The plugin that knows `model`, and the layers it lists.
-
-        A plugin that raises is passed over when another one claims the model. Raises LillamaError
-        that says what would be needed when none does.
-        """
-        troubles = list(self._failures())
+    def _first(
+        self, name: str, hook: str, check: Callable[[Any], Answer | None], troubles: list[str], **arguments: Any
+    ) -> tuple[Plugin, Answer] | None:
+        """The first plugin with an answer, and that; one that raises is passed over unless the recipe names it."""
         # One that asks to be tried first knows a single model of a family that another serves.
-        for plugin in sorted(self._chosen(recipe.plugin), key=lambda plugin: not plugin.first("enumerate_layers")):
+        for plugin in sorted(self._chosen(name), key=lambda plugin: not plugin.first(hook)):
             try:
-                layers = self._layers_of(plugin, model, recipe)
+                answer = self._ask(plugin, hook, check, **arguments)
             except LillamaError as error:
-                if recipe.plugin != "auto":
+                if name != "auto":
                     raise
                 log.warning("passed over: %s", error)
                 troubles.append(str(error))
                 continue
-            if layers:
-                return plugin, layers
-        asked = ", ".join(sorted(p.name for p in self._chosen(recipe.plugin))) or "none"
+            if answer is not None:
+                return plugin, answer
+        return None
+
+    def _chosen(self, name: str) -> list[Plugin]:
+        registry.check_plugin(self.plugins, name)
+        if name == "auto":
+            return [plugin for plugin in self.plugins.values() if not plugin.failure]
+        return [self.plugins[name]]
+
+    def register(self) -> None:
+        """Let every plugin add to the registries; one that fails is not used any more."""
+        for plugin in self._chosen("auto"):
+            try:
+                self._ask(plugin, "register", _anything, registries=registry.Registries)
+            except LillamaError as error:
+                self.manager.unregister(name=plugin.name)
+                plugin.failure = f"cannot be used: {error.what}{f'. {error.hint}' if error.hint else ''}"
+                plugin.details = traceback.format_exc()
+
+    def layers(self, model: PreTrainedModel, recipe: Recipe | None, name: str = "auto") -> tuple[Plugin, list[Layer]]:
+        """The plugin that knows `model`, and the layers it lists; where there is no recipe, `name` may choose it.
+
+        A plugin that raises is passed over when another one claims the model. Raises LillamaError
+        that says what would be needed when none does.
+        """
+        name = recipe.plugin if recipe else name
+        troubles = [f"The plugin {plugin} {plugin.failure}" for plugin in self.plugins.values() if plugin.failure]
+        arguments = {"model": model, "recipe": recipe, "asked": name != "auto"}
+        if found := self._first(name, "enumerate_layers", _layers, troubles, **arguments):
+            return found
+        asked = ", ".join(sorted(p.name for p in self._chosen(name))) or "none"
         raise LillamaError(
             f"no plugin knows {type(model).__name__} (model_type '{model.config.model_type}'); asked: {asked}",
             where="plugin",
@@ -218,102 +212,85 @@ class Host:
             ),
         )
 
-    def _layers_of(self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe) -> list[Layer]:
-        found = self._call(plugin, "enumerate_layers", model=model, recipe=recipe)
-        with _guard(plugin, "enumerate_layers"):
-            layers = list(found or ())
-            if stranger := next((layer for layer in layers if not isinstance(layer, Layer)), None):
-                raise TypeError(f"it returned {stranger!r} where a lillama.Layer belongs")
-        return layers
-
-    def auto_class(self, config: Any, recipe: Recipe) -> Any | None:
+    def auto_class(self, config: Any, recipe: Recipe | None, name: str = "auto") -> Any | None:
         """The transformers auto class a plugin wants for this configuration, or None."""
-        for plugin in self._chosen(recipe.plugin):
-            try:
-                wanted = self._call(plugin, "auto_class", config=config, recipe=recipe)
-            except LillamaError as error:
-                if recipe.plugin != "auto":
-                    raise
-                log.warning("passed over: %s", error)
-                continue
-            if wanted is not None:
-                return wanted
-        return None
+        name = recipe.plugin if recipe else name
+        found = self._first(name, "auto_class", _anything, [], config=config, recipe=recipe)
+        return found and found[1]
 
-    def configuration(self, found: dict[str, Any]) -> Any | None:
+    def configuration(self, raw: dict[str, Any]) -> Any | None:
         """The configuration that any plugin makes of a model's config.json, or None."""
-        for plugin in self._chosen("auto"):
-            try:
-                made = self._call(plugin, "configuration", config=found)
-            except LillamaError as error:
-                log.warning("passed over: %s", error)
-                continue
-            if made is not None:
-                return made
-        return None
+        found = self._first("auto", "configuration", _anything, [], config=raw)
+        return found and found[1]
 
-    def own_configuration(self, where: str | os.PathLike[str], *, revision: str | None = None) -> Any | None:
-        """The configuration that a plugin makes for a model, whose own code is not to be run then; or None."""
-        from transformers import PreTrainedConfig
-
-        raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision)
-        return None if "quantization_config" in raw else self.configuration(raw)
-
-    def read_configuration(
-        self, where: str | os.PathLike[str], *, revision: str | None = None, trust: bool = False
-    ) -> Any:
-        """The configuration of a model (directory, config.json or hub id): a plugin's, else as transformers reads it.
-
-        Raises what transformers raises. A compressed checkpoint is always read by transformers.
-        """
-        from transformers import AutoConfig
-
-        made = self.own_configuration(where, revision=revision)
-        if made is not None:
-            return made
-        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust)
-
-    def shared_modules(self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe) -> list[list[str]]:
+    def shared_modules(self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe | None) -> list[list[str]]:
         """The groups of modules that `plugin` says are one and the same."""
-        groups = self._call(plugin, "shared_modules", model=model, recipe=recipe)
-        with _guard(plugin, "shared_modules"):
+
+        def lists(groups: Any) -> list[list[str]]:
             return [list(group) for group in groups or ()]
+
+        return self._ask(plugin, "shared_modules", lists, model=model, recipe=recipe)
 
     def calibration_stream(
         self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe, progress: Progress | None = None
     ) -> Iterable[dict[str, Any]] | None:
         """The batches `plugin` provides for its model, or None for the host's own reader."""
-        progress = progress or Progress()
-        batches = self._call(plugin, "calibration_stream", model=model, recipe=recipe, progress=progress)
-        return None if batches is None else _GuardedStream(plugin, batches)
+
+        def guarded(batches: Any) -> _GuardedStream | None:
+            return None if batches is None else _GuardedStream(plugin, batches)
+
+        arguments = {"model": model, "recipe": recipe, "progress": progress or Progress()}
+        return self._ask(plugin, "calibration_stream", guarded, **arguments)
 
     def finetune_data(
         self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe, progress: Progress
     ) -> list[dict[str, Any]] | None:
         """The examples `plugin` provides for fine-tuning, or None."""
-        examples = self._call(plugin, "finetune_data", model=model, recipe=recipe, progress=progress)
-        with _guard(plugin, "finetune_data"):
+
+        def listed(examples: Any) -> list[dict[str, Any]] | None:
             return None if examples is None else list(examples)
 
-    def evaluate(self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe) -> dict[str, float]:
+        return self._ask(plugin, "finetune_data", listed, model=model, recipe=recipe, progress=progress)
+
+    def evaluate(self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe | None) -> dict[str, float]:
         """The metrics `plugin` adds for its model."""
-        results = self._call(plugin, "evaluate", model=model, recipe=recipe)
-        with _guard(plugin, "evaluate"):
+
+        def numbers(results: Any) -> dict[str, float]:
             return {key: float(value) for result in results for key, value in result.items()}
 
-    def prepare(self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe) -> None:
+        return self._ask(plugin, "evaluate", numbers, model=model, recipe=recipe)
+
+    def prepare(self, plugin: Plugin, model: PreTrainedModel, recipe: Recipe | None) -> None:
         """Let `plugin` make its model ready to run."""
-        self._call(plugin, "prepare", model=model, recipe=recipe)
+        self._ask(plugin, "prepare", _anything, model=model, recipe=recipe)
 
     def doctor(self, plugin: Plugin) -> list[str]:
         """What `plugin` says of this machine; its failure, if it has one, is a line too."""
         try:
-            return [str(line) for lines in self._call(plugin, "doctor") for line in lines]
+            return self._ask(plugin, "doctor", lambda results: [str(line) for lines in results for line in lines])
         except LillamaError as error:
             return [str(error)]
+
+
+def _anything(answer: Any) -> Any:
+    return answer
+
+
+def _layers(answer: Any) -> list[Layer] | None:
+    layers = list(answer or ())
+    if stranger := next((layer for layer in layers if not isinstance(layer, Layer)), None):
+        raise TypeError(f"it returned {stranger!r} where a lillama.Layer belongs")
+    return layers or None
 
 
 @functools.cache
 def get() -> Host:
     """The host of this process."""
     return Host()
+
+
+def register_all() -> None:
+    """Fill the registries with what plugins bring: called before the first look-up (registry.discover_with)."""
+    found = get()
+    found.register()
+    registry.PLUGINS.fill(found.plugins)

@@ -1,7 +1,7 @@
-"""Named choices of a recipe: what `strategy: bottom` or `objective: mse` stands for.
+"""Named choices of a recipe: what `strategy: bottom` or `objective: mse` stands for, and where each lives.
 
-A registry maps a name to a function, or to "module:function" so that listing and checking names
-imports nothing heavy. Plugins add to them in the hook `register`.
+A registry maps a name to a function (or a class), or to "module:attribute" so that listing and checking names
+imports nothing heavy. Plugins add to them in the hook `register`, before the first look-up of any registry.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import types
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Union, get_args, get_origin
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Generic, Protocol, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Strict, create_model, field_validator
 
 from lillama.errors import LillamaError, did_you_mean
+from lillama.signature import Call, parameters
 
 _SCALARS = {bool, int, float, str, types.NoneType}
+
+Target = TypeVar("Target", bound=Callable[..., Any])  # a function, or a class
 
 
 class Options(BaseModel):
@@ -31,14 +34,57 @@ class Options(BaseModel):
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class Registry:
-    """A named set of interchangeable functions. `kind` is the word used in errors."""
+class _Discovery:
+    """The one call that fills the registries, made before anything is looked up in them."""
 
-    def __init__(self, kind: str, builtin: dict[str, str] | None = None) -> None:
+    def __init__(self) -> None:
+        self.target = ""
+        self.begun = False
+
+    def ensure(self) -> None:
+        """Make the call unless it was made, or is being made: what it calls may look things up itself."""
+        if self.begun or not self.target:
+            return
+        self.begun = True
+        try:
+            _imported(self.target)()
+        except BaseException:
+            self.begun = False  # whoever asks next is told as well
+            raise
+
+
+_DISCOVERY = _Discovery()
+
+
+def discover_with(target: str) -> None:
+    """Have "module:function" add what plugins bring, once, before the next look-up."""
+    _DISCOVERY.target, _DISCOVERY.begun = target, False
+
+
+def discover_again() -> None:
+    """Have the next look-up make that call once more: for tests that change which plugins there are."""
+    _DISCOVERY.begun = False
+
+
+def _imported(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+class Registry(Generic[Target]):
+    """A named set of interchangeable functions or classes. `kind` is the word used in errors.
+
+    `call` says how they are called; a plugin's that does not fit is refused when it is added, or where it is given
+    as "module:attribute", when a recipe names it.
+    """
+
+    def __init__(self, kind: str, builtin: Mapping[str, str] | None = None, call: Call | None = None) -> None:
         self.kind = kind
-        self._targets: dict[str, str | Callable[..., Any]] = dict(builtin or {})
+        self.call = call
+        self._builtin = frozenset(builtin or {})
+        self._targets: dict[str, str | Target] = dict(builtin or {})
 
-    def add(self, name: str, target: str | Callable[..., Any]) -> None:
+    def add(self, name: str, target: str | Target) -> None:
         """Register `target` (a function, or "module:function") as `name`; another's name is an error."""
         if not (callable(target) or (isinstance(target, str) and ":" in target)):
             raise LillamaError(
@@ -47,30 +93,46 @@ class Registry:
             )
         if self._targets.get(name, target) != target:
             raise LillamaError(f"the {self.kind} '{name}' is already registered", hint="Choose another name.")
+        if callable(target):
+            self._fits(name, target)
         self._targets[name] = target
 
     def check(self, name: str, where: str | None = None) -> None:
-        """Raise an error that names the nearest choice unless `name` is registered."""
+        """Raise an error that names the nearest choice unless `name` is registered and can be called as it will be."""
+        _DISCOVERY.ensure()
         if name not in self._targets:
             raise LillamaError(
                 f"no {self.kind} is called '{name}'", where=where, hint=did_you_mean(name, self._targets)
             )
+        # Functions were looked at when they were added; built-in ones fit, and importing them may take seconds.
+        if self.call and isinstance(self._targets[name], str) and name not in self._builtin:
+            self._fits(name, self._load(name), where)
 
-    def get(self, name: str) -> Callable[..., Any]:
-        """The function registered as `name`, imported on first use; LillamaError where that fails."""
+    def get(self, name: str) -> Target:
+        """What is registered as `name`, imported on first use; LillamaError where that fails."""
         self.check(name)
+        return self._load(name)
+
+    def needs(self, name: str) -> frozenset[str]:
+        """The names of the parameters of what is registered as `name`: a function says by them what it is given."""
+        return frozenset(parameter.name for parameter in parameters(self.get(name)))
+
+    def _load(self, name: str) -> Target:
         target = self._targets[name]
         if not isinstance(target, str):
             return target
-        module, _, attribute = target.partition(":")
         try:
-            function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+            found: Target = _imported(target)
         except (ImportError, AttributeError) as error:
             raise LillamaError(
                 f"the {self.kind} '{name}' cannot be loaded from {target}: {error}",
                 hint="Install what it needs, or choose another.",
             ) from error
-        return function
+        return found
+
+    def _fits(self, name: str, target: Target, where: str | None = None) -> None:
+        if self.call:
+            self.call.check(f"the {self.kind} '{name}'", target, where)
 
     def options(self, name: str) -> type[BaseModel]:
         """The schema of a function's keyword-only parameters: a function's signature is its schema.
@@ -100,10 +162,16 @@ class Registry:
         return Annotated[annotation, Strict()] if _is_scalar(annotation) else annotation
 
     def __iter__(self) -> Iterator[str]:
+        _DISCOVERY.ensure()
         return iter(sorted(self._targets))
 
     def __contains__(self, name: str) -> bool:
+        _DISCOVERY.ensure()
         return name in self._targets
+
+    def __len__(self) -> int:
+        _DISCOVERY.ensure()
+        return len(self._targets)
 
 
 def _is_scalar(annotation: Any) -> bool:
@@ -113,7 +181,49 @@ def _is_scalar(annotation: Any) -> bool:
     return set(get_args(annotation) if union else [annotation]) <= _SCALARS
 
 
-STRATEGIES = Registry(
+class Found(Protocol):
+    """What is asked of an installed plugin here; the host has more of it."""
+
+    @property
+    def failure(self) -> str | None:
+        """What keeps it from being used."""
+
+
+class Plugins:
+    """The names that `plugin:` in a recipe may have: "auto", and the plugins that were found and can be used."""
+
+    def __init__(self) -> None:
+        self._found: Mapping[str, Found] = {}
+
+    def fill(self, found: Mapping[str, Found]) -> None:
+        """Take over what the host found."""
+        self._found = found
+
+    def check(self, name: str, where: str | None = None) -> None:
+        """LillamaError unless a recipe can say `plugin: name`."""
+        _DISCOVERY.ensure()
+        check_plugin(self._found, name, where)
+
+    def __iter__(self) -> Iterator[str]:
+        _DISCOVERY.ensure()
+        return iter(self._found)
+
+    def __contains__(self, name: str) -> bool:
+        _DISCOVERY.ensure()
+        return name in self._found
+
+
+def check_plugin(found: Mapping[str, Found], name: str, where: str | None = "plugin") -> None:
+    """LillamaError unless `name` is "auto" or that of a plugin among `found` which can be used."""
+    if name == "auto":
+        return
+    if name not in found:
+        raise LillamaError(f"no plugin is called '{name}'", where=where, hint=did_you_mean(name, found))
+    if failure := found[name].failure:
+        raise LillamaError(f"the plugin {found[name]} {failure}", where=where)
+
+
+STRATEGIES: Registry[Callable[..., Any]] = Registry(
     "strategy",
     {
         "bottom": "lillama.plan.strategies:bottom",
@@ -121,8 +231,9 @@ STRATEGIES = Registry(
         "uniform": "lillama.plan.strategies:uniform",
         "fisher": "lillama.plan.fisher:fisher",
     },
+    Call(3, frozenset({"spectra"})),  # layers, remove, compress
 )
-INITIALISERS = Registry(
+INITIALISERS: Registry[Callable[..., Any]] = Registry(
     "initialiser",
     {
         "svd": "lillama.factorise.initialisers:svd",
@@ -131,24 +242,45 @@ INITIALISERS = Registry(
         "compensated": "lillama.factorise.initialisers:compensated",
         "fisher": "lillama.factorise.initialisers:fisher",
     },
+    # W, rank
+    Call(2, frozenset({"gram", "output_gram", "cross", "generator", "input_fisher", "output_fisher"})),
 )
-OBJECTIVES = Registry(
+OBJECTIVES: Registry[Callable[..., Any]] = Registry(
     "objective",
     {
         "l1_logcos": "lillama.distill.losses:l1_logcos",
         "mse": "lillama.distill.losses:mse",
         "normalised_mse": "lillama.distill.losses:normalised_mse",
     },
+    Call(2),  # student, teacher
 )
-LOSSES = Registry(
+LOSSES: Registry[Callable[..., Any]] = Registry(
     "loss",
     {
         "teacher": "lillama.distill.losses:teacher",
         "student": "lillama.distill.losses:student",
         "teacher+student": "lillama.distill.losses:teacher_student",
     },
+    Call(0, frozenset({"on_teacher", "on_student"})),
 )
-EVALUATORS = Registry(
+SCHEDULES: Registry[Callable[..., Any]] = Registry(
+    "schedule",
+    {
+        "concurrent": "lillama.distill.concurrent:concurrent",
+        "sequential": "lillama.distill.sequential:sequential",
+    },
+)
+STORAGES: Registry[type[Any]] = Registry(
+    "storage",
+    {
+        "factors": "lillama.lowrank.factors:FactorStorage",
+        "pivoted": "lillama.lowrank.pivoted:PivotedStorage",
+    },
+)
+READERS: Registry[Callable[..., Any]] = Registry("data reader")
+EXPORTS: Registry[Callable[..., Any]] = Registry("export")
+FIGURES: Registry[Callable[..., Any]] = Registry("report figure")
+EVALUATORS: Registry[Callable[..., Any]] = Registry(
     "evaluator",
     {
         "harness": "lillama.evaluate.harness:harness",
@@ -158,14 +290,9 @@ EVALUATORS = Registry(
         "sample": "lillama.evaluate.sample:sample",
         "wer": "lillama.evaluate.speech:wer",
     },
+    Call(2, options=True),  # model, context
 )
-STORAGES = Registry(
-    "storage",
-    {
-        "factors": "lillama.lowrank.factors:FactorStorage",
-        "pivoted": "lillama.lowrank.pivoted:PivotedStorage",
-    },
-)
+PLUGINS = Plugins()
 
 
 class Registries:
@@ -175,5 +302,14 @@ class Registries:
     initialisers = INITIALISERS
     objectives = OBJECTIVES
     losses = LOSSES
-    evaluators = EVALUATORS
+    schedules = SCHEDULES
     storages = STORAGES
+    readers = READERS
+    exports = EXPORTS
+    figures = FIGURES
+    evaluators = EVALUATORS
+
+
+# A call upwards that no import shows: the host, which stands above this module, fills the registries. Announced here,
+# so that a look-up finds what plugins add whoever makes it, and nobody has to remember to ask the host first.
+discover_with("lillama.host:register_all")

@@ -73,6 +73,15 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for known in (registry.STRATEGIES, registry.EVALUATORS):
         monkeypatch.setattr(known, "_targets", dict(known._targets))
     yield
+    registry.discover_again()
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *points: Point) -> Host:
+    """A host of these plugins, as that of this process; the registries are filled by the next look-up."""
+    found = Host(list(points))
+    monkeypatch.setattr(host, "get", lambda: found)
+    registry.discover_again()
+    return found
 
 
 # Loading
@@ -281,35 +290,28 @@ def test_metrics_that_are_none_are_named(returned: Any) -> None:
 
 
 def test_a_plugins_strategy_serves_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    def halves() -> None: ...
+    def halves(layers: Any, remove: Any, compress: Any) -> None: ...
 
     def register(registries: Any) -> None:
         registries.strategies.add("halves", halves)
 
     with monkeypatch.context() as patch:
-        patch.setattr(host, "get", lambda: Host([]))
+        installed(patch)
         with pytest.raises(LillamaError, match="no strategy is called 'halves'"):
             Recipe.parse(DATA, ["compress.strategy=halves"])
-    found = Host([point("mine", register=register)])
-    monkeypatch.setattr(host, "get", lambda: found)
+    installed(monkeypatch, point("mine", register=register))
     for _ in range(2):
         assert Recipe.parse(DATA, ["compress.strategy=halves"]).compress.strategy == "halves"
     assert registry.STRATEGIES.get("halves") is halves
-    Host([point("mine", register=register)]).registered()  # a second host of the process
+    Host([point("mine", register=register)]).register()  # a second host of the process
 
 
 def test_a_plugin_that_fails_to_register_is_named_and_others_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     def takes(registries: Any) -> None:
         registries.strategies.add("uniform", "json:dumps")
 
-    found = Host(
-        [
-            point("a_raises", register=failing(KeyError("x")), enumerate_layers=lambda: LAYERS),
-            point("b_takes", register=takes),
-            KNOWS,
-        ]
-    )
-    monkeypatch.setattr(host, "get", lambda: found)
+    raises = point("a_raises", register=failing(KeyError("x")), enumerate_layers=lambda: LAYERS)
+    found = installed(monkeypatch, raises, point("b_takes", register=takes), KNOWS)
     assert Recipe.parse(DATA, ["compress.strategy=uniform"]).compress.strategy == "uniform"
     assert "a_raises (dist-a_raises 1.2) failed in register: KeyError: 'x'" in str(found.plugins["a_raises"].failure)
     assert "'uniform' is already registered" in str(found.plugins["b_takes"].failure)

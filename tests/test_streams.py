@@ -16,6 +16,7 @@ from lillama.base.tensorfile import Entry, TensorFile, write
 from lillama.pretrained.source import Source
 from lillama.pretrained.streams import Shelf, Stream, budgets, choose
 from lillama.run import pipeline
+from lillama.run.prepare import open_source
 from lillama.testing import recipe_for, token_batches
 
 CPU = torch.device("cpu")
@@ -122,7 +123,7 @@ def test_a_resumed_run_reads_no_finished_layer_again(original, tmp_path, monkeyp
 
 
 def test_the_next_layer_is_read_ahead_without_harm(original, tmp_path):
-    source = Source(recipe_for(original, tmp_path))
+    source = open_source(recipe_for(original, tmp_path))
     source.fetch(tmp_path)
     source.prefetch(["model.layers.1"])
     for thread in threading.enumerate():

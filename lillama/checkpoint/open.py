@@ -18,10 +18,10 @@ def opened(place: str | Path, dtype: Any = "auto", auto_class: Any = None, trust
     from transformers import AutoModelForCausalLM
 
     from lillama.checkpoint.load import load
-    from lillama.pretrained.locate import explained
+    from lillama.pretrained.locate import explained, read_configuration
 
     with explained(f"the model '{place}'", "directory"):
-        config = host.get().read_configuration(place, trust=trust)
+        config = read_configuration(place, trust=trust)
         if is_compressed(config):
             return load(place, dtype=dtype).eval()
         auto = auto_class or AutoModelForCausalLM
@@ -39,11 +39,11 @@ def plugin_of(place: str | Path, recipe: Recipe) -> tuple[host.Plugin | None, An
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    from lillama.pretrained.locate import explained
+    from lillama.pretrained.locate import explained, read_configuration
 
     hosts, trust = host.get(), recipe.model.trust_remote_code
     with explained(f"the model '{place}'", "directory"):
-        config = copy.deepcopy(hosts.read_configuration(place, trust=trust))
+        config = copy.deepcopy(read_configuration(place, trust=trust))
     if is_compressed(config):  # plugins list the layers of the original
         del config.quantization_config
     auto = hosts.auto_class(config, recipe) or AutoModelForCausalLM

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lillama import host
+from lillama import host, registry
 from lillama.errors import LillamaError
 from lillama.version import __version__
 
@@ -94,13 +94,12 @@ def _device() -> list[Text]:
 
 
 def _plugins() -> list[Text]:
-    found = host.get()
-    found.registered()
     lines = []
-    for plugin in found.plugins.values():
+    for name in registry.PLUGINS:
+        plugin = host.get().plugins[name]
         lines.append(f"{plugin}: {plugin.failure or 'ready'}")
         if "doctor" in plugin.hooks and not plugin.failure:
-            lines += [f"  {line}" for line in found.doctor(plugin)]
+            lines += [f"  {line}" for line in host.get().doctor(plugin)]
     return [Text(line) for line in lines] or [Text("none installed")]
 
 
@@ -137,7 +136,7 @@ def _lacks(recipe: Any) -> list[str]:
             lacks.append(f"needs the module {dataset}")
     elif not Path(dataset).exists() and not _cached(dataset, "dataset"):
         lacks.append(f"needs the hub for the data set {dataset}")
-    if recipe.plugin != "auto" and recipe.plugin not in host.get().plugins:
+    if recipe.plugin != "auto" and recipe.plugin not in registry.PLUGINS:
         lacks.append(f"needs the plugin {recipe.plugin}")
     return lacks
 

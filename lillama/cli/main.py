@@ -163,15 +163,14 @@ def plugins(args: argparse.Namespace) -> int:
     """list the plugins installed, and what is wrong with any"""
     from rich.table import Table
 
-    from lillama import host
+    from lillama import host, registry
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("plugin", "distribution", "version", "hooks"):
         table.add_column(column)
     troubles = []
-    found = host.get()
-    found.registered()
-    for plugin in found.plugins.values():
+    for name in registry.PLUGINS:
+        plugin = host.get().plugins[name]
         hooks = f"not used: {plugin.failure}" if plugin.failure else ", ".join(plugin.hooks)
         table.add_row(plugin.name, plugin.distribution, plugin.version, hooks)
         if plugin.details and args.debug:

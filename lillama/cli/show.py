@@ -141,14 +141,13 @@ def metrics(values: dict[str, float]) -> Table:
 
 def read_config(path: str) -> Any:
     """A transformers configuration from a config.json that stands alone."""
-    from lillama import host
-    from lillama.pretrained.locate import explained
+    from lillama.pretrained.locate import explained, read_configuration
 
     file = Path(path)
     if not file.is_file():
         raise LillamaError("there is no such file", where=path)
     with explained(f"the configuration '{path}'", "--config"):
-        return host.get().read_configuration(file)
+        return read_configuration(file)
 
 
 def bench(found: dict[str, Any]) -> RenderableType:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from lillama.distill.concurrent import concurrent
+from lillama import registry
 from lillama.distill.job import Job
-from lillama.distill.sequential import sequential
 
 
 def distill(job: Job) -> None:
     """Distil every planned layer that is not stored yet, by the recipe's schedule."""
     if all(job.directory.has(job.file(layer)) for layer in job.layers if job.plan.planned(layer)):
         return
-    {"sequential": sequential, "concurrent": concurrent}[job.recipe.distill.schedule](job)
+    registry.SCHEDULES.get(job.recipe.distill.schedule)(job)

@@ -33,13 +33,9 @@ def measure(
 ) -> Measured:
     """Run the recipe's evaluators, and the plugin's, on a loaded model; `place` holds its tokenizer or processor."""
     from lillama.evaluate import context as evaluate
-    from lillama.pretrained.locate import explained, processor
+    from lillama.pretrained.locate import read_processor
 
-    hosts = host.get()
-    with explained(f"the tokenizer of '{place}'", "directory"):
-        own = hosts.own_configuration(place)
-        options = {"trust_remote_code": recipe.model.trust_remote_code} if own is None else {"config": own}
-        reader = processor(Path(place), **options)
+    hosts, reader = host.get(), read_processor(place, recipe.model.trust_remote_code)
     model.to(device).eval()
     if plugin is not None:
         hosts.prepare(plugin, model, recipe)

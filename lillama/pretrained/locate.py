@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lillama import host
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Model
 
 PACKAGE = "package:"
 
+Place = tuple[str, str | None]  # (hub id or directory, name of a GGUF file in it)
 
-def resolve(model: Model) -> tuple[str, str | None]:
+
+def resolve(model: Model) -> Place:
     """(id or directory, gguf file name) of a recipe's model; `package:NAME` is found without importing it.
 
     Raises LillamaError for a directory or package that is not there.
@@ -40,7 +44,7 @@ def resolve(model: Model) -> tuple[str, str | None]:
     return str(path), gguf
 
 
-def _in_package(model: Model) -> tuple[str, str | None]:
+def _in_package(model: Model) -> Place:
     name = model.id.removeprefix(PACKAGE)
     try:
         spec = importlib.util.find_spec(name)
@@ -86,6 +90,45 @@ def explained(what: str, where: str) -> Iterator[None]:
         raise LillamaError(f"cannot open {what}: {reason}", where=where, hint=hint) from error
 
 
+def own_configuration(where: str | os.PathLike[str], *, revision: str | None = None) -> Any | None:
+    """The configuration that a plugin makes for a model, whose own code is not to be run then; or None."""
+    from transformers import PreTrainedConfig
+
+    raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision)
+    return None if "quantization_config" in raw else host.get().configuration(raw)
+
+
+def read_configuration(
+    where: str | os.PathLike[str], *, revision: str | None = None, trust: bool = False, gguf: str | None = None
+) -> Any:
+    """The configuration of a model (directory, config.json or hub id): a plugin's, else as transformers reads it.
+
+    Raises what transformers raises. A compressed checkpoint, or the GGUF file `gguf`, is always read by transformers.
+    """
+    from transformers import AutoConfig
+
+    made = None if gguf else own_configuration(where, revision=revision)
+    if made is not None:
+        return made
+    options = {"gguf_file": gguf} if gguf else {}
+    return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust, **options)
+
+
+def read_tokenizer(model: Model, where: str, gguf: str | None, unpacked: Path) -> Any:
+    """The tokenizer of the model at `where` (see `resolve`); that of a GGUF file is in `unpacked` once that exists."""
+    from transformers import AutoTokenizer
+
+    with explained(f"the tokenizer of '{model.id}'", "model.id"):
+        if gguf and unpacked.is_dir():
+            return AutoTokenizer.from_pretrained(unpacked)
+        options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+        if gguf:
+            options["gguf_file"] = gguf
+        elif (own := own_configuration(where, revision=model.revision)) is not None:
+            options = {"trust_remote_code": False, "config": own}
+        return AutoTokenizer.from_pretrained(where, revision=model.revision, **options)
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint; pickled weights are refused."""
     files = sorted(p for p in directory.glob("*.safetensors") if not p.name.startswith("adapter"))
@@ -129,3 +172,10 @@ def processor(directory: Path, **options: Any) -> Any:
     names = ("preprocessor_config.json", "processor_config.json")
     auto = AutoProcessor if any((directory / name).is_file() for name in names) else AutoTokenizer
     return auto.from_pretrained(directory, **options)
+
+
+def read_processor(place: str | Path, trust: bool = False) -> Any:
+    """The processor or tokenizer of the model in a directory, read with a plugin's configuration where one makes it."""
+    with explained(f"the tokenizer of '{place}'", "directory"):
+        own = own_configuration(place)
+        return processor(Path(place), **({"trust_remote_code": trust} if own is None else {"config": own}))

@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lillama.base.tensorfile import Lazy, TensorFile
 from lillama.errors import LillamaError
 from lillama.pretrained import sharing
-from lillama.pretrained.locate import _download, explained, resolve, weight_files
-from lillama.recipe.schema import Recipe
+from lillama.pretrained.locate import Place, _download, explained, weight_files
+from lillama.recipe.schema import Model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def weights_dtype(section: Model, config: Any) -> torch.dtype:
+    """The type a recipe's model is evaluated and saved in."""
+    if section.dtype != "auto":
+        return DTYPES[section.dtype]
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 class Source:
@@ -31,37 +39,28 @@ class Source:
 
     def __init__(
         self,
-        recipe: Recipe,
-        auto_class: Callable[[Any], Any] | None = None,
-        config: Any = None,
-        working: Callable[[torch.dtype], torch.dtype] | None = None,
-        configure: Callable[..., Any] | None = None,
+        section: Model,
+        config: Any,
+        place: Place,
+        auto_class: Any = AutoModelForCausalLM,
+        working: torch.dtype | None = None,
     ) -> None:
-        """Read the configuration and build the skeleton; no weight is read.
+        """Build the skeleton of a recipe's model from its configuration; no weight is read.
 
-        `auto_class` may name, for a configuration, another auto class than AutoModelForCausalLM. `config` replaces the
-        configuration that `recipe.model` names. `working` gives the type weights are held in while distilling.
-        `configure` reads the configuration in the place of transformers (see `Host.read_configuration`).
+        `place` is what `locate.resolve` says, or (id, None) of a model that is not at hand. `auto_class` is that of
+        transformers which opens it. `working` is the type weights are held in while distilling (None: their own).
         """
-        self.recipe = recipe
-        self.where, self.gguf = resolve(recipe.model) if config is None else (recipe.model.id, None)
-        options = {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}
-        if self.gguf:
-            options["gguf_file"] = self.gguf
-        with explained(f"the model '{recipe.model.id}'", "model.id"):
-            if config is None and configure and not self.gguf:
-                model = recipe.model
-                config = configure(self.where, revision=model.revision, trust=model.trust_remote_code)
-            self.config = config or AutoConfig.from_pretrained(self.where, **options)
+        self.section, self.config = section, config
+        self.where, self.gguf = place
         if getattr(self.config, "quantization_config", None) is not None:
             raise LillamaError(
                 "the model is already quantised or compressed",
                 where="model.id",
                 hint="Start from its original.",
             )
-        self.auto_class = (auto_class and auto_class(self.config)) or AutoModelForCausalLM
-        self.dtype = self._dtype()
-        self.working = working(self.dtype) if working else self.dtype
+        self.auto_class = auto_class
+        self.dtype = weights_dtype(section, config)
+        self.working = working or self.dtype
         self.shared: list[list[str]] = []  # see `share`
         self.aliases: dict[str, str] = {}
         self.model = self.skeleton()
@@ -69,18 +68,11 @@ class Source:
         self._keys: dict[str, list[tuple[Path, str]]] = {}
         self._files: dict[Path, TensorFile] = {}
 
-    def _dtype(self) -> torch.dtype:
-        name = self.recipe.model.dtype
-        if name != "auto":
-            return DTYPES[name]
-        dtype = getattr(self.config, "dtype", None)
-        return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
     def skeleton(self) -> PreTrainedModel:
         """A fresh model on the meta device (buffers are real), in eval mode, weights tied."""
-        trust = self.recipe.model.trust_remote_code
+        trust = self.section.trust_remote_code
         with (
-            explained(f"the model '{self.recipe.model.id}'", "model.id"),
+            explained(f"the model '{self.section.id}'", "model.id"),
             init_empty_weights(include_buffers=False),
         ):
             model = self.auto_class.from_config(self.config, dtype=self.working, trust_remote_code=trust)
@@ -118,7 +110,7 @@ class Source:
         elif Path(self.where).is_dir():
             self.directory = Path(self.where)
         else:
-            self.directory = _download(self.where, self.recipe.model.revision)
+            self.directory = _download(self.where, self.section.revision)
         self._keys = self._index(self.directory)
         self._check_copies()
         return self.directory

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from lillama import registry
 from lillama.errors import LillamaError, did_you_mean
 from lillama.recipe import yamlfile
+from lillama.registry import Registry
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
-
-    from lillama.recipe.schema import Recipe
 
 Path_ = tuple[str | int, ...]
 
@@ -91,28 +91,37 @@ def explain(
     return LillamaError(what, where=where, hint=hint)
 
 
-def check_names(recipe: Recipe, origin: Origin) -> dict[str, dict[str, Any]]:
-    """Check names that stand for plugins and functions; return the options of evaluators, typed."""
-    from lillama import host, registry
+# The keys of a recipe whose values are names of a registry.
+NAMED: tuple[tuple[str, str, Registry], ...] = (
+    ("compress", "strategy", registry.STRATEGIES),
+    ("compress", "init", registry.INITIALISERS),
+    ("compress", "storage", registry.STORAGES),
+    ("distill", "loss", registry.LOSSES),
+    ("distill", "objective", registry.OBJECTIVES),
+    ("distill", "schedule", registry.SCHEDULES),
+)
 
-    plugins = host.get()
-    plugins.registered()  # plugins may add names
+
+def named(schema: type[BaseModel]) -> Iterator[tuple[str, str, Registry]]:
+    """(section, key, registry) of the names that a recipe of type `schema` holds."""
+    for section, key, names in NAMED:
+        if section in schema.model_fields and len(names):  # one that nobody filled yet cannot check anything
+            yield section, key, names
+
+
+def check_names(recipe: BaseModel, origin: Origin) -> dict[str, dict[str, Any]]:
+    """Check names that stand for plugins and functions; return the options of evaluators, typed."""
     errors, options = [], {}
-    for path, check in (
-        (("plugin",), plugins.check),
-        (("compress", "strategy"), registry.STRATEGIES.check),
-        (("compress", "init"), registry.INITIALISERS.check),
-        (("distill", "loss"), registry.LOSSES.check),
-        (("distill", "objective"), registry.OBJECTIVES.check),
-    ):
-        value: Any = recipe
-        for part in path:
-            value = getattr(value, part)
+    values: Any = recipe
+    checks: list[tuple[Path_, str, Callable[..., None]]] = [(("plugin",), values.plugin, registry.PLUGINS.check)]
+    for section, key, names in named(type(recipe)):
+        checks.append(((section, key), getattr(getattr(values, section), key), names.check))
+    for path, value, check in checks:
         try:
             check(value, origin.where(path))
         except LillamaError as error:
             errors.append(error)
-    for key, given in recipe.evaluate.items():
+    for key, given in values.evaluate.items():
         name = key.partition("/")[0]
         try:
             registry.EVALUATORS.check(name, origin.where(("evaluate", key)))

@@ -10,16 +10,17 @@ from lillama.errors import LillamaError
 from lillama.recipe import yamlfile
 
 
-def _plain(value: Any) -> Any:
+def plain_copy(value: Any) -> Any:
     """A copy that overrides may change, of what YAML could have held."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_copy(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_copy(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _apply_override(data: dict[str, Any], override: str) -> tuple[str, ...]:
+def apply_override(data: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Put the value of `override` (KEY=VALUE, read as YAML) into `data`; the path of its key."""
     key, equals, text = override.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lillama import registry
-from lillama.recipe.explain import section_of
+from lillama.recipe.explain import named, section_of
 from lillama.recipe.schema import Recipe
 
 HEAD = """# The recipe
@@ -87,9 +87,6 @@ def _default(field: FieldInfo) -> str:
 
 def schema() -> dict[str, Any]:
     """The JSON schema of recipes with the names that are installed here, for editors and for docs/recipe.md."""
-    from lillama import host, registry
-
-    host.get().registered()
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     evaluate = schema["properties"]["evaluate"]
@@ -100,11 +97,6 @@ def schema() -> dict[str, Any]:
         evaluate["properties"][name] = {"anyOf": [options, {"type": "null"}]}
         evaluate["patternProperties"][f"^{re.escape(name)}/"] = evaluate["properties"][name]
     evaluate["additionalProperties"] = False
-    for section, key, known in (
-        ("Compress", "strategy", registry.STRATEGIES),
-        ("Compress", "init", registry.INITIALISERS),
-        ("Distill", "loss", registry.LOSSES),
-        ("Distill", "objective", registry.OBJECTIVES),
-    ):
-        schema["$defs"][section]["properties"][key]["enum"] = list(known)
+    for section, key, known in named(Recipe):
+        schema["$defs"][section.capitalize()]["properties"][key]["enum"] = list(known)
     return schema

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from lillama.errors import LillamaError
 from lillama.recipe import yamlfile
 from lillama.recipe.explain import Origin, check_names, explain, together
-from lillama.recipe.overrides import _apply_override, _plain
+from lillama.recipe.overrides import apply_override, plain_copy
 from lillama.registry import Options
 
 
@@ -58,9 +58,10 @@ class Compress(Section):
         "student's inputs, making up for earlier losses), fisher (best for the predictions on the calibration data), "
         "or a plugin's.",
     )
-    storage: Literal["factors", "pivoted"] = Field(
+    storage: str = Field(
         "pivoted",
-        description="How rank r is kept: two factors, or pivot rows and coefficients (r^2 numbers fewer).",
+        description="How rank r is kept: factors (two of them), pivoted (pivot rows and coefficients, r^2 numbers "
+        "fewer), or a plugin's.",
     )
     gram_tokens: int = Field(
         65536, ge=1, description="Calibration tokens that input statistics are taken over (whitened)."
@@ -82,9 +83,10 @@ class Distill(Section):
 
     loss: str = Field("student", description="Inputs the student learns on: teacher, student, teacher+student.")
     objective: str = Field("normalised_mse", description="Distance of outputs: l1_logcos (eq. 7), mse, normalised_mse.")
-    schedule: Literal["concurrent", "sequential"] = Field(
+    schedule: str = Field(
         "sequential",
-        description="concurrent: all layers in one pass over the data; sequential: one by one, inputs cached.",
+        description="concurrent: all layers in one pass over the data; sequential: one by one, inputs cached; "
+        "or a plugin's.",
     )
     train: Literal["factors", "layer"] = Field(
         "layer", description="What learns: the factors alone, or every parameter of a layer that has factors."
@@ -226,7 +228,74 @@ class Run(Section):
     )
 
 
-class Recipe(Section):
+class Readable(Section):
+    """What is read from a file or a mapping, with `--set`s, and checked whole."""
+
+    @field_validator(
+        "model", "compress", "distill", "calibration", "evaluate", "run", mode="before", check_fields=False
+    )
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        # A heading with nothing (or only comments) below it means the defaults.
+        return {} if value is None else value
+
+    @field_validator("evaluate", mode="before", check_fields=False)
+    @classmethod
+    def _empty_options(cls, value: Any) -> Any:
+        # `speed:` with nothing after it means the defaults; `speed: false` is a mistake.
+        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    _written: str = PrivateAttr("")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Read, override and validate a recipe file.
+
+        `overrides` are `dotted.key=value` texts whose values are read as YAML. Raises LillamaError with
+        file, line and key for anything that does not fit, and names the nearest valid key.
+        """
+        document = yamlfile.load(path)
+        return cls._validated(document.data, overrides, document)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any] | str, overrides: Iterable[str] = ()) -> Self:
+        """The same from a mapping (paths and tuples are welcome in it) or a YAML text."""
+        document = yamlfile.Document(data if isinstance(data, str) else "", "recipe")
+        return cls._validated(document.data if isinstance(data, str) else data, overrides, document)
+
+    @classmethod
+    def _validated(cls, data: Any, overrides: Iterable[str], document: yamlfile.Document) -> Self:
+        if not isinstance(data, Mapping):
+            what = "the recipe is empty" if data is None else "a recipe is a mapping of keys to values"
+            raise LillamaError(what, where=document.name, hint="recipes/ holds examples.")
+        data, origin = plain_copy(data), Origin(document)
+        for override in overrides:
+            origin.overrides[apply_override(data, override)] = f"--set {override}"
+        try:
+            recipe = cls.model_validate(data)
+        except ValidationError as error:
+            raise together(explain(problem, (), origin, cls, cls) for problem in error.errors()) from error
+        recipe = recipe.model_copy(update={"evaluate": check_names(recipe, origin)})
+        recipe._written = document.text
+        return recipe
+
+    @property
+    def written(self) -> str:
+        """The text the recipe was read from, overrides not applied; empty when it came from Python."""
+        return self._written
+
+    def __eq__(self, other: object) -> bool:
+        # The text it was written in does not make it another recipe.
+        return isinstance(other, type(self)) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]  # evaluators' options are mappings
+
+    def to_yaml(self) -> str:
+        """The recipe with every default of its sections written out; loads back as an equal one."""
+        return yamlfile.dump(self.model_dump(mode="json"))
+
+
+class Recipe(Readable):
     """A run, complete. Read one with `Recipe.load`."""
 
     version: Literal[1] = Field(1, description="Version of this format.")
@@ -246,63 +315,17 @@ class Recipe(Section):
     )
     run: Run = Field(description="Where and how the run happens.")
 
-    @field_validator("model", "compress", "distill", "calibration", "evaluate", "run", mode="before")
-    @classmethod
-    def _empty_section(cls, value: Any) -> Any:
-        # A heading with nothing (or only comments) below it means the defaults.
-        return {} if value is None else value
 
-    @field_validator("evaluate", mode="before")
-    @classmethod
-    def _empty_options(cls, value: Any) -> Any:
-        # `speed:` with nothing after it means the defaults; `speed: false` is a mistake.
-        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+class Seeded(Section):
+    """How an evaluation happens."""
 
-    _written: str = PrivateAttr("")
+    seed: int = Field(0, description="Seed of what evaluators draw.")
 
-    @classmethod
-    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-        """Read, override and validate a recipe file.
 
-        `overrides` are `dotted.key=value` texts whose values are read as YAML. Raises LillamaError with
-        file, line and key for anything that does not fit, and names the nearest valid key.
-        """
-        document = yamlfile.load(path)
-        return cls._validated(document.data, overrides, document)
+class Evaluation(Readable):
+    """What a model on disk is measured by where no recipe says so: the keys of a recipe that matter then."""
 
-    @classmethod
-    def parse(cls, data: Mapping[str, Any] | str, overrides: Iterable[str] = ()) -> Recipe:
-        """The same from a mapping (paths and tuples are welcome in it) or a YAML text."""
-        document = yamlfile.Document(data if isinstance(data, str) else "", "recipe")
-        return cls._validated(document.data if isinstance(data, str) else data, overrides, document)
-
-    @classmethod
-    def _validated(cls, data: Any, overrides: Iterable[str], document: yamlfile.Document) -> Recipe:
-        if not isinstance(data, Mapping):
-            what = "the recipe is empty" if data is None else "a recipe is a mapping of keys to values"
-            raise LillamaError(what, where=document.name, hint="recipes/ holds examples.")
-        data, origin = _plain(data), Origin(document)
-        for override in overrides:
-            origin.overrides[_apply_override(data, override)] = f"--set {override}"
-        try:
-            recipe = cls.model_validate(data)
-        except ValidationError as error:
-            raise together(explain(problem, (), origin, cls, cls) for problem in error.errors()) from error
-        recipe = recipe.model_copy(update={"evaluate": check_names(recipe, origin)})
-        recipe._written = document.text
-        return recipe
-
-    @property
-    def written(self) -> str:
-        """The text the recipe was read from, overrides not applied; empty when it came from Python."""
-        return self._written
-
-    def __eq__(self, other: object) -> bool:
-        # The text it was written in does not make it another recipe.
-        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
-
-    __hash__ = None  # type: ignore[assignment]  # evaluators' options are mappings
-
-    def to_yaml(self) -> str:
-        """The recipe with every default of its sections written out; loads back as an equal one."""
-        return yamlfile.dump(self.model_dump(mode="json"))
+    model: Model = Field(description="The model to measure.")
+    plugin: str = Field("auto", description="Architecture plugin by name; auto: the one that knows the model.")
+    evaluate: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Evaluators, each with its options.")
+    run: Seeded = Field(default_factory=lambda: Seeded.model_validate({}), description="How the evaluation happens.")

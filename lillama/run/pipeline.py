@@ -33,6 +33,7 @@ from lillama.finetune import train as finetune
 from lillama.finetune.trainer import Setting
 from lillama.plan.plan import Plan, choose_ranks
 from lillama.pretrained import sharing
+from lillama.pretrained.locate import read_tokenizer
 from lillama.recipe.schema import Finetune, Recipe
 from lillama.report import track
 from lillama.run import curve
@@ -171,22 +172,8 @@ class Run:
 
     def tokenizer(self) -> Any:
         """The original's tokenizer."""
-        from transformers import AutoTokenizer
-
-        from lillama.pretrained.locate import explained
-
-        options: dict[str, Any] = {"gguf_file": self.source.gguf} if self.source.gguf else {}
-        with explained(f"the tokenizer of '{self.recipe.model.id}'", "model.id"):
-            unpacked = self.directory.path / "original"
-            if self.source.gguf and unpacked.is_dir():
-                return AutoTokenizer.from_pretrained(unpacked)
-            revision, trust = self.recipe.model.revision, self.recipe.model.trust_remote_code
-            if not self.source.gguf:
-                own = host.get().own_configuration(self.source.where, revision=revision)
-                options, trust = ({}, trust) if own is None else ({"config": own}, False)
-            return AutoTokenizer.from_pretrained(
-                self.source.where, revision=revision, trust_remote_code=trust, **options
-            )
+        source = self.source
+        return read_tokenizer(self.recipe.model, source.where, source.gguf, self.directory.path / "original")
 
     def fingerprint(self, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
         """What must be the same for a stored layer to be of use: all that decides its numbers."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import AutoModelForCausalLM
+
 from lillama import host
 from lillama.base import device
 from lillama.contract import Layer
 from lillama.errors import LillamaError
 from lillama.factorise import refit
 from lillama.plan.plan import Plan, choose_ranks
-from lillama.pretrained.source import Source
+from lillama.pretrained import locate
+from lillama.pretrained.source import Source, weights_dtype
 from lillama.recipe.schema import Recipe
 
 
@@ -33,14 +36,7 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
     `config` is used in place of the model's own (planning for a model that is not at hand).
     """
     chosen = device.choose(recipe.run)
-    hosts = host.get()
-    source = Source(
-        recipe,
-        lambda found: hosts.auto_class(found, recipe),
-        config,
-        chosen.working,
-        hosts.read_configuration,
-    )
+    hosts, source = host.get(), open_source(recipe, chosen, config)
     plugin, layers = hosts.layers(source.model, recipe)
     source.share(hosts.shared_modules(plugin, source.model, recipe))
     if not any(layer.weights for layer in layers):
@@ -49,6 +45,21 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
     refit.check(plan, recipe)
     _check_layers(layers, source)
     return Prepared(recipe, source, plugin, layers, plan, chosen)
+
+
+def open_source(recipe: Recipe, chosen: device.Device | None = None, config: Any = None) -> Source:
+    """The recipe's model, its weights held as suits the device `chosen`; `config` is used in place of its own."""
+    section = recipe.model
+    place: locate.Place = (section.id, None)
+    if config is None:
+        place = locate.resolve(section)
+        with locate.explained(f"the model '{section.id}'", "model.id"):
+            config = locate.read_configuration(
+                place[0], revision=section.revision, trust=section.trust_remote_code, gguf=place[1]
+            )
+    auto = host.get().auto_class(config, recipe) or AutoModelForCausalLM
+    working = chosen.working(weights_dtype(section, config)) if chosen else None
+    return Source(section, config, place, auto, working)
 
 
 def _check_layers(layers: list[Layer], source: Source) -> None:

@@ -12,8 +12,6 @@ from lillama import Layer, hookimpl
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lillama import Recipe
-
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # Linears by common input, in the order a block runs them.
 LLAMA = (ATTENTION, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
@@ -29,7 +27,7 @@ FAMILIES = {
 
 
 @hookimpl
-def enumerate_layers(model: PreTrainedModel, recipe: Recipe) -> list[Layer] | None:
+def enumerate_layers(model: PreTrainedModel) -> list[Layer] | None:
     groups = FAMILIES.get(model.config.model_type)
     if groups is None:
         return None

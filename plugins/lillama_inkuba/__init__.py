@@ -14,8 +14,6 @@ from lillama import Layer, hookimpl
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from lillama import Recipe
-
 # Its configuration names classes of its own ("Vulavula" is the maker's name for its models).
 NAMES = ("inkuba", "vulavula")
 # Where the names are gone (a configuration written by transformers' own class), no other model has this shape.
@@ -49,8 +47,7 @@ def shared_modules(model: PreTrainedModel) -> list[list[str]] | None:
 
 
 @hookimpl(tryfirst=True)
-def enumerate_layers(model: PreTrainedModel, recipe: Recipe) -> list[Layer] | None:
-    asked = recipe.plugin != "auto"
+def enumerate_layers(model: PreTrainedModel, asked: bool) -> list[Layer] | None:
     if not (asked or is_inkuba(model.config.to_dict())):
         return None
     blocks = [Layer(f"model.layers.{i}") for i in range(model.config.num_hidden_layers)]

@@ -13,21 +13,19 @@ from lillama import Layer, hookimpl
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lillama import Recipe
-
 FAMILIES = ("mamba", "falcon_mamba")
 GROUPS = (("mixer.in_proj",), ("mixer.out_proj",))
 
 
 @hookimpl
-def enumerate_layers(model: PreTrainedModel, recipe: Recipe) -> list[Layer] | None:
+def enumerate_layers(model: PreTrainedModel) -> list[Layer] | None:
     if model.config.model_type not in FAMILIES:
         return None
     return [Layer.of_linears(model, f"backbone.layers.{i}", GROUPS) for i in range(model.config.num_hidden_layers)]
 
 
 @hookimpl
-def prepare(model: PreTrainedModel, recipe: Recipe) -> None:
+def prepare(model: PreTrainedModel) -> None:
     from lillama_mamba.scan import use_linear_scan
 
     use_linear_scan(model)

@@ -13,13 +13,11 @@ from lillama import Layer, Weight, hookimpl
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lillama import Recipe
-
 ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
 
 
 @hookimpl
-def enumerate_layers(model: PreTrainedModel, recipe: Recipe) -> list[Layer] | None:
+def enumerate_layers(model: PreTrainedModel) -> list[Layer] | None:
     if model.config.model_type != "mixtral":
         return None
     return [layer(model, f"model.layers.{i}") for i in range(model.config.num_hidden_layers)]

@@ -1,0 +1,57 @@
+"""What a run is estimated to need: the numbers of a few recipes, and which device they are of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import tiny
+
+from lillama.run import estimate, prepare
+from lillama.testing import recipe_for
+
+# (memory, disk, seconds) of tiny models on a CPU whose products run at 10^9 operations a second.
+ESTIMATES: dict[str, tuple[str, dict[str, Any], tuple[int, int, float | None]]] = {
+    "sequential": ("llama", {}, (707_468_032, 179_200, 1.409286144)),
+    "concurrent": (
+        "llama-bias",
+        {"distill.schedule": "concurrent", "distill.train": "layer"},
+        (706_184_832, 543_360, 1.453326336),
+    ),
+    "concurrent, tied": (
+        "llama",
+        {"distill.schedule": "concurrent", "distill.loss": "teacher"},
+        (704_267_392, 510_976, 0.894959616),
+    ),
+    "low memory": (
+        "phi3",
+        {"distill.schedule": "concurrent", "run.low_memory": True},
+        (704_841_472, 521_088, 1.404567552),
+    ),
+    "measured": (
+        "qwen3",
+        {"compress.strategy": "fisher", "compress.init": "fisher"},
+        (708_693_120, 416_896, 3.824418816),
+    ),
+    "in files": ("mistral", {"run.stream_memory": 1e-6}, (705_895_168, 1_764_480, 1.409286144)),
+    "fine-tuned": (
+        "llama",
+        {"finetune.teacher": 0.5, "finetune.steps": 3, "finetune.batch_size": 64},
+        (751_346_432, 179_200, 20.786970624),
+    ),
+    "of unknown length": ("llama", {"calibration.tokens": None}, (705_895_168, 179_200, None)),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_the_estimates_of_a_few_recipes(name, tmp_path, monkeypatch):
+    model, changes, expected = ESTIMATES[name]
+    tiny(model).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(estimate, "_throughput", lambda device, tokens: 1e9)
+    settings = recipe_for(tmp_path / "model", tmp_path / "run").model_dump(mode="json")
+    for key, value in {"calibration.tokens": 4096, "run.stream_memory": 1.0, **changes}.items():
+        section, _, option = key.partition(".")
+        settings[section] = {**(settings[section] or {}), option: value}
+    prepared = prepare.prepare(prepare.Recipe.parse(settings))
+    found = estimate.estimate(prepared.source, prepared.plan, prepared.recipe, prepared.device)
+    assert (found.memory, found.disk, found.seconds) == expected
