@@ -159,6 +159,20 @@ EVALUATORS = Registry(
         "wer": "lillama.evaluate.speech:wer",
     },
 )
+FIGURES = Registry(
+    "report figure",
+    {
+        "ranks": "lillama.report.figures:ranks",
+        "losses": "lillama.report.figures:losses",
+        "layers": "lillama.report.figures:layers",
+        "convergence": "lillama.report.figures:convergence",
+        "finetuning": "lillama.report.figures:finetuning",
+        "benchmarks": "lillama.report.figures:benchmarks",
+        "speed": "lillama.report.figures:speed",
+        "stable_ranks": "lillama.report.figures:stable_ranks",
+        "activations": "lillama.report.figures:activations",
+    },
+)
 
 
 class Registries:
@@ -169,3 +183,4 @@ class Registries:
     objectives = OBJECTIVES
     losses = LOSSES
     evaluators = EVALUATORS
+    figures = FIGURES

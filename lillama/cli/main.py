@@ -71,7 +71,7 @@ def validate(args: argparse.Namespace) -> int:
 
     if sweepfile.is_sweep(args.recipe):
         found, base = sweepfile.load(args.recipe)
-        count = len(sweep.recipes(found, base, list(sweepfile.rows(found, args.set))))
+        count = len(sweep.recipes(base, list(sweepfile.rows(found, args.set))))
         sys.stdout.write(f"{args.recipe}: valid, {count} runs\n")
         return 0
     _recipe(args)
@@ -153,8 +153,10 @@ def sweep(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """write one HTML file that says what a run did"""
+    from lillama import host
     from lillama.report import html as report
 
+    host.get().registered()  # plugins may draw figures
     sys.stdout.write(f"wrote {report.write(Path(args.directory))}\n")
     return 0
 

@@ -33,6 +33,7 @@ from lillama.plan.plan import Plan, choose_ranks
 from lillama.pretrained import sharing
 from lillama.recipe.schema import Finetune, Recipe
 from lillama.report import track
+from lillama.report.record import STAGES
 from lillama.run import curve
 from lillama.run.fingerprint import NOT_IN_THE_NUMBERS
 from lillama.run.prepare import Prepared, prepare
@@ -238,8 +239,7 @@ class Run:
         places = {"after": self.directory.path / MODEL, "finetuned": self.directory.path / finetune.FINETUNED}
         place = places.get(when, self.source.directory)
         with self.progress.timed(f"evaluate {when}"):
-            kinds = {"before": "original", "after": "compressed", "finetuned": "fine-tuned"}
-            self.progress.say(f"evaluating the {kinds[when]} model")
+            self.progress.say(f"evaluating the {STAGES[when]} model")
             trust = self.recipe.model.trust_remote_code
             model = open.opened(place, self.source.dtype, self.source.auto_class, trust)
             if when == "before":
