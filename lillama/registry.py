@@ -159,6 +159,15 @@ EVALUATORS = Registry(
         "wer": "lillama.evaluate.speech:wer",
     },
 )
+# Asked in turn what a data set's name stands for: those of plugins first, then in this order.
+READERS = Registry(
+    "data reader",
+    {
+        "package": "lillama.data.package:read_package",
+        "files": "lillama.data.files:read_files",
+        "hub": "lillama.data.hub:read_hub",
+    },
+)
 FIGURES = Registry(
     "report figure",
     {
@@ -183,4 +192,5 @@ class Registries:
     objectives = OBJECTIVES
     losses = LOSSES
     evaluators = EVALUATORS
+    readers = READERS
     figures = FIGURES
