@@ -159,6 +159,7 @@ EVALUATORS = Registry(
         "wer": "lillama.evaluate.speech:wer",
     },
 )
+EXPORTS = Registry("export", {"dense": "lillama.checkpoint.export:export_dense"})
 # Asked in turn what a data set's name stands for: those of plugins first, then in this order.
 READERS = Registry(
     "data reader",
@@ -192,5 +193,6 @@ class Registries:
     objectives = OBJECTIVES
     losses = LOSSES
     evaluators = EVALUATORS
+    exports = EXPORTS
     readers = READERS
     figures = FIGURES

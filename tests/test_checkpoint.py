@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 import lillama
-from lillama import LillamaError
+from lillama import LillamaError, registry
 from lillama.checkpoint import export, write
+from lillama.cli import main as cli
 from lillama.lowrank import swap as factors
 from lillama.run.pipeline import compress
 from lillama.testing import recipe_for, token_batches
@@ -146,6 +147,29 @@ def test_export_dense_loads_with_plain_transformers(compressed, tmp_path):
         export.export_dense(path, tmp_path / "dense")
     with pytest.raises(LillamaError, match="holds no factors"):
         export.export_dense(original, tmp_path / "other")
+
+
+def test_the_verb_exports_in_any_registered_form(compressed, tmp_path, monkeypatch, capsys):
+    path, _ = compressed
+
+    def names_only(directory, target):
+        """Write the names of the tensors."""
+        target.mkdir()
+        (target / "names.txt").write_text("\n".join(load_file(directory / "model.safetensors")))
+
+    monkeypatch.setattr(registry.EXPORTS, "_targets", dict(registry.EXPORTS._targets))
+    registry.Registries.exports.add("names", names_only)
+    assert cli.main(["export", str(path), str(tmp_path / "names"), "--as", "names"]) == 0
+    assert "model.layers.1.mlp.up_proj.B" in (tmp_path / "names" / "names.txt").read_text()
+    assert capsys.readouterr().out == f"wrote {tmp_path}/names\n"
+    for given in (["--dense"], ["--as", "dense"]):
+        assert cli.main(["export", str(path), str(tmp_path / given[-1]), *given]) == 0
+        assert (tmp_path / given[-1] / "model.safetensors").exists()
+    capsys.readouterr()
+    assert cli.main(["export", str(path), str(tmp_path / "x"), "--as", "dens"]) == 2
+    error = capsys.readouterr().err
+    assert "no export is called 'dens'" in error and "Did you mean 'dense'?" in error
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("harm", ["missing", "unexpected", "shape"])
