@@ -1,7 +1,9 @@
 """Registers the checkpoint format with transformers when, and only when, transformers is imported.
 
 transformers has no entry point that would import us, and importing it here would cost every
-`lillama --help` several seconds. So we wait for its quantizer registry to be imported.
+`lillama --help` several seconds. So we wait for its quantizer registry to be imported. (wrapt's post-import hooks do
+nearly this; they import asyncio, half as much again as all of `import lillama`, and forget a hook that failed, so that
+the next import of transformers would not know the format.)
 """
 
 from __future__ import annotations

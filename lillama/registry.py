@@ -277,9 +277,30 @@ STORAGES: Registry[type[Any]] = Registry(
         "pivoted": "lillama.lowrank.pivoted:PivotedStorage",
     },
 )
-READERS: Registry[Callable[..., Any]] = Registry("data reader")
-EXPORTS: Registry[Callable[..., Any]] = Registry("export")
-FIGURES: Registry[Callable[..., Any]] = Registry("report figure")
+# Asked in turn what a data set's name stands for: those of plugins first, then in this order.
+READERS: Registry[Callable[..., Any]] = Registry(
+    "data reader",
+    {
+        "package": "lillama.data.package:read_package",
+        "files": "lillama.data.files:read_files",
+        "hub": "lillama.data.hub:read_hub",
+    },
+)
+EXPORTS: Registry[Callable[..., Any]] = Registry("export", {"dense": "lillama.checkpoint.export:export_dense"})
+FIGURES: Registry[Callable[..., Any]] = Registry(
+    "report figure",
+    {
+        "ranks": "lillama.report.figures:ranks",
+        "losses": "lillama.report.figures:losses",
+        "layers": "lillama.report.figures:layers",
+        "convergence": "lillama.report.figures:convergence",
+        "finetuning": "lillama.report.figures:finetuning",
+        "benchmarks": "lillama.report.figures:benchmarks",
+        "speed": "lillama.report.figures:speed",
+        "stable_ranks": "lillama.report.figures:stable_ranks",
+        "activations": "lillama.report.figures:activations",
+    },
+)
 EVALUATORS: Registry[Callable[..., Any]] = Registry(
     "evaluator",
     {

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 import lillama
-from lillama import LillamaError
+from lillama import LillamaError, registry
+from lillama.base.tensorfile import Entry
 from lillama.checkpoint import export, write
+from lillama.cli import main as cli
 from lillama.lowrank import swap as factors
+from lillama.plan.plan import Plan
 from lillama.run.pipeline import compress
 from lillama.testing import recipe_for, token_batches
 
@@ -146,6 +149,57 @@ def test_export_dense_loads_with_plain_transformers(compressed, tmp_path):
         export.export_dense(path, tmp_path / "dense")
     with pytest.raises(LillamaError, match="holds no factors"):
         export.export_dense(original, tmp_path / "other")
+
+
+def test_the_verb_exports_in_any_registered_form(compressed, tmp_path, monkeypatch, capsys):
+    path, _ = compressed
+
+    def names_only(directory, target):
+        """Write the names of the tensors."""
+        target.mkdir()
+        (target / "names.txt").write_text("\n".join(load_file(directory / "model.safetensors")))
+
+    monkeypatch.setattr(registry.EXPORTS, "_targets", dict(registry.EXPORTS._targets))
+    registry.Registries.exports.add("names", names_only)
+    assert cli.main(["export", str(path), str(tmp_path / "names"), "--as", "names"]) == 0
+    assert "model.layers.1.mlp.up_proj.B" in (tmp_path / "names" / "names.txt").read_text()
+    assert capsys.readouterr().out == f"wrote {tmp_path}/names\n"
+    for given in (["--dense"], ["--as", "dense"]):
+        assert cli.main(["export", str(path), str(tmp_path / given[-1]), *given]) == 0
+        assert (tmp_path / given[-1] / "model.safetensors").exists()
+    capsys.readouterr()
+    assert cli.main(["export", str(path), str(tmp_path / "x"), "--as", "dens"]) == 2
+    error = capsys.readouterr().err
+    assert "no export is called 'dens'" in error and "Did you mean 'dense'?" in error
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["org/model: the second", 'org/it\'s "quoted"', "org/plain", "- a #list", "yes"])
+def test_the_card_says_what_the_model_was_made_of_whatever_its_name(name):
+    from huggingface_hub import ModelCard
+
+    from lillama.checkpoint.card import model_card
+
+    recipe = recipe_for(name, "out")
+    data = ModelCard(model_card(recipe, Plan((), {}, "factors", 100), "AutoModelForCausalLM")).data
+    assert data.to_dict() == {"base_model": name, "library_name": "transformers", "tags": ["lillama", "low-rank"]}
+    local = ModelCard(model_card(recipe_for("./here", "out"), Plan((), {}, "factors", 100), "AutoModelForCausalLM"))
+    assert local.data.base_model is None and "# here, 0% smaller" in local.text
+
+
+def test_a_tensor_larger_than_a_shard_has_one_of_its_own_and_the_index_names_every_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "SHARD_BYTES", 100)
+    tensors = {f"t{i}": torch.full((size,), float(i)) for i, size in enumerate((10, 10, 50, 10, 10, 10))}
+    write._write_shards([Entry.of(*item) for item in tensors.items()], tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 400}
+    files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
+    assert (
+        files == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)] == sorted({*index["weight_map"].values()})
+    )
+    for name, tensor in tensors.items():
+        assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
+    assert list(load_file(tmp_path / index["weight_map"]["t2"])) == ["t2"]
 
 
 @pytest.mark.parametrize("harm", ["missing", "unexpected", "shape"])

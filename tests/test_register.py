@@ -27,7 +27,8 @@ def wait(module: str) -> str:
 
 
 def python(code: str, path: Path) -> list[str]:
-    env = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+    paths = [str(path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=path)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -12,10 +12,11 @@ import pytest
 from conftest import tiny, tokenizer
 
 import lillama
+from lillama import registry
 from lillama.cli import main as cli
 from lillama.errors import LillamaError
-from lillama.report import figures, plots, record, words
 from lillama.report import html as report
+from lillama.report import plots, record, words
 
 pytestmark = pytest.mark.report
 TEXT = "the cat sat on a mat and ran . " * 60
@@ -111,9 +112,31 @@ def test_a_chart_that_fails_is_named_and_the_rest_is_there(finished: Path, monke
     def broken(found: Any) -> str:
         raise ValueError("no <ink>")
 
-    monkeypatch.setitem(figures.ALL, "ranks", broken)
+    monkeypatch.setitem(registry.FIGURES._targets, "ranks", broken)
     text = report.render(record.read(finished))
     assert "not drawn: ValueError: no &lt;ink&gt;" in text and text.count("<svg") >= 2
+
+
+def test_a_figure_from_outside_is_in_the_report_and_one_that_fails_costs_nothing_else(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own_figure(found: record.RunRecord) -> str:
+        return f"<svg id='mine'><text>{len(found.plan['weights'])} weights</text></svg>"
+
+    def broken(found: record.RunRecord) -> str:
+        raise KeyError("what a run lacks")
+
+    before = report.render(record.read(finished))
+    monkeypatch.setattr(registry.FIGURES, "_targets", dict(registry.FIGURES._targets))
+    registry.Registries.figures.add("weight_count", own_figure)
+    registry.Registries.figures.add("astray", broken)
+    registry.Registries.figures.add("nothing_here", lambda found: None)
+    text = report.render(record.read(finished))
+    assert "<svg id='mine'>" in text and "<h2>Weight count</h2>" in text
+    assert text.count("not drawn") == 1 and "<h2>Astray</h2>" in text and "KeyError" in text
+    assert "Nothing here" not in text
+    assert text.count("<svg") == before.count("<svg") + 1
+    assert not Page(text).open
 
 
 def test_a_report_that_fails_does_not_cost_the_run(
@@ -127,7 +150,7 @@ def test_a_report_that_fails_does_not_cost_the_run(
     assert (lillama.compress(recipe).path / "config.json").exists()
 
 
-def enriched(finished: Path) -> record.Found:
+def enriched(finished: Path) -> record.RunRecord:
     """A run with everything a report can show."""
     found = record.read(finished)
     detail = {
@@ -154,7 +177,8 @@ def enriched(finished: Path) -> record.Found:
 
 def test_everything_a_report_can_show(finished: Path) -> None:
     found = enriched(finished)
-    assert {name for name, draw in figures.ALL.items() if draw(found)} == set(figures.ALL)
+    assert set(report.PLACED) <= set(registry.FIGURES)
+    assert {name for name in registry.FIGURES if registry.FIGURES.get(name)(found)} == set(registry.FIGURES)
     text = report.render(found)
     page = Page(text)
     said = " ".join(" ".join(page.said).split())

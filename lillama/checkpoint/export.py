@@ -1,4 +1,7 @@
-"""The compressed checkpoint in other forms: `lillama export`."""
+"""The compressed checkpoint in other forms: `lillama export`.
+
+An export is a function (directory of the checkpoint, directory to write) -> None; EXPORTS names them.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
+from huggingface_hub import split_state_dict_into_shards_factory
+
 from lillama.base import tensorfile
 from lillama.base.files import atomic_directory
 from lillama.base.rundir import RunDirectory
@@ -76,21 +78,18 @@ def _as_in_the_file(source: Source, name: str, tensors: TensorFile, key: str) ->
 
 
 def _write_shards(entries: list[Entry], directory: Path) -> None:
-    shards: list[list[Entry]] = [[]]
-    for entry in entries:
-        if shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(entry)
-    if len(shards) == 1:
-        tensorfile.write(directory / "model.safetensors", shards[0], {"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensorfile.write(directory / file, shard, {"format": "pt"})
-        weight_map |= {e.name: file for e in shard}
-    index = {"metadata": {"total_size": sum(e.bytes for e in entries)}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    by_name = {entry.name: entry for entry in entries}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda entry: entry.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for file, names in split.filename_to_tensors.items():
+        tensorfile.write(directory / file, [by_name[name] for name in names], {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def copy_beside(source: Path, target: Path) -> None:

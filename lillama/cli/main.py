@@ -71,7 +71,7 @@ def validate(args: argparse.Namespace) -> int:
 
     if sweepfile.is_sweep(args.recipe):
         found, base = sweepfile.load(args.recipe)
-        count = len(sweep.recipes(found, base, list(sweepfile.rows(found, args.set))))
+        count = len(sweep.recipes(base, list(sweepfile.rows(found, args.set))))
         sys.stdout.write(f"{args.recipe}: valid, {count} runs\n")
         return 0
     _recipe(args)
@@ -192,14 +192,18 @@ def schema(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """write a compressed checkpoint in another form"""
-    if not args.dense:
-        raise LillamaError("say which form", where="export", hint="--dense multiplies the factors back.")
     from lillama.base import quiet
-    from lillama.checkpoint import export
+    from lillama.registry import EXPORTS
 
+    name = "dense" if args.dense else args.form
+    if name is None:
+        known = f"Known: {', '.join(EXPORTS)}."
+        raise LillamaError("say which form", where="export", hint=f"--dense multiplies the factors back. {known}")
+    EXPORTS.check(name, "export")
     quiet.quiet_libraries()
-    export.export_dense(args.directory, args.out)
-    sys.stdout.write(f"wrote {args.out}: loads with plain transformers, and is as large as the original\n")
+    EXPORTS.get(name)(Path(args.directory), Path(args.out))
+    said = ": loads with plain transformers, and is as large as the original" if name == "dense" else ""
+    sys.stdout.write(f"wrote {args.out}{said}\n")
     return 0
 
 
@@ -283,7 +287,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(export)
     sub.add_argument("directory", help="a compressed checkpoint")
     sub.add_argument("out", help="the directory to write")
-    sub.add_argument("--dense", action="store_true", help="multiply the factors back")
+    forms = sub.add_mutually_exclusive_group()
+    forms.add_argument("--as", dest="form", metavar="NAME", help="the form: dense, or a plugin's")
+    forms.add_argument("--dense", action="store_true", help="multiply the factors back: short for --as dense")
     sub = verb(doctor)
     sub.add_argument("recipes", nargs="*", help="recipes to check (default: recipes/*.yaml)")
     return parser

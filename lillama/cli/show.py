@@ -12,10 +12,9 @@ from rich.text import Text
 
 from lillama.base.progress import clock
 from lillama.errors import LillamaError
-from lillama.lowrank.counts import stored
-from lillama.plan.plan import Plan
 from lillama.recipe.schema import Recipe
-from lillama.report.words import millions, size
+from lillama.report.record import by_kind
+from lillama.report.words import millions, number, size
 from lillama.run.estimate import estimate
 from lillama.run.pipeline import Result
 from lillama.run.prepare import Prepared
@@ -29,16 +28,16 @@ def plan(prepared: Prepared) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, justify in (("weight", "left"), ("shape", "left"), ("ranks", "left"), ("parameters", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for name, rows in _by_kind(p).items():
-        shape = " x ".join(map(str, rows[0].shape))
-        counts = Counter(p.ranks.get(w.name) for w in rows)
+    for name, rows in by_kind(p.to_dict()["weights"]).items():
+        shape = " x ".join(map(str, rows[0]["shape"]))
+        counts = Counter(row["rank"] for row in rows)
         ranks = ", ".join(
             f"{n} x {'dense' if r is None else r}"
             for r, n in sorted(counts.items(), key=lambda c: (c[0] is None, c[0]))
         )
-        before = sum(w.parameters for w in rows)
-        after = sum(stored(w, p.ranks[w.name], p.storage) if w.name in p.ranks else w.parameters for w in rows)
-        sizes = f"with {rows[0].tied}" if rows[0].tied else f"{millions(before)} -> {millions(after)}"
+        before, after = (sum(row[key] for row in rows) for key in ("parameters", "after"))
+        tied = rows[0].get("tied")
+        sizes = f"with {tied}" if tied else f"{millions(before)} -> {millions(after)}"
         table.add_row(name, shape, ranks, sizes)
     e = estimate(prepared.source, p, recipe, prepared.device)
     layers = sum(1 for layer in p.layers if p.planned(layer))
@@ -57,16 +56,6 @@ def plan(prepared: Prepared) -> RenderableType:
         + (f"about {clock(e.seconds)} for {e.tokens:,} tokens" if e.seconds else "time depends on calibration.tokens"),
     ]
     return Group(*(Text(line) for line in lines), Text(), table, Text())
-
-
-def _by_kind(p: Plan) -> dict[str, list[Any]]:
-    """Weights of the same place in their layers, and of the same shape, together."""
-    kinds: dict[str, list[Any]] = {}
-    for layer in p.layers:
-        for weight in layer.weights:
-            name = weight.name.removeprefix(f"{layer.name}.")
-            kinds.setdefault(name, []).append(weight)
-    return kinds
 
 
 def result(found: Result, recipe: Recipe) -> RenderableType:
@@ -115,13 +104,7 @@ def _completions(prompt: str, before: str, after: str) -> list[RenderableType]:
 def _measured(values: dict[str, float], name: str) -> str:
     """A metric, with its standard error where it has one."""
     error = values.get(f"{name}{ERROR}")
-    return _number(values.get(name)) + (f" ± {error:.2g}" if error else "")
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+    return number(values.get(name), "inf") + (f" ± {error:.2g}" if error else "")
 
 
 def _ratio(before: float | None, after: float | None) -> str:

@@ -24,7 +24,7 @@ ENGLISH = ("en", "english")
 
 
 @dataclass(frozen=True)
-class Heard:
+class Transcribed:
     """A clip's reference and hypothesis, normalised, and the errors between them."""
 
     clip: str
@@ -194,7 +194,7 @@ def _lower(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _listen(writer: _Writer, clips: Any, batch_size: int) -> list[Heard]:
+def _listen(writer: _Writer, clips: Any, batch_size: int) -> list[Transcribed]:
     """Transcribe all clips that have a reference; the pieces of a long one are joined again."""
     found = []
     with_text = (clip for clip in clips if clip.text is not None)
@@ -209,17 +209,17 @@ def _listen(writer: _Writer, clips: Any, batch_size: int) -> list[Heard]:
     return found
 
 
-def _compare(name: str, reference: str, hypothesis: str) -> Heard:
+def _compare(name: str, reference: str, hypothesis: str) -> Transcribed:
     import jiwer
 
     words = len(reference.split())
     if not words:  # jiwer refuses an empty reference
-        return Heard(name, reference, hypothesis, 0, 0, 0, len(hypothesis.split()))
+        return Transcribed(name, reference, hypothesis, 0, 0, 0, len(hypothesis.split()))
     out = jiwer.process_words(reference, hypothesis)
-    return Heard(name, reference, hypothesis, words, out.substitutions, out.deletions, out.insertions)
+    return Transcribed(name, reference, hypothesis, words, out.substitutions, out.deletions, out.insertions)
 
 
-def _score(found: Sequence[Heard], context: Context, dataset: str) -> dict[str, float]:
+def _score(found: Sequence[Transcribed], context: Context, dataset: str) -> dict[str, float]:
     import numpy as np
 
     words = sum(one.words for one in found)
@@ -253,8 +253,14 @@ def _score(found: Sequence[Heard], context: Context, dataset: str) -> dict[str, 
 def interval(errors: NDArray[np.int64], words: NDArray[np.int64], seed: int) -> tuple[float, float]:
     """The 95 % interval of errors per word, clips drawn anew with replacement RESAMPLES times (percentiles)."""
     import numpy as np
+    from scipy.stats import bootstrap
 
-    drawn = np.random.default_rng(seed).integers(0, len(errors), (RESAMPLES, len(errors)))
-    rates = errors[drawn].sum(1) / words[drawn].sum(1).clip(1)
-    low, high = np.quantile(rates, (0.025, 0.975))
-    return float(low), float(high)
+    def rate(errors: NDArray[np.int64], words: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
+        return errors.sum(axis) / words.sum(axis).clip(1)
+
+    if len(errors) < 2:  # which bootstrap refuses: there is nothing to draw from
+        return float(rate(errors, words)), float(rate(errors, words))
+    generator = np.random.default_rng(seed)
+    options = {"paired": True, "vectorized": True, "method": "percentile", "n_resamples": RESAMPLES}
+    found = bootstrap((errors, words), rate, random_state=generator, **options).confidence_interval
+    return float(found.low), float(found.high)

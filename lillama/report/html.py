@@ -7,82 +7,90 @@ from __future__ import annotations
 
 import html
 import math
-import re
 from pathlib import Path
 from typing import Any
 
+from lillama.base.files import write_text
 from lillama.base.progress import clock
-from lillama.report.record import STAGES, Found, _layers, layer_label, read
-from lillama.report.words import _main_metrics, _plain, number
+from lillama.registry import FIGURES
+from lillama.report.record import STAGES, RunRecord, finished_layers, layer_label, read
+from lillama.report.words import main_metrics, metric_name, millions, number, size
+from lillama.version import __version__
 
 NAME = "report.html"
-TASK_METRIC = re.compile(r"(?P<task>[^/]+)/(acc|acc_norm|f1|exact_match)$")
+# The figures that the template has a place for. Those of plugins follow, each under its name.
+PLACED = (
+    "ranks",
+    "losses",
+    "layers",
+    "convergence",
+    "finetuning",
+    "benchmarks",
+    "speed",
+    "stable_ranks",
+    "activations",
+)
 
 
 def write(path: Path) -> Path:
     """Write the report into the run directory; returns the file. A chart that fails is left out and named there."""
-    from lillama.base.files import write_text
-
     write_text(path / NAME, render(read(path)))
     return path / NAME
 
 
-def render(found: Found) -> str:
+def render(record: RunRecord) -> str:
     """The report as HTML."""
     from jinja2 import Environment
-
-    from lillama.report.words import size
-    from lillama.version import __version__
 
     template = (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clock": clock, "number": number, "size": size}
-    name = Path(str(found.settings["model"]["id"]).removeprefix("package:")).name
+    drawn = charts(record)
+    name = Path(str(record.settings["model"]["id"]).removeprefix("package:")).name
     return environment.from_string(template).render(
-        found=found,
+        record=record,
         name=name,
         version=__version__,
-        tiles=tiles(found),
-        table=comparison(found),
-        charts=charts(found),
-        worst=worst(found),
-        samples=samples(found),
-        tasks=_harness_note(found),
-        environment=environment_of(found),
-        seconds={phase: value for phase, value in found.metrics.get("seconds", {}).items() if value >= 0.5},
-        load=how_to_load(found),
-        recipe=found.recipe,
+        tiles=tiles(record),
+        table=comparison(record),
+        charts=drawn,
+        others=[name for name in drawn if name not in PLACED],
+        worst=worst(record),
+        samples=samples(record),
+        tasks=_harness_note(record),
+        environment=environment_of(record),
+        seconds={phase: value for phase, value in record.metrics.get("seconds", {}).items() if value >= 0.5},
+        load=how_to_load(record),
+        recipe=record.recipe,
     )
 
 
-def tiles(found: Found) -> list[tuple[str, str, str]]:
+def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     """(what, value, remark) of the figures on top."""
-    from lillama.report.words import millions, size
-
-    counts = found.plan["parameters"]
+    counts = record.plan["parameters"]
     shown = [
         (
             "parameters",
-            f"{found.plan['reduction']:.1%} fewer",
+            f"{record.plan['reduction']:.1%} fewer",
             f"{millions(counts['before'])} → {millions(counts['after'])}",
         )
     ]
-    m = found.metrics
+    m = record.metrics
     if m:
         before, after = m["bytes"]["before"], m["bytes"]["after"]
         shown.append(("weights on disk", f"{1 - after / before:.1%} less", f"{size(before)} → {size(after)}"))
         last = "finetuned" if "finetuned" in m else "after"
-        for name in _main_metrics(m["before"])[:3]:
+        for name in main_metrics(m["before"])[:3]:
             a, b = m["before"].get(name), m[last].get(name)
             if a and b is not None:
-                shown.append((_plain(name), f"x {b / a:.3g}", f"{number(a)} → {number(b)}"))
+                shown.append((metric_name(name), f"x {b / a:.3g}", f"{number(a)} → {number(b)}"))
         shown.append(("took", clock(sum(m["seconds"].values())), f"peak memory {size(m['peak_memory_bytes'])}"))
     return shown
 
 
-def comparison(found: Found) -> list[dict[str, Any]]:
+def comparison(record: RunRecord) -> list[dict[str, Any]]:
     """Rows of the table before, after: name, numbers with their errors, and the change."""
-    m = found.metrics
+    m = record.metrics
     stages = [stage for stage in STAGES if stage in m]
     rows = []
     for name in dict.fromkeys(key for stage in stages for key in m[stage]):
@@ -94,13 +102,13 @@ def comparison(found: Found) -> list[dict[str, Any]]:
         changes = [
             f"x {v / values[0]:.3g}" if v is not None and values[0] and v != values[0] else "" for v in values[1:]
         ]
-        rows.append({"name": _plain(name), "cells": cells, "changes": changes})
+        rows.append({"name": metric_name(name), "cells": cells, "changes": changes})
     return rows
 
 
-def _harness_note(found: Found) -> str:
+def _harness_note(record: RunRecord) -> str:
     """How benchmarks were measured, in a line, with the paired error of the difference where examples are known."""
-    details = [found.stages.get(stage, {}).get("details", {}) for stage in ("before", "after")]
+    details = [record.stages.get(stage, {}).get("details", {}) for stage in ("before", "after")]
     key = next((key for key in details[0] if key.partition("/")[0] == "harness" and key in details[1]), None)
     if key is None:
         return ""
@@ -119,9 +127,9 @@ def _harness_note(found: Found) -> str:
     return text + (f" Change in points, paired by example: {'; '.join(pairs)}." if pairs else "")
 
 
-def worst(found: Found, most: int = 5) -> list[dict[str, str]]:
+def worst(record: RunRecord, most: int = 5) -> list[dict[str, str]]:
     """The layers that fit their originals least, by the held-out loss, and how far training took each."""
-    layers = _layers(found)
+    layers = finished_layers(record)
     names = [layer["layer"] for layer in layers]
     rows = sorted(layers, key=lambda row: -row["loss"])[:most]
     return [
@@ -135,46 +143,44 @@ def worst(found: Found, most: int = 5) -> list[dict[str, str]]:
     ]
 
 
-def samples(found: Found) -> list[dict[str, Any]]:
+def samples(record: RunRecord) -> list[dict[str, Any]]:
     """What the models wrote."""
     texts: dict[str, dict[str, Any]] = {}
     for stage, label in STAGES.items():
-        for key, detail in found.stages.get(stage, {}).get("details", {}).items():
+        for key, detail in record.stages.get(stage, {}).get("details", {}).items():
             if isinstance(detail, dict) and "completion" in detail:
                 sample = texts.setdefault(key, {"prompt": detail["prompt"], "texts": []})
                 sample["texts"].append((label, detail["completion"].strip()))
     return list(texts.values())
 
 
-def environment_of(found: Found) -> list[tuple[str, str]]:
+def environment_of(record: RunRecord) -> list[tuple[str, str]]:
     """What the run ran on."""
-    start = next((event for event in found.events if event["event"] == "start"), {})
+    start = next((event for event in record.events if event["event"] == "start"), {})
     shown = [("plugin", start.get("plugin")), ("machine", start.get("machine")), ("device", start.get("device"))]
-    shown += [("threads", start.get("threads")), ("compute", found.versions.get("compute"))]
-    shown += [(name, found.versions.get(name)) for name in ("lillama", "torch", "transformers")]
+    shown += [("threads", start.get("threads")), ("compute", record.versions.get("compute"))]
+    shown += [(name, record.versions.get(name)) for name in ("lillama", "torch", "transformers")]
     return [(name, str(value)) for name, value in shown if value]
 
 
-def how_to_load(found: Found) -> str:
+def how_to_load(record: RunRecord) -> str:
     """Python that opens the result."""
-    place = found.path / ("finetuned" if "finetuned" in found.metrics else "model")
-    kind = (found.model.get("architectures") or ["AutoModelForCausalLM"])[0]
+    place = record.path / ("finetuned" if "finetuned" in record.metrics else "model")
+    kind = (record.model.get("architectures") or ["AutoModelForCausalLM"])[0]
     return (
         f"import lillama  # teaches transformers the format\nfrom transformers import {kind}\n\n"
         f'model = {kind}.from_pretrained("{place}")'
     )
 
 
-def charts(found: Found) -> dict[str, Any]:
-    """The SVGs by name. What cannot be drawn is named, with the reason, in place of its chart."""
+def charts(record: RunRecord) -> dict[str, Any]:
+    """The SVGs by name, in the order of the page. What cannot be drawn is named, with the reason, in its place."""
     from markupsafe import Markup
 
-    from lillama.report import figures
-
     drawn: dict[str, Any] = {}
-    for name, draw in figures.ALL.items():
+    for name in [*(n for n in PLACED if n in FIGURES), *(n for n in FIGURES if n not in PLACED)]:
         try:
-            svg = draw(found)
+            svg = FIGURES.get(name)(record)
         except Exception as error:  # one chart must not take the report along
             drawn[name] = Markup(f"<p class=note>not drawn: {html.escape(f'{type(error).__name__}: {error}')}</p>")
             continue

@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lillama.report.record import STAGES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -26,6 +28,7 @@ INKS = {
     "#050505": ("--finetuned", "#c2410c"),
 }
 INK, GRID, ORIGINAL, COMPRESSED, FINETUNED = INKS
+STAGE_COLORS = dict(zip(STAGES.values(), (ORIGINAL, COMPRESSED, FINETUNED)))
 SERIES = (COMPRESSED, FINETUNED, "#0d9488", "#a855f7", "#ca8a04", "#e11d48", "#0891b2", "#65a30d", ORIGINAL)
 STYLES = ("-", "--", ":", "-.")
 # Seen on white and on black alike.
@@ -258,14 +261,13 @@ def bars(
 
     `log`: dots on a logarithmic axis, where the length of a bar would say nothing.
     """
-    colors = {"original": ORIGINAL, "compressed": COMPRESSED, "fine-tuned": FINETUNED}
     figure, axes = _figure(max(0.2 * len(groups) * (len(series) + 0.6) + 0.9, 1.6), salt)
     thick = 0.8 / max(len(series), 1)
     for i, (name, values) in enumerate(series.items()):
         places = [j + (i - (len(series) - 1) / 2) * thick for j in range(len(groups))]
         spread = (errors or {}).get(name) or [None] * len(groups)
         held = [(p, v, e or 0.0) for p, v, e in zip(places, values, spread) if v is not None]
-        color = colors.get(name, SERIES[i % len(SERIES)])
+        color = STAGE_COLORS.get(name, SERIES[i % len(SERIES)])
         if log:
             axes.scatter([v for _, v, _ in held], [p for p, _, _ in held], s=26, color=color, label=name)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from typing import Any
 from lillama.errors import LillamaError
 
 BENCH = "bench.json"
-
-
+# What a run measures, and what people call the model it is measured on.
 STAGES = {"before": "original", "after": "compressed", "finetuned": "fine-tuned"}
 
 
 @dataclass
-class Found:
+class RunRecord:
     """What a run directory holds: missing parts are empty."""
 
     path: Path
@@ -34,7 +33,7 @@ class Found:
     model: dict[str, Any] = field(default_factory=dict)
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> RunRecord:
     """What `path` holds. Raises LillamaError where it is no run directory."""
     from lillama.recipe import yamlfile
 
@@ -47,27 +46,29 @@ def read(path: Path) -> Found:
                 events.append(json.loads(line))
             except ValueError:  # the last line of a run that was killed
                 continue
-    return Found(
+    return RunRecord(
         path,
-        _json(path / "metrics.json"),
-        _json(path / "plan.json"),
-        _text(path / "recipe.yaml"),
+        read_json(path / "metrics.json"),
+        read_json(path / "plan.json"),
+        read_text(path / "recipe.yaml"),
         dict(yamlfile.load(path / "recipe.resolved.yaml").data),
         events,
-        {stage: found for stage in STAGES if (found := _json(path / f"evaluation.{stage}.json"))},
-        _json(path / BENCH),
-        _json(path / "MANIFEST.json").get("fingerprint", {}),
-        _json(path / "model" / "config.json"),
+        {stage: held for stage in STAGES if (held := read_json(path / f"evaluation.{stage}.json"))},
+        read_json(path / BENCH),
+        read_json(path / "MANIFEST.json").get("fingerprint", {}),
+        read_json(path / "model" / "config.json"),
     )
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file, empty where there is none."""
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds, empty where there is none or it was not written to its end."""
     try:
-        return dict(json.loads(_text(path) or "{}"))
+        return dict(json.loads(read_text(path) or "{}"))
     except ValueError:
         return {}
 
@@ -82,16 +83,30 @@ def layer_label(name: str, among: Sequence[str]) -> str:
     return name
 
 
-def _layers(found: Found) -> list[dict[str, Any]]:
+def finished_layers(record: RunRecord) -> list[dict[str, Any]]:
     """The events of finished layers with a loss, the last of each, in the order of the model."""
-    order = list(dict.fromkeys(row["layer"] for row in found.plan["weights"]))
+    order = list(dict.fromkeys(row["layer"] for row in record.plan["weights"]))
     kept = {
         event["layer"]: event
-        for event in found.events
-        if event["event"] == "layer" and _finite(event.get("loss")) and _finite(event.get("initial_loss"))
+        for event in record.events
+        if event["event"] == "layer" and all(is_finite_number(event.get(key)) for key in ("loss", "initial_loss"))
     }
     return [kept[name] for name in order if name in kept]
 
 
-def _finite(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
+    """Whether `value` is a number that a chart can show; what overflowed on the way is none."""
     return isinstance(value, int | float) and math.isfinite(value) and abs(value) < 1e300
+
+
+def kind_of(row: Mapping[str, Any]) -> str:
+    """The name of a weight inside its layer, from its row of plan.json."""
+    return str(row["weight"]).removeprefix(f"{row['layer']}.")
+
+
+def by_kind(weights: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of plan.json, those of the same place in their layers together."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in weights:
+        kinds.setdefault(kind_of(row), []).append(row)
+    return kinds

@@ -20,23 +20,23 @@ def millions(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
-def number(value: float | None) -> str:
-    """A number for people: four digits that count."""
+def number(value: float | None, endless: str = "infinite") -> str:
+    """A number for people: four digits that count; `endless` stands for what is not finite."""
     if value is None:
         return ""
     if not math.isfinite(value) or abs(value) > 1e300:
-        return "infinite"
+        return endless
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
 
-def _main_metrics(names: Sequence[str] | Mapping[str, float]) -> list[str]:
+def main_metrics(names: Sequence[str] | Mapping[str, float]) -> list[str]:
     """The metrics most people ask for first."""
     wanted = ("perplexity", "wer", "average", "acc_norm", "acc", "decode_tokens_per_second")
     return [name for end in wanted for name in names if name.rpartition("/")[2] == end]
 
 
-def _plain(name: str) -> str:
-    """perplexity/perplexity is perplexity."""
+def metric_name(name: str) -> str:
+    """A metric as people call it: perplexity/perplexity is perplexity."""
     task, _, metric = name.rpartition("/")
     metric = metric.replace("_tokens_per_second", " tokens/s").replace("_", " ")
     return metric if task in ("", metric, "speed") else f"{task} {metric}"

@@ -20,6 +20,7 @@ from lillama.base.progress import Progress
 from lillama.base.rundir import FINETUNED, MODEL, RunDirectory
 from lillama.checkpoint import open
 from lillama.checkpoint import write as checkpoint
+from lillama.checkpoint.card import model_card
 from lillama.checkpoint.load import load
 from lillama.data import batches as data_batches
 from lillama.data import text as calibration
@@ -36,6 +37,7 @@ from lillama.pretrained import sharing
 from lillama.pretrained.locate import read_tokenizer
 from lillama.recipe.schema import Finetune, Recipe
 from lillama.report import track
+from lillama.report.record import STAGES
 from lillama.run import curve
 from lillama.run.fingerprint import NOT_IN_THE_NUMBERS
 from lillama.run.prepare import Prepared, prepare
@@ -225,8 +227,7 @@ class Run:
         places = {"after": self.directory.path / MODEL, "finetuned": self.directory.path / FINETUNED}
         place = places.get(when, self.source.directory)
         with self.progress.timed(f"evaluate {when}"):
-            kinds = {"before": "original", "after": "compressed", "finetuned": "fine-tuned"}
-            self.progress.say(f"evaluating the {kinds[when]} model")
+            self.progress.say(f"evaluating the {STAGES[when]} model")
             trust = self.recipe.model.trust_remote_code
             model = open.opened(place, self.source.dtype, self.source.auto_class, trust)
             if when == "before":
@@ -281,20 +282,7 @@ class Run:
 
     def card(self) -> str:
         """The model card beside the weights."""
-        recipe, plan = self.recipe, self.plan
-        original = recipe.model.id
-        base = "" if original.startswith(("package:", ".", "/")) else f"base_model: {original}\n"
-        return (
-            f"---\n{base}library_name: transformers\ntags: [lillama, low-rank]\n---\n\n"
-            f"# {Path(original.removeprefix('package:')).name}, {plan.reduction:.0%} smaller\n\n"
-            f"{plan.before:,} parameters became {plan.after:,} by low-rank feature distillation "
-            f"(Lillama, arXiv 2412.16719): strategy {plan.strategy}, {plan.storage} storage, "
-            f"{recipe.compress.init} init, loss {recipe.distill.loss}, {recipe.distill.schedule} schedule.\n\n"
-            "```python\nimport lillama  # teaches transformers the format\n"
-            f"from transformers import {self.source.auto_class.__name__}\n\n"
-            f'model = {self.source.auto_class.__name__}.from_pretrained("PATH_OR_ID")\n```\n\n'
-            f"The recipe:\n\n```yaml\n{recipe.to_yaml()}```\n"
-        )
+        return model_card(self.recipe, self.plan, self.source.auto_class.__name__)
 
     def finish(self, before: dict[str, float], after: dict[str, float], tuned: dict[str, float] | None) -> Result:
         """Write metrics.json and hand the result over."""

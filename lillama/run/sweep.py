@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +30,9 @@ if TYPE_CHECKING:
 
 RESOLVED = "recipe.resolved.yaml"
 HEAVY = ("model", "layers", "original", "streams", "finetuned")
-Say = Callable[[str], None]
 
 
-def recipes(sweep: Sweep, base: Path, found: list[Row]) -> dict[str, Recipe]:
+def recipes(base: Path, found: list[Row]) -> dict[str, Recipe]:
     """The recipe of every run by its name. Raises LillamaError for any that is not valid, and for equal names."""
     if len({row.directory for row in found}) < len(found):
         raise LillamaError("two runs of the sweep have the same name", where="axes", hint="Name the values.")
@@ -44,7 +42,7 @@ def recipes(sweep: Sweep, base: Path, found: list[Row]) -> dict[str, Recipe]:
 def run(sweep: Sweep, base: Path, progress: Progress, overrides: list[str] | None = None) -> list[Row]:
     """Run what is not finished, and write the table after every run; returns all rows."""
     found = list(rows(sweep, overrides))
-    valid = recipes(sweep, base, found)  # a mistake shows before hours of work
+    valid = recipes(base, found)  # a mistake shows before hours of work
     out = Path(sweep.out)
     out.mkdir(parents=True, exist_ok=True)
     shared = _Shared(out)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lillama.report import plots
-from lillama.report.words import _main_metrics, _plain, number
+from lillama.report.words import main_metrics, metric_name, number
 
 if TYPE_CHECKING:
     from lillama.run.sweepfile import Row, Sweep
@@ -23,7 +23,7 @@ def chosen(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         return sweep.metrics
     names = dict.fromkeys(name for row in rows for name in row.metrics.get("after", {}))
     timings = ("tokens_per_second",)
-    return [name for name in _main_metrics(list(names)) if not name.endswith(timings)][:3]
+    return [name for name in main_metrics(list(names)) if not name.endswith(timings)][:3]
 
 
 def _last(row: Row) -> dict[str, float]:
@@ -38,7 +38,7 @@ def table(sweep: Sweep, rows: Sequence[Row]) -> Table:
     for row in rows:
         cells = {axis.rpartition(".")[2]: value for axis, value in row.values.items()}
         for name in metrics:
-            cells[_plain(name)] = number(_last(row).get(name))
+            cells[metric_name(name)] = number(_last(row).get(name))
         if row.metrics:
             counts = row.metrics["parameters"]
             cells["parameters removed"] = f"{1 - counts['after'] / counts['before']:.1%}"
@@ -50,7 +50,7 @@ def table(sweep: Sweep, rows: Sequence[Row]) -> Table:
     originals = [row.metrics["before"] for row in rows if row.metrics.get("before")]
     if originals and any(name in originals[0] for name in metrics):
         first = {next(iter(found[0])): "original"}
-        found.append(first | {_plain(name): number(originals[0].get(name)) for name in metrics})
+        found.append(first | {metric_name(name): number(originals[0].get(name)) for name in metrics})
     return found
 
 
@@ -109,14 +109,14 @@ def chart(sweep: Sweep, rows: Sequence[Row]) -> str | None:
             series.setdefault(label(row, others), []).append((float(row.values[axis]), value[row.name]))
         ordered = {name: sorted(points) for name, points in series.items()}
         name = axis.rpartition(".")[2].replace("_", " ")
-        return plots.standalone(plots.lines(ordered, name, _plain(metric), log=wide, salt="sweep"))
+        return plots.standalone(plots.lines(ordered, name, metric_name(metric), log=wide, salt="sweep"))
     first, rest = others[:1] or list(sweep.axes)[:1], others[1:]
-    groups = list(dict.fromkeys(label(row, rest) for row in done)) if rest else [_plain(metric)]
+    groups = list(dict.fromkeys(label(row, rest) for row in done)) if rest else [metric_name(metric)]
     bars: dict[str, list[float | None]] = {}
     for row in done:
         own = bars.setdefault(label(row, first), [None] * len(groups))
         own[groups.index(label(row, rest)) if rest else 0] = value[row.name]
-    return plots.standalone(plots.bars(groups, bars, _plain(metric), log=wide, salt="sweep"))
+    return plots.standalone(plots.bars(groups, bars, metric_name(metric), log=wide, salt="sweep"))
 
 
 def _is_number(text: str) -> bool:
