@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import types
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 from conftest import tiny, tokenizer
+from rich.console import Console
 
 import lillama
+from lillama.base.progress import Progress
 from lillama.errors import LillamaError
 from lillama.report import track
 
@@ -18,7 +21,7 @@ from lillama.report import track
 class Tracker(types.ModuleType):
     """Stands for wandb or trackio: the same three functions."""
 
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, fails: str = "") -> None:
         super().__init__("trackio")
         self.fails = fails
         self.started: dict[str, Any] = {}
@@ -26,18 +29,22 @@ class Tracker(types.ModuleType):
         self.finished = 0
 
     def init(self, **options: Any) -> None:
+        if self.fails == "init":
+            raise PermissionError("nobody is logged in")
         self.started = options
 
     def log(self, values: dict[str, float]) -> None:
-        if self.fails:
+        if self.fails == "log":
             raise ConnectionError("away")
         self.logged.append(values)
 
     def finish(self) -> None:
         self.finished += 1
+        if self.fails == "finish":
+            raise TimeoutError("still away")
 
 
-def compress(home: Path) -> dict[str, Any]:
+def compress(home: Path, progress: Progress | None = None) -> dict[str, Any]:
     tiny("mistral").save_pretrained(home / "model")
     tokenizer().save_pretrained(home / "model")
     (home / "text.txt").write_text("the cat sat on a mat and ran . " * 60)
@@ -52,7 +59,7 @@ def compress(home: Path) -> dict[str, Any]:
             "run": {"out": str(home / "out"), "device": "cpu", "compute": "float32", "track": ["trackio"]},
         }
     )
-    return lillama.compress(recipe).metrics
+    return lillama.compress(recipe, progress=progress).metrics
 
 
 def test_losses_and_metrics_reach_the_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,11 +73,28 @@ def test_losses_and_metrics_reach_the_tracker(tmp_path: Path, monkeypatch: pytes
     assert tracker.finished == 1
 
 
-def test_a_tracker_that_is_away_does_not_cost_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracker = Tracker(fails=True)
+@pytest.mark.parametrize(
+    ("fails", "says", "finished"),
+    [
+        ("init", "trackio is left out: PermissionError: nobody is logged in", 0),
+        ("log", "trackio is left out: ConnectionError: away", 1),
+        ("finish", "trackio is left out: TimeoutError: still away", 1),
+    ],
+)
+def test_a_tracker_that_fails_does_not_cost_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: str,
+    says: str,
+    finished: int,
+) -> None:
+    tracker = Tracker(fails)
     monkeypatch.setitem(sys.modules, "trackio", tracker)
-    assert compress(tmp_path)["parameters"]["after"] > 0
-    assert tracker.finished == 1
+    console = Console(file=io.StringIO(), width=120)
+    assert compress(tmp_path, Progress(console))["parameters"]["after"] > 0
+    assert tracker.finished == finished
+    assert bool(tracker.logged) == (fails == "finish")
+    assert console.file.getvalue().count(says) == 1
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

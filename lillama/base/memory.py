@@ -7,7 +7,10 @@ import functools
 import gc
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 # Of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -53,10 +56,38 @@ def give_back() -> None:
         _libc().malloc_trim(0)
 
 
+# The largest of what was forgotten: bytes of this process ("") and of every CUDA device, by its number.
+_forgotten: dict[str, int] = {}
+
+
+def remember_peaks() -> None:
+    """Note the peaks so far: to be called before anything has the system or a device forget them."""
+    _remember("", _resident_peak())
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        for number in range(torch.cuda.device_count()):
+            _remember(str(number), torch.cuda.max_memory_allocated(number))
+
+
+def _remember(what: str, peak: int) -> int:
+    _forgotten[what] = max(_forgotten.get(what, 0), peak)
+    return _forgotten[what]
+
+
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
-    import sys
+    return _remember("", _resident_peak())
 
+
+def peak_device_memory(device: torch.device) -> int:
+    """The most memory this process allocated so far on a CUDA device, in bytes."""
+    import torch
+
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return _remember(str(number), torch.cuda.max_memory_allocated(device))
+
+
+def _resident_peak() -> int:
     if os.name == "posix":
         import resource
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from lillama.base.memory import remember_peaks
 from lillama.data.audio import Clip, pieces, read_clips, require
 from lillama.errors import LillamaError
 from lillama.evaluate.context import Context
+from lillama.evaluate.speed import synchronise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,18 +162,18 @@ class _Writer:
         second = self.extractor.sampling_rate
         noise = np.random.default_rng(0).normal(0, 0.05, second).astype(np.float32)
         inputs = self._inputs([Clip("noise", noise, second, None)] * batch)
-        gpu = self.device.startswith("cuda")
+        device = torch.device(self.device)
         self._timed(inputs, 4)
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
+        if device.type == "cuda":
+            remember_peaks()
+            torch.cuda.reset_peak_memory_stats(device)
         metrics = {"tokens_per_second": batch * (tokens - 1) / self._timed(inputs, tokens)}
-        if gpu:
-            metrics["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
+        if device.type == "cuda":
+            metrics["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(device))
         return metrics
 
     def _timed(self, inputs: dict[str, Any], tokens: int) -> float:
         """Seconds from the first token to the last."""
-        import torch
         from transformers import LogitsProcessor, LogitsProcessorList
 
         times: list[float] = []
@@ -180,8 +182,7 @@ class _Writer:
             """Called once for every token."""
 
             def __call__(self, input_ids: Any, scores: Any) -> Any:
-                if scores.device.type == "cuda":
-                    torch.cuda.synchronize()
+                synchronise(scores.device)
                 times.append(time.perf_counter())
                 return scores
 

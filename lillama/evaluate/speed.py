@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from lillama.base.memory import remember_peaks
 from lillama.errors import LillamaError
 from lillama.evaluate.context import Context
 from lillama.evaluate.perplexity import positions
@@ -120,6 +121,16 @@ def give_back() -> None:
         torch.cuda.empty_cache()
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    import torch
+
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
 def prompts(model: Any, batch_size: int, length: int, seed: int, device: Any) -> torch.Tensor:
     """Random token ids [batch_size, length]."""
     import torch
@@ -137,6 +148,7 @@ class _Memory:
 
         self.device, self.base = device, 0
         self.known = True
+        remember_peaks()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.base = torch.cuda.memory_allocated(device)
@@ -175,8 +187,7 @@ def timed(model: Any, prompt: torch.Tensor, new_tokens: int) -> Timing:
     from transformers.utils import logging
 
     def now() -> float:
-        if prompt.device.type != "cpu":
-            getattr(torch, prompt.device.type).synchronize()
+        synchronise(prompt.device)
         return time.perf_counter()
 
     class Clock(StoppingCriteria):

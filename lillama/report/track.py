@@ -26,13 +26,14 @@ PROJECT = "lillama"
 def tracked(recipe: Recipe, directory: RunDirectory, progress: Progress) -> Iterator[None]:
     """Send the run's events on while the block lasts.
 
-    Both trackers have one interface: init, log, finish. One that fails later is left out from then on, and said so.
+    Both trackers have one interface: init, log, finish. One that fails is left out from then on, and said so.
     """
     config = recipe.model_dump(mode="json")
     with contextlib.ExitStack() as stack:
         for tracker, module in modules(recipe).items():
-            module.init(project=PROJECT, name=name(recipe), config=config)
-            stack.callback(module.finish)
+            if not _worked(tracker, progress, module.init, project=PROJECT, name=name(recipe), config=config):
+                continue
+            stack.callback(_worked, tracker, progress, module.finish)
             directory.listeners.append(_listener(tracker, module, directory, progress))
         stack.callback(directory.listeners.clear)
         yield
@@ -62,13 +63,20 @@ def _listener(name: str, module: Any, directory: RunDirectory, progress: Progres
         values = numbers(kind, data)
         if not values:
             return
-        try:
-            module.log(values)
-        except Exception as error:  # a server that is away must not cost the run
+        if not _worked(name, progress, module.log, values):
             directory.listeners.remove(listen)
-            progress.say(f"{name} is left out: {type(error).__name__}: {error}")
 
     return listen
+
+
+def _worked(name: str, progress: Progress, function: Callable[..., Any], /, *given: Any, **options: Any) -> bool:
+    """Call a tracker; what it raises (nobody is logged in, the server is away) is said and must not cost the run."""
+    try:
+        function(*given, **options)
+    except Exception as error:
+        progress.say(f"{name} is left out: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def numbers(kind: str, data: dict[str, Any]) -> dict[str, float]:

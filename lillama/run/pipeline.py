@@ -15,7 +15,6 @@ from torch import Tensor
 from lillama import host
 from lillama.base import device, memory
 from lillama.base.files import write_text
-from lillama.base.memory import peak_memory
 from lillama.base.progress import Progress
 from lillama.base.rundir import FINETUNED, MODEL, RunDirectory
 from lillama.checkpoint import open
@@ -303,10 +302,10 @@ class Run:
             **({} if tuned is None else {"finetuned": tuned}),
             **({"embedding": self.directory.json(EMBEDDING)} if self.directory.has(EMBEDDING) else {}),
             "seconds": seconds,
-            "peak_memory_bytes": max(peak_memory(), previous.get("peak_memory_bytes", 0)),
+            "peak_memory_bytes": max(memory.peak_memory(), previous.get("peak_memory_bytes", 0)),
         }
         if self.prepared.device.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.prepared.device.device)
+            peak = memory.peak_device_memory(self.prepared.device.device)
             metrics["peak_device_memory_bytes"] = max(peak, previous.get("peak_device_memory_bytes", 0))
         self.directory.put_json("metrics.json", metrics)
         self.directory.event("done")
