@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 # Two workers share the machine: a thread each, and none that spins while it waits.
@@ -56,7 +57,7 @@ def tiny(name: str = "llama", seed: int = 0):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).float().eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).float().eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):

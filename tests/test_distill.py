@@ -22,8 +22,10 @@ from lillama.checkpoint.load import load
 from lillama.distill import losses, student
 from lillama.errors import DistillationError, LillamaError
 from lillama.factorise import start
+from lillama.factorise.known import WeightStatistics
 from lillama.pretrained.calls import Capture
 from lillama.pretrained.source import Source
+from lillama.pretrained.walk import LayerPass
 from lillama.recipe.schema import Recipe
 from lillama.run import pipeline, prepare
 from lillama.testing import recipe_for, token_batches
@@ -102,8 +104,7 @@ def test_driving_layers_gives_the_full_forward_bit_for_bit():
         model = tiny(name)
         listed = _layers(model)
         batch = token_batches(model)[0]
-        captured = Capture(model, listed, torch.device("cpu"))(batch)
-        hidden = captured.hidden
+        captured, hidden = Capture(model, listed, torch.device("cpu"))(batch)
         with torch.no_grad():
             for layer, call in zip(listed, captured.calls):
                 hidden = call(model.get_submodule(layer.name), hidden)
@@ -149,17 +150,17 @@ def test_teacher_student_is_the_sum(original, tmp_path):
     source.materialise(["model"])
     layer = prepared.layers[0]
     teacher = source.model.get_submodule(layer.name)
-    batch = Capture(source.model, prepared.layers, torch.device("cpu"))(token_batches(tiny())[0])
-    init = start.initial_factors(
-        layer, teacher, plan, recipe, {w.name: {"gram": torch.eye(w.shape[1])} for w in layer.weights}
-    )
-    inputs = {"teacher": batch.hidden, "student": batch.hidden + 0.1}
+    batch, hidden = Capture(source.model, prepared.layers, torch.device("cpu"))(token_batches(tiny())[0])
+    at = LayerPass(layer, 0, teacher, [batch], {})
+    known = {w.name: WeightStatistics(gram=torch.eye(w.shape[1])) for w in layer.weights}
+    init = start.initial_factors(at, plan, start.Initialiser.of(recipe), known)
+    inputs = {"teacher": hidden, "student": hidden + 0.1}
     values = {}
     for loss in ("teacher", "student", "teacher+student"):
         changed = recipe_for(original, tmp_path, changes={"distill.loss": loss})
-        one = student.Student(layer, 0, teacher, plan, changed, prepared.device, init, 1)
+        one = student.Student(at, student.Training(plan, changed.distill, 0.0, prepared.device, 1), init)
         with torch.no_grad():
-            values[loss] = float(one.distances(batch, batch.calls[0](teacher, batch.hidden), inputs)[0])
+            values[loss] = float(one.measure(batch, batch.calls[0](teacher, hidden), inputs)[0])
     assert values["teacher+student"] == pytest.approx(values["teacher"] + values["student"], rel=1e-6)
     assert values["teacher"] != pytest.approx(values["student"], rel=1e-3)
 
@@ -234,7 +235,7 @@ def test_a_damaged_layer_is_made_again(original, tmp_path):
 CHILD = """
 import sys, torch
 torch.set_num_threads(1)
-from lillama import pipeline
+from lillama.run import pipeline
 from lillama.testing import recipe_for, token_batches
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny
@@ -285,13 +286,14 @@ def test_a_killed_run_ends_with_the_same_weights(original, tmp_path, schedule):
 
 def test_learning_rate_schedules():
     recipe = recipe_for("x", "y", changes={"distill.warmup": 0.1, "distill.lr_schedule": "cosine"}).distill
-    rates = [student.learning_rate(recipe, step, 100) for step in range(100)]
+    training = student.Training(None, recipe, 0.0, None, 100)
+    rates = [training.learning_rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(recipe.learning_rate / 11)
     assert max(rates) == rates[10] == recipe.learning_rate
     assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
     assert rates[-1] < recipe.learning_rate * 1e-2
     constant = recipe_for("x", "y").distill
-    assert student.learning_rate(constant, 7, 10) == constant.learning_rate
+    assert student.Training(None, constant, 0.0, None, 10).learning_rate(7) == constant.learning_rate
 
 
 def test_a_plugin_s_own_objective_and_initialiser(original, tmp_path, monkeypatch):

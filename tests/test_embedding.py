@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 
 import pytest
@@ -13,20 +14,24 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lillama.base import rundir
 from lillama.base.progress import Progress
 from lillama.checkpoint import export
 from lillama.checkpoint.load import load
 from lillama.contract import Layer, Weight
 from lillama.distill import embedding as embedding_
-from lillama.distill import job, sequential
 from lillama.errors import LillamaError
 from lillama.evaluate import perplexity
 from lillama.factorise import embedding
 from lillama.factorise.initialisers import svd, whitened
+from lillama.factorise.known import WeightStatistics
+from lillama.factorise.start import Initialiser
 from lillama.lowrank import swap as factors
 from lillama.plan.plan import choose_ranks
+from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Compress, Recipe
 from lillama.run import curve, pipeline, prepare
+from lillama.signature import parameters
 from lillama.testing import check_architecture, one_and_the_same, recipe_for, token_batches
 
 V, D = 60, 16
@@ -61,7 +66,7 @@ def test_a_low_rank_table_is_looked_up_exactly(storage, rank):
     assert numbers == rank * (V + D) - (rank * rank if storage == "pivoted" else 0)
     dense = factors.to_dense(module)
     assert type(dense) is nn.Embedding and torch.allclose(dense(ids), W[ids], atol=1e-9)
-    assert factors.kind_of(module) == "embedding"
+    assert module.kind == "embedding"
 
 
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])
@@ -96,6 +101,14 @@ def test_an_embedding_that_does_more_is_refused():
         factors.replace(holder, "table", kind="embedding", storage="factors", rank=2)
 
 
+def factorised(initialise, W, rank, **known):
+    """Factors of a table as a run starts them."""
+    names = frozenset(parameter.name for parameter in parameters(initialise))
+    weight = Weight("table", tuple(W.shape), kind="embedding")
+    A, B = Initialiser(initialise, names, 0)(weight, W, rank, WeightStatistics(**known))
+    return A.double(), B.double()
+
+
 def errors(W, A, B):
     return embedding_.row_errors(W, A, B).double()
 
@@ -106,10 +119,9 @@ def test_frequent_tokens_come_first_and_the_floor_keeps_unseen_ones():
     counts[:10], counts[10:20] = 1000.0, 1.0
 
     def at(floor):
-        arguments = (whitened, ("gram", "output_gram"), W, 8, {})
-        return errors(W, *embedding.factorise(*arguments, counts=embedding.floored(counts, floor)))
+        return errors(W, *factorised(whitened, W, 8, counts=embedding.floored(counts, floor)))
 
-    plain = errors(W, *embedding.factorise(svd, (), W, 8, {}))
+    plain = errors(W, *factorised(svd, W, 8))
     weighted, kept = at(0.0), at(1.0)
     assert weighted[:10].mean() < 0.3 * plain[:10].mean()
     assert kept[20:].mean() < weighted[20:].mean()
@@ -131,14 +143,14 @@ def test_both_uses_beat_the_best_of_either_use(seed, rank):
         return float(up / (counts * W.square().sum(1)).sum() + out / (W @ H * W).sum())
 
     both = cost(*embedding.both_uses(W, rank, counts, H))
-    up = embedding.factorise(whitened, ("output_gram",), W, rank, {}, counts=counts)
+    up = factorised(whitened, W, rank, counts=counts)
     assert both <= cost(*up) * (1 + 1e-6)
     assert both <= cost(*whitened(W, rank, gram=H)) * (1 + 1e-2)
 
 
 def test_an_initialiser_of_input_grams_alone_says_so():
     with pytest.raises(LillamaError, match="has not"):
-        embedding.factorise(svd, ("gram",), table(), 4, {}, counts=torch.ones(V))
+        embedding.factorise(svd, frozenset({"gram"}), table(), 4, WeightStatistics(counts=torch.ones(V)))
 
 
 def test_counts_leave_padding_out_and_groups_cover_the_vocabulary():
@@ -231,15 +243,40 @@ def test_tied_factors_learn_from_both_uses(schedule, tmp_path):
 
 def test_logits_are_not_kept_for_all_batches(tmp_path, monkeypatch):
     kept = []
-    whole = job.through
+    whole = Walk.run_through
 
-    def watched(job, shelf, position, *args):
-        kept.append(job.layers[position].name)
-        return whole(job, shelf, position, *args)
+    def watched(walk, module, position, *args):
+        kept.append(walk.layers[position].name)
+        return whole(walk, module, position, *args)
 
-    monkeypatch.setattr(sequential, "through", watched)
+    monkeypatch.setattr(Walk, "run_through", watched)
     run(tiny("llama-bias"), tmp_path)
     assert "model.norm" in kept and "lm_head" not in kept
+
+
+@pytest.mark.parametrize("when", ["as it was", "as earlier versions left it"])
+def test_a_kill_between_an_embedding_and_its_tied_head_loses_neither(when, tmp_path, monkeypatch):
+    """The head's factors are the embedding's: alone, it would be trained from numbers that nobody set."""
+    whole = run(tiny("llama"), tmp_path, "whole").path
+    write, written = rundir.write_tensors, []
+
+    def killed(path, *args):
+        written.append(path.name)
+        if len(written) == 2:  # the embedding's file is there, the head's is not
+            raise KeyboardInterrupt
+        write(path, *args)
+
+    monkeypatch.setattr(rundir, "write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny("llama"), tmp_path, "stopped")
+    monkeypatch.setattr(rundir, "write_tensors", write)
+    if when == "as earlier versions left it":  # the first file was in the manifest already
+        manifest = tmp_path / "stopped" / "MANIFEST.json"
+        said, name = json.loads(manifest.read_text()), f"layers/{written[0]}"
+        said["files"][name] = hashlib.sha256((tmp_path / "stopped" / name).read_bytes()).hexdigest()
+        manifest.write_text(json.dumps(said))
+    resumed = run(tiny("llama"), tmp_path, "stopped").path
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "concurrent"])

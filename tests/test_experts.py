@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from lillama import LillamaError, Weight
 from lillama.factorise import initialisers as init
-from lillama.factorise.grams import Grams, which
+from lillama.factorise.grams import Grams, choose_gram
 from lillama.lowrank import swap as factors
 from lillama.lowrank.experts import PROJECTIONS, LowRankExperts, dense_weight
 from lillama.lowrank.storage import get_storage
@@ -151,7 +151,7 @@ def grams(dense, x, index, weights, mask=None):
 
     block = Block()
     listener = Grams("l", block, WEIGHTS, 10**6, ("gram", "output_gram"))
-    batch = Batch(x, [Call((), {}, False)], mask, len(x))
+    batch = Batch([Call((), {}, False)], mask, len(x))
     return listener.add([batch], [x.view(1, -1, H)], 0).close()
 
 
@@ -160,15 +160,15 @@ def test_grams_are_of_routed_tokens_that_count():
     x, index, weights = routed(400)
     mask = (torch.arange(400) % 5 > 0).view(1, -1)
     found = grams(dense, x, index, weights, mask)
-    assert set(found["l.experts.down"]) == {"output_gram"}
-    assert set(found["l.experts.gate"]) == {"gram"}
+    assert set(found["l.experts.down"].known()) == {"output_gram"}
+    assert set(found["l.experts.gate"].known()) == {"gram"}
     for e in range(E):
         rows = x[(index == e).any(-1) & mask[0]]
         assert len(rows) > INNER
-        torch.testing.assert_close(found["l.experts.up"]["gram"][e], rows.T @ rows, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found["l.experts.up"].gram[e], rows.T @ rows, rtol=1e-4, atol=1e-3)
         gate, up = torch.nn.functional.linear(rows, dense.gate_up_proj[e]).chunk(2, -1)
         y = torch.nn.functional.linear(dense.act_fn(gate) * up, dense.down_proj[e])
-        torch.testing.assert_close(found["l.experts.down"]["output_gram"][e], y.T @ y, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(found["l.experts.down"].output_gram[e], y.T @ y, rtol=1e-4, atol=1e-2)
 
 
 def test_an_expert_without_tokens_borrows_the_layer_s():
@@ -176,9 +176,9 @@ def test_an_expert_without_tokens_borrows_the_layer_s():
     x, index, weights = routed(400, only=2)  # experts 2 and 3 see nothing
     found = grams(dense, x, index, weights)
     pooled = x.T @ x / len(x)
-    torch.testing.assert_close(found["l.experts.gate"]["gram"][3] / H, pooled, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found["l.experts.gate"].gram[3] / H, pooled, rtol=1e-3, atol=1e-3)
     for name in ("gate", "down"):
-        ((argument, matrices),) = found[f"l.experts.{name}"].items()
+        ((argument, matrices),) = found[f"l.experts.{name}"].known().items()
         W = dense_weight(dense, name)[3]
         A, B = init.whitened(W, 8, **{argument: matrices[3]})
         assert torch.isfinite(A @ B).all()
@@ -187,6 +187,6 @@ def test_an_expert_without_tokens_borrows_the_layer_s():
 
 def test_the_smaller_gram_is_chosen_where_either_serves():
     down, q, k = Weight("d", (8, 20)), Weight("q", (20, 20), group="g"), Weight("k", (8, 20), group="g")
-    assert which(down, [down, q, k], ("gram", "output_gram")) == "output_gram"
-    assert which(k, [down, q, k], ("gram", "output_gram")) == "gram"  # q needs the shared one anyway
-    assert which(down, [down], ("gram",)) == "gram"
+    assert choose_gram(down, [down, q, k], ("gram", "output_gram")) == "output_gram"
+    assert choose_gram(k, [down, q, k], ("gram", "output_gram")) == "gram"  # q needs the shared one anyway
+    assert choose_gram(down, [down], ("gram",)) == "gram"

@@ -43,6 +43,6 @@ def test_divergence_is_cross_entropy_and_kl(monkeypatch, share, taught, chunk):
 def test_tokens_are_drawn_by_their_chance(monkeypatch):
     monkeypatch.setattr(predictions, "CHUNK", 12)
     logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf]).expand(30_000, 4)
-    found = predictions.drawn(logits, torch.Generator().manual_seed(0))
+    found = predictions.draw_tokens(logits, torch.Generator().manual_seed(0))
     shares = torch.bincount(found, minlength=4) / len(found)
     torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.02)

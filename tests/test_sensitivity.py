@@ -22,11 +22,12 @@ import lillama
 from lillama.base import device
 from lillama.base.progress import Progress
 from lillama.contract import Layer, Weight
-from lillama.distill import sequential
 from lillama.errors import LillamaError
 from lillama.factorise import initialisers as init
 from lillama.factorise import kfac, sensitivity
+from lillama.factorise.statistics import fisher_file
 from lillama.plan import fisher as allocate
+from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Compress, Recipe
 from lillama.run import pipeline, prepare
 
@@ -53,10 +54,10 @@ def kept(monkeypatch) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     forget = sensitivity.forget
 
-    def keep(job):
-        for name in map(sensitivity.fisher_file, job.plan.layers):
-            found.update(job.directory.tensors(name) if job.directory.has(name) else {})
-        forget(job)
+    def keep(directory, layers):
+        for name in map(fisher_file, layers):
+            found.update(directory.tensors(name) if directory.has(name) else {})
+        forget(directory, layers)
 
     monkeypatch.setattr(sensitivity, "forget", keep)
     return found
@@ -184,7 +185,7 @@ def test_a_run_chooses_its_ranks_keeps_to_the_size_and_goes_on_with_them(tmp_pat
     assert provisional.provisional and provisional.to_dict()["provisional"] is True
     distill = pipeline.distill
 
-    def stop(job):
+    def stop(job, watch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "distill", stop)
@@ -193,7 +194,7 @@ def test_a_run_chooses_its_ranks_keeps_to_the_size_and_goes_on_with_them(tmp_pat
     held = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert "provisional" not in held
     monkeypatch.setattr(pipeline, "distill", distill)
-    monkeypatch.setattr(sensitivity, "_measure", lambda job: pytest.fail("measured again"))
+    monkeypatch.setattr(sensitivity._Measurement, "run", lambda self: pytest.fail("measured again"))
     result = pipeline.compress(wanted)
     assert {row["weight"]: row["rank"] for row in held["weights"] if row["rank"]} == result.plan.ranks
     assert len(set(result.plan.ranks.values())) > 1 and result.plan.reduction >= 0.3 * 0.5
@@ -246,17 +247,17 @@ def test_a_decoder_that_listens_can_be_measured(tmp_path, monkeypatch, schedule)
 )
 def test_streams_carry_no_more_than_is_used(tmp_path, monkeypatch, init, epochs, limit):
     seen = []
-    captured = sequential.captured_batches
+    captured = Walk.capture_batches
 
-    def capture(job, stream, most=None):
-        seen.append(most)
-        return captured(job, stream, most)
+    def capture(walk, raw, into, most=None):
+        seen.append((into.path.parent.parent.name, most))  # measuring has a folder of its own
+        return captured(walk, raw, into, most)
 
-    monkeypatch.setattr(sequential, "captured_batches", capture)
+    monkeypatch.setattr(Walk, "capture_batches", capture)
     wanted = recipe(tmp_path, strategy="uniform", init=init, gram_tokens=128).model_dump()
     wanted["distill"] |= {"epochs": epochs, "schedule": "sequential"}
     assert pipeline.compress(Recipe.parse(wanted)).plan.ranks
-    assert seen == [limit]
+    assert [most for parent, most in seen if parent != "sensitivity"] == [limit]
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "concurrent"])

@@ -15,7 +15,7 @@ from lillama import LillamaError, host
 from lillama.factorise import initialisers as init
 from lillama.factorise.grams import Grams
 from lillama.pretrained import locate
-from lillama.pretrained.calls import Capture, advance
+from lillama.pretrained.calls import Capture
 from lillama.recipe.schema import Recipe
 from lillama.run.prepare import open_source
 
@@ -124,8 +124,8 @@ def test_real_weights_are_driven_bit_for_bit_and_whitening_pays(tmp_path):
     batch = {"input_ids": torch.tensor(ids[:1536]).view(3, 512)}
     _, layers = host.get().layers(opened.model, settings)
     opened.materialise(opened.outside(layer.name for layer in layers))
-    captured = Capture(opened.model, layers[:2], torch.device("cpu"))(batch)
-    stream = [captured.hidden]
+    captured, first = Capture(opened.model, layers[:2], torch.device("cpu"))(batch)
+    stream = [first]
     for position, layer in enumerate(layers[:2]):
         opened.materialise([layer.name])
         module = opened.model.get_submodule(layer.name)
@@ -133,14 +133,15 @@ def test_real_weights_are_driven_bit_for_bit_and_whitening_pays(tmp_path):
             gram = Grams(layer.name, module, layer.weights, 10_000).add([captured], stream, position).close()
             for weight in layer.weights:
                 W = module.get_submodule(weight.name.removeprefix(f"{layer.name}.")).weight.detach()
-                H, rank = gram[weight.name]["gram"].double(), min(weight.shape) // 2
+                H, rank = gram[weight.name].gram.double(), min(weight.shape) // 2
 
                 def lost(factors, W=W, H=H):
                     E = W.double() - factors[0] @ factors[1]
                     return float(((E @ H) * E).sum())
 
                 assert lost(init.whitened(W, rank, H)) < 0.7 * lost(init.svd(W, rank)), weight.name
-        stream = advance(module, position, [captured], stream)
+        with torch.no_grad():
+            stream = [captured.calls[position](module, stream[0])]
     whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = whole(**batch, output_hidden_states=True, use_cache=False).hidden_states[2]

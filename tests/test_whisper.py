@@ -248,7 +248,7 @@ def test_captured_calls_share_one_copy_of_the_states_and_let_go_of_it():
     layers = prepare.prepare(Recipe.load(RECIPE, ["compress.rank_multiple=1"]), model.config).layers
     capture = Capture(model, layers, torch.device("cpu"))
     states = torch.randn(1, 2, 100, 32)
-    batch = capture({"encoder_outputs": states, "decoder_input_ids": torch.zeros(2, 3, dtype=torch.long)})
+    batch, _ = capture({"encoder_outputs": states, "decoder_input_ids": torch.zeros(2, 3, dtype=torch.long)})
     held = [call.args[1] for call in batch.calls]
     assert len({tensor.data_ptr() for tensor in held}) == 1 and held[0].data_ptr() == states.data_ptr()
     gone = weakref.ref(held[0])

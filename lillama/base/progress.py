@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, SupportsFloat
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 EVERY_SECONDS = 15.0
+SHOWN_EVERY = 0.25  # seconds, on a terminal
 
 
 class Bar:
@@ -29,16 +30,18 @@ class Bar:
         self.progress, self.name, self.total = progress, name, total
         self.done = self.counted = self.tokens = 0
         self.what, self.loss, self.unit = "", None, "tokens/s"
+        self._shown = ""
         self.started = self._spoke = time.monotonic()
         self.rich: RichProgress | None = None
         self.task: Any = None
 
     what: str
-    loss: float | None
+    loss: SupportsFloat | None
 
     def describe(self, what: str) -> None:
         """Say what is being worked on, such as a layer's name."""
         self.what = what
+        self._shown = self._details()
         self._show()
 
     def skip(self, steps: int) -> None:
@@ -46,7 +49,7 @@ class Bar:
         self.done += steps
         self._show(steps)
 
-    def advance(self, steps: int = 1, *, tokens: int = 0, loss: float | None = None) -> None:
+    def advance(self, steps: int = 1, *, tokens: int = 0, loss: SupportsFloat | None = None) -> None:
         """Count steps done now."""
         self.done += steps
         self.counted += steps
@@ -64,14 +67,17 @@ class Bar:
         if self.tokens and seconds > 0:
             parts.append(f"{self.tokens / seconds:,.0f} {self.unit}")
         if self.loss is not None:
-            parts.append(f"loss {self.loss:.4f}")
+            parts.append(f"loss {float(self.loss):.4f}")
         return " · ".join(parts)
 
     def _show(self, steps: int = 0) -> None:
-        if self.rich is not None:
-            self.rich.update(self.task, advance=steps, details=self._details())
-            return
         now = time.monotonic()
+        if self.rich is not None:
+            # A loss may be on a device, which has to be waited for to read it: as often as a person looks.
+            if now - self._spoke >= SHOWN_EVERY or self.done >= self.total:
+                self._spoke, self._shown = now, self._details()
+            self.rich.update(self.task, advance=steps, details=self._shown)
+            return
         if self.progress.console is not None and now - self._spoke >= EVERY_SECONDS:
             self._spoke = now
             left = (now - self.started) / max(self.counted, 1) * (self.total - self.done)

@@ -177,6 +177,12 @@ class RunDirectory:
         write_tensors(self.path / name, tensors, metadata)
         self.record(name)
 
+    def put_tensor_files(self, files: dict[str, dict[str, Tensor]]) -> None:
+        """Write several safetensors files and record them at once: a process that is killed leaves all or none."""
+        for name, tensors in files.items():
+            write_tensors(self.path / name, tensors)
+        self.record(*files)
+
     def put_entries(self, name: str, entries: list[Entry]) -> None:
         """Write and record a safetensors file of tensors that are read when their turn comes."""
         write_entries(self.path / name, entries)

@@ -11,23 +11,23 @@ from torch.nn import functional as F
 
 from lillama.factorise.embedding import CHUNK
 from lillama.factorise.initialisers import TINY
+from lillama.lowrank.embedding import LowRankEmbedding
 
 FREQUENT = 0.8  # share of the text that the frequent tokens make up, the most frequent first
-
-
 MOST_DRAWN = 4096  # tokens of the vocabulary per step
 
 
-class Watch:
-    """Follows a student embedding: its loss on tokens of the whole vocabulary, and its error before and after."""
+class VocabularyLoss:
+    """A student embedding's loss on tokens of the whole vocabulary, and its error before and after."""
 
-    def __init__(self, teacher: Any, student: Any, floor: float) -> None:
-        self.original: Tensor = teacher.weight.detach()
+    def __init__(self, table: Tensor, student: LowRankEmbedding, floor: float) -> None:
+        """`table` is the original, kept where it is given: on the host where the device is short of memory."""
+        self.original = table
         self.floor = floor
-        self.before = row_errors(self.original, student.A.detach(), student.B.detach())
+        self.before = row_errors(table, *student.factors())
         self.after = self.before
 
-    def with_all_tokens(
+    def add_to(
         self, distance: Tensor, student: nn.Module, objective: Callable[..., Tensor], tokens: int, seed: int
     ) -> Tensor:
         """The mean distance over the text and, by the floor's weight, over as many tokens drawn from the vocabulary."""
@@ -35,14 +35,14 @@ class Watch:
             return distance
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, len(self.original), (min(tokens, MOST_DRAWN),), generator=generator)
-        ids = ids.to(self.original.device)
-        even = objective(student(ids).float(), F.embedding(ids, self.original).float()).mean()
+        wanted = F.embedding(ids.to(self.original.device), self.original).to(distance.device)
+        even = objective(student(ids.to(distance.device)).float(), wanted.float()).mean()
         return (distance + self.floor * even) / (1 + self.floor)
 
     @torch.no_grad()
-    def finish(self, student: Any) -> None:
-        """Take note of the error of the finished student, which still holds two factors."""
-        self.after = row_errors(self.original, student.A, student.B)
+    def finish(self, student: LowRankEmbedding) -> None:
+        """Take note of the error of the finished student."""
+        self.after = row_errors(self.original, *student.factors())
 
     def report(self, counts: Tensor) -> dict[str, Any]:
         """How many tokens are frequent, rare and unseen, and their mean relative errors before and after training."""
@@ -55,6 +55,7 @@ class Watch:
         }
 
 
+@torch.no_grad()
 def row_errors(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """|w_t - a_t B| / |w_t| for every token, in float32 on the host.
 
@@ -64,7 +65,7 @@ def row_errors(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     for rows, a in zip(W.split(CHUNK), A.split(CHUNK)):
         rows = rows.float()
         lengths.append(rows.norm(dim=1).cpu())
-        gaps.append((rows - a.float() @ B.float()).norm(dim=1).cpu())
+        gaps.append((rows - (a.float() @ B.float()).to(rows.device)).norm(dim=1).cpu())
     length = torch.cat(lengths)
     return torch.cat(gaps) / length.clamp_min(max(float(length.mean()) / 100, TINY))
 

@@ -1,13 +1,12 @@
-"""The engine: two schedules (sequential.py, concurrent.py) over one step (`Student.step`)."""
+"""The engine: schedules (sequential.py, concurrent.py) over one step (`Student.step`)."""
 
 from __future__ import annotations
 
-from lillama import registry
-from lillama.distill.job import Job
+from lillama.distill.job import Job, Watch
+from lillama.registry import SCHEDULES
 
 
-def distill(job: Job) -> None:
-    """Distil every planned layer that is not stored yet, by the recipe's schedule."""
-    if all(job.directory.has(job.file(layer)) for layer in job.layers if job.plan.planned(layer)):
-        return
-    registry.SCHEDULES.get(job.recipe.distill.schedule)(job)
+def distill(job: Job, watch: Watch | None = None) -> None:
+    """Distil every planned layer that is not stored yet, by the recipe's schedule, while `watch` looks on."""
+    if not job.is_done:
+        SCHEDULES.get(job.recipe.distill.schedule)(job, watch)

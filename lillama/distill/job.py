@@ -1,65 +1,91 @@
-"""What a schedule works on: recipe, source, plan, data, and where finished layers go."""
+"""What a schedule works on: the walk through the original, the plan, the data, and where finished layers go."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from lillama.base.device import Device
 from lillama.base.progress import Progress
 from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
-from lillama.distill.student import Student
-from lillama.factorise import embedding, start
-from lillama.factorise.grams import Found
-from lillama.factorise.statistics import fisher_file
+from lillama.distill.student import Student, Training
+from lillama.factorise.start import Initialiser, Needs, find_needs
+from lillama.factorise.statistics import Statistics
 from lillama.plan.plan import Plan
-from lillama.pretrained.calls import Batch, Capture, arguments, outputs
+from lillama.pretrained.calls import Batches, RawBatch
 from lillama.pretrained.source import Source
-from lillama.pretrained.streams import Place, Shelf, Stream, budgets, choose
+from lillama.pretrained.streams import Place, budgets
+from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Recipe
-from lillama.run.curve import Curve
 
-Batches = Sequence[dict[str, Tensor]]
 EMBEDDING = "embedding.json"  # the error of an embedding's vectors, by how often tokens occur
+
+OpenAt = Callable[[int], AbstractContextManager[nn.Module]]  # the original layer at a position, while the block lasts
+
+
+class Watch(Protocol):
+    """What may look on while layers learn (run/curve.py); it changes nothing."""
+
+    def after_step(self, job: Job, step: int, open_at: OpenAt, students: Mapping[int, Student]) -> None:
+        """The concurrent schedule has done `step` steps (0: none yet)."""
+
+    def after_layer(self, job: Job, done: int) -> None:
+        """The sequential schedule has finished the first `done` layers."""
 
 
 @dataclass
 class Job:
-    """All that a schedule needs."""
+    """All that a schedule needs; what is derived is declared below, and made once."""
 
     recipe: Recipe
-    source: Source
     plan: Plan
+    source: Source
     device: Device
     directory: RunDirectory
     progress: Progress
     batches: Batches
-    curve: Curve | None = None
+    layers: Sequence[Layer] = field(init=False)  # the stream's, up to the last planned one
+    train: Batches = field(init=False)
+    held: Batches = field(init=False)  # out of training, to choose the best state
+    total_steps: int = field(init=False)  # of every layer
+    needs: Needs = field(init=False)
+    walk: Walk = field(init=False)
+    statistics: Statistics = field(init=False)
+    training: Training = field(init=False)
+    initialise: Initialiser = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layers = self.plan.work
-        held = round(len(self.batches) * self.recipe.distill.holdout)
-        if self.recipe.distill.holdout and len(self.batches) > 1:
-            held = max(held, 1)
+        recipe, plan = self.recipe, self.plan
+        self.layers = plan.work
         # The last batches are held out: batches are in shuffled order already.
-        self.train, self.held = (
-            self.batches[: len(self.batches) - held],
-            self.batches[len(self.batches) - held :],
-        )
-        self.total_steps = len(self.train) * self.recipe.distill.epochs
-        self.streams, self.grams = start.needs(self.recipe)
-        self.fisher = start.fisher_factors(self.recipe)
+        cut = len(self.batches) - self._count_held()
+        self.train, self.held = self.batches[:cut], self.batches[cut:]
+        self.total_steps = len(self.train) * recipe.distill.epochs
+        self.needs = find_needs(recipe)
+        self.walk = Walk(self.source, self.layers, plan.layers, self.device, self.progress)
+        floor, spare = recipe.compress.embedding_floor, recipe.run.low_memory
+        self.statistics = Statistics(plan, self.directory, self.device, self.train, self.needs.fisher, floor)
+        self.training = Training(plan, recipe.distill, floor, self.device, self.total_steps, spare)
+        self.initialise = Initialiser.of(recipe)
 
-    def stored(self, layer: Layer) -> dict[str, Tensor]:
-        """The state of a finished layer, on the device; that of a tied head with the embedding's factors."""
+    def _count_held(self) -> int:
+        share, count = self.recipe.distill.holdout, len(self.batches)
+        return max(round(count * share), 1) if share and count > 1 else round(count * share)
+
+    @property
+    def ordered(self) -> list[RawBatch]:
+        """All batches, those to train on first."""
+        return [*self.train, *self.held]
+
+    def read_stored(self, layer: Layer) -> dict[str, Tensor]:
+        """The tensors of a finished layer, on the device; those of a tied head with the embedding's factors."""
         tied = {weight.tied for weight in self.plan.planned(layer)}
         owners = [other for other in self.plan.layers if any(w.name in tied for w in other.weights)]
         tensors: dict[str, Tensor] = {}
@@ -67,45 +93,24 @@ class Job:
             tensors |= self.directory.tensors(self.file(one))
         return {name: value.to(self.device.device) for name, value in tensors.items()}
 
-    @functools.cached_property
-    def counts(self) -> Tensor:
-        """How often each token occurs in the calibration data that is trained on."""
-        vocabulary = next(w.shape[0] for layer in self.layers for w in layer.weights if w.kind == "embedding")
-        return embedding.token_counts(self.train, vocabulary)
-
-    def statistics(self, layer: Layer, grams: Found | None) -> Found | None:
-        """`grams`, and what else an initialiser is to know.
-
-        The factors of their Fisher information, where it names them; of an embedding in `layer` token counts and a tied
-        head's Gram.
-        """
-        if self.fisher:
-            grams = {name: {**(grams or {}).get(name, {}), **found} for name, found in self._fisher(layer).items()}
-        if grams is None or layer.kind != "embedding":
-            return grams
-        found = dict(grams)
-        for weight in self.plan.planned(layer):
-            given = {
-                **grams.get(weight.name, {}),
-                "counts": embedding.floored(self.counts, self.recipe.compress.embedding_floor),
-            }
-            for _, use in self.plan.uses(weight):
-                given |= {"head_gram": grams[use.name]["gram"]} if use.name in grams else {}
-            found[weight.name] = given
-        return found
-
-    def _fisher(self, layer: Layer) -> Found:
-        found: Found = {weight.name: {} for weight in self.plan.planned(layer)}
-        for name, tensor in self.directory.tensors(fisher_file(layer)).items():
-            weight, _, side = name.rpartition(".")
-            if weight in found and f"{side}_fisher" in self.fisher:
-                found[weight][f"{side}_fisher"] = tensor.to(self.device.device)
-        return found
-
     def tied_head(self, layer: Layer) -> int | None:
         """The position of the head whose factors are those of the embedding `layer`."""
         uses = [use for weight in self.plan.planned(layer) for use in self.plan.uses(weight)]
         return uses[0][0] if uses else None
+
+    def is_stored(self, layer: Layer) -> bool:
+        """Whether the layer is finished; an embedding and the head that is tied to it are so together."""
+        group = {layer.name: layer}
+        for weight in self.plan.planned(layer):
+            group |= {one.name: one for one in self.plan.layers for w in one.weights if w.name == weight.tied}
+        head = self.tied_head(layer)
+        group |= {} if head is None else {self.plan.layers[head].name: self.plan.layers[head]}
+        return all(self.directory.has(self.file(one)) for one in group.values())
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every planned layer is finished."""
+        return all(self.is_stored(layer) for layer in self.layers if self.plan.planned(layer))
 
     def check_steps(self) -> set[int]:
         """After which steps the held-out loss is measured: evenly spaced, the last step included."""
@@ -121,91 +126,25 @@ class Job:
         low = self.recipe.run.low_memory
         return self.directory.path / f"best.{position:04d}.safetensors" if low else None
 
-    @contextlib.contextmanager
-    def captured(self, park: bool = False) -> Iterator[Capture]:
-        """The model's parts outside its layers, on the device, ready to capture calls (`park`: see there)."""
-        outside = self.source.outside(layer.name for layer in self.plan.layers)
-        self.source.materialise(outside, self.device.device)
-        self.source.place_buffers(self.device.device)
-        try:
-            yield Capture(self.source.model, self.layers, self.device.device, park)
-        finally:
-            self.source.release_keys(outside)
+    def choose_place(self) -> Place:
+        """Where streams have room: three are in use while a layer learns from the student's inputs, else two."""
+        copies = 3 if "student" in self.needs.streams else 2
+        return self.walk.choose_place(self.batches, copies, budgets(self.recipe.run, self.device.device))
 
-    @contextlib.contextmanager
-    def teacher(self, layer: Layer) -> Iterator[nn.Module]:
-        """The layer as pretrained, read from disk for as long as the block lasts."""
-        self.source.materialise([layer.name], self.device.device)
-        module = self.source.model.get_submodule(layer.name)
-        try:
-            yield module
-        finally:
-            self.source.release(module)
-
-    def store(self, student: Student) -> dict[str, Tensor]:
-        """Store a finished layer and say how well it learned."""
-        state = student.state()
-        self.directory.put_tensors(self.file(student.layer), state)
-        self.directory.event(
-            "layer",
-            layer=student.layer.name,
-            steps=student.steps,
-            initial_loss=student.first_loss,
-            loss=student.best_loss if math.isfinite(student.best_loss) else None,  # none was measured
-        )
-        if student.embedding:
-            report = student.embedding.report(self.counts)
-            self.directory.put_json(EMBEDDING, report)
-            self.directory.event("embedding", layer=student.layer.name, **report)
-        return state
-
-
-class Targets:
-    """What a head is to reproduce, computed when it is asked for: logits are too wide to be kept for all batches."""
-
-    def __init__(self, job: Job, head: nn.Module, position: int, batches: Sequence[Batch], inputs: Stream) -> None:
-        self.job, self.head, self.position, self.batches, self.inputs = job, head, position, batches, inputs
-
-    @torch.no_grad()
-    def __getitem__(self, index: int) -> Tensor:
-        with self.job.device.autocast():
-            return self.batches[index].calls[self.position](self.head, self.inputs[index])
-
-
-def place(job: Job, copies: int | None = None) -> Place:
-    """Where `copies` streams have room; None: three are in use while a layer learns from the student's, else two."""
-    width = job.source.config.get_text_config().hidden_size
-    tokens = sum(
-        max((t.numel() for t in arguments(batch).values() if t.dim() == 2), default=0) for batch in job.batches
-    )
-    size = torch.empty((), dtype=job.source.working).element_size()
-    if copies is None:
-        copies = 3 if "student" in job.streams else 2
-    return choose(copies * tokens * width * size, *budgets(job.recipe.run, job.device.device))
-
-
-def captured_batches(job: Job, stream: Stream | None, limit: int | None = None) -> tuple[list[Batch], Stream | None]:
-    """Every batch as the layers see it, its first hidden states taken into `stream`; stop after `limit` tokens."""
-    with job.captured(park=True) as capture, job.progress.phase("embed", len(job.batches)) as bar:
-        batches: list[Batch] = []
-        for batch in [*job.train, *job.held]:
-            if limit is not None and sum(b.tokens for b in batches) >= limit:
-                break
-            with job.device.autocast():
-                batches.append(capture(batch))
-            if stream is not None:
-                stream.append(batches[-1].hidden)
-            batches[-1].hidden = batches[-1].hidden.new_empty(0)
-            bar.advance()
-        return batches, stream
-
-
-def through(
-    job: Job, shelf: Shelf, position: int, module: nn.Module, batches: list[Batch], stream: Stream, name: str
-) -> Stream:
-    """The stream behind layer `position`, played by `module`."""
-    out = shelf.new(f"{position + 1:04d}-{name}")
-    with job.device.autocast():
-        for y in outputs(module, position, batches, stream):
-            out.append(y)
-    return out
+    def store(self, *students: Student) -> list[nn.Module]:
+        """Store finished layers, all of them or none, and say how well each learned; the modules."""
+        done = [(student, student.finish()) for student in students]
+        self.directory.put_tensor_files({self.file(student.layer): found.tensors for student, found in done})
+        for student in students:
+            self.directory.event(
+                "layer",
+                layer=student.layer.name,
+                steps=student.steps,
+                initial_loss=student.first_loss,
+                loss=student.best_loss if math.isfinite(student.best_loss) else None,  # none was measured
+            )
+            if student.vocabulary:
+                report = student.vocabulary.report(self.statistics.counts)
+                self.directory.put_json(EMBEDDING, report)
+                self.directory.event("embedding", layer=student.layer.name, **report)
+        return [found.module for _, found in done]

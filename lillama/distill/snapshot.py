@@ -45,7 +45,7 @@ class Snapshot:
         self.directory.put_entries(NAME, [*entries, *(Entry.of(*item) for item in tensors.items())])
         self.directory.event("snapshot", step=step)
 
-    def restore(self, device: torch.device) -> int:
+    def restore(self) -> int:
         """Put the students back where the last snapshot left them; the number of steps done (0: none)."""
         if not self.directory.has(NAME):
             return 0

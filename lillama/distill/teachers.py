@@ -35,7 +35,7 @@ class Teachers:
         """The layer at `position`, for as long as the block lasts."""
         module = self.modules[position]
         if self.on_disk:
-            with self.job.teacher(self.job.layers[position]) as module:
+            with self.job.walk.open_layer(self.job.layers[position]) as module:
                 yield module
             memory.give_back()  # reading a layer leaves holes between what stays
         elif self.low:

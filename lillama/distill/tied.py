@@ -1,6 +1,6 @@
 """An embedding and the head that is tied to it, distilled as one in the sequential schedule.
 
-One pair of factors serves both, so they learn together: the embedding from the token ids, the head from the teacher's
+One set of factors serves both, so they learn together: the embedding from the token ids, the head from the teacher's
 final hidden states. The student's own are not there yet, for everything between the two depends on the embedding.
 """
 
@@ -12,74 +12,60 @@ import torch
 from torch import Tensor, nn
 
 from lillama.base.progress import Bar
-from lillama.contract import Layer
-from lillama.distill.job import Job, Targets
-from lillama.distill.student import Student
-from lillama.factorise import start
-from lillama.factorise.grams import Found, Grams
+from lillama.distill.job import Job
+from lillama.distill.student import Inputs, Student
+from lillama.factorise.grams import Grams
+from lillama.factorise.known import Known
+from lillama.factorise.start import initial_factors
 from lillama.pretrained.calls import Batch
 from lillama.pretrained.streams import Stream
+from lillama.pretrained.walk import HeadTargets, LayerPass
 
-Example = tuple[Batch, Tensor, dict[str, Tensor]]  # arguments of Student.step
+Example = tuple[Batch, Tensor, Inputs]  # arguments of Student.step
 Pair = Callable[[int], tuple[Example, Example]]  # of batch i: the embedding's and the head's
 
 
-def distill_tied(
-    job: Job,
-    layer: Layer,
-    teacher: nn.Module,
-    batches: list[Batch],
-    streams: tuple[Stream, Stream, Stream],
-    head: int,
-    bar: Bar,
-) -> nn.Module:
-    """Initialise, train and store the embedding `layer` and the head at position `head`; returns the embedding.
+def distill_tied(job: Job, low: LayerPass, head: int, final: Stream, bar: Bar) -> nn.Module:
+    """Initialise, train and store an embedding and the head at position `head`; returns the embedding.
 
-    `streams`: the token ids, the teacher's vectors for them, the teacher's final hidden states.
+    `low` is the embedding's pass, its targets the teacher's vectors; `final` are the teacher's final hidden states.
     """
-    ids, vectors, final = streams
-    top = job.layers[head]
-    with job.teacher(top) as head_teacher:
-        init = start.initial_factors(
-            layer, teacher, job.plan, job.recipe, _statistics(job, layer, head_teacher, batches, final, head)
-        )
-        place = job.layers.index(layer)
-        student = Student(layer, place, teacher, job.plan, job.recipe, job.device, init, job.total_steps)
-        follower = Student(
-            top, head, head_teacher, job.plan, job.recipe, job.device, {}, job.total_steps, owner=student
-        )
-        targets = Targets(job, head_teacher, head, batches, final)
+    ids, vectors = low.inputs["teacher"], low.targets
+    assert vectors is not None
+    with job.walk.open_layer(job.layers[head]) as head_teacher:
+        high = LayerPass(job.layers[head], head, head_teacher, low.batches, {"teacher": final, "student": final})
+        targets = high.targets = HeadTargets(high, final, job.device)
+        init = initial_factors(low, job.plan, job.initialise, _gather_statistics(job, low, high, final))
+        student = Student(low, job.training, init)
+        follower = Student(high, job.training, {}, owner=student)
 
         def pair(i: int) -> tuple[Example, Example]:
-            low, high = ids[i], final[i]
+            here, there = ids[i], final[i]
             return (
-                (batches[i], vectors[i], dict.fromkeys(student.wants, low)),
-                (batches[i], targets[i], dict.fromkeys(follower.wants, high)),
+                (low.batches[i], vectors[i], dict.fromkeys(student.streams, here)),
+                (high.batches[i], targets[i], dict.fromkeys(follower.streams, there)),
             )
 
         _train(job, student, follower, pair, bar)
-        job.store(student)
-        job.store(follower)
-    return student.module
+        return job.store(student, follower)[0]
 
 
-def _statistics(
-    job: Job, layer: Layer, head: nn.Module, batches: list[Batch], final: Stream, position: int
-) -> Found | None:
+def _gather_statistics(job: Job, low: LayerPass, high: LayerPass, final: Stream) -> Known | None:
     """Token counts, and the Gram of the head's inputs, where the initialiser wants statistics."""
-    if not job.grams:
-        return job.statistics(layer, None)
-    top = job.layers[position]
-    listener = Grams(top.name, head, job.plan.planned(top), job.recipe.compress.gram_tokens, {"gram"})
+    if not job.needs.grams:
+        return job.statistics.complete(low.layer, None)
+    limit = job.recipe.compress.gram_tokens
+    listener = Grams(high.layer.name, high.teacher, job.plan.planned(high.layer), limit, {"gram"})
     with job.device.autocast():
-        listener.add(batches, final, position)
-    return job.statistics(layer, listener.close())
+        listener.add(high.batches, final, high.position)
+    return job.statistics.complete(low.layer, listener.close())
 
 
 def _train(job: Job, student: Student, follower: Student, pair: Pair, bar: Bar) -> None:
     """Both in step: an update needs the gradients of both, and the best state is the best of their sum."""
     n = len(job.train)
-    total = len(job.batches) if job.total_steps else n  # where nothing learns, streams may be shorter
+    # Where nothing learns, streams hold what the initialiser wanted and no more: there is no held-out batch in them.
+    total = len(job.batches) if job.total_steps else n
 
     def check() -> float:
         low = student.check(pair(i)[0] for i in range(n, total))

@@ -10,14 +10,15 @@ from the vocabulary, for what changes B changes the vectors of all tokens, those
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lillama.errors import LillamaError
 from lillama.factorise.initialisers import TINY, regularised
+from lillama.factorise.known import WeightStatistics
 from lillama.lowrank.factors import balanced
+from lillama.pretrained.calls import find_mask
 
 IDS = ("decoder_input_ids", "input_ids")
 ROUNDS = 12  # of the alternating least squares
@@ -32,11 +33,9 @@ def token_counts(batches: Iterable[Mapping[str, Tensor]], vocabulary: int) -> Te
         if name is None:
             raise LillamaError("the calibration batches hold no token ids", where="calibration")
         ids = batch[name].cpu()
-        for key in ("loss_mask", "decoder_attention_mask", "attention_mask"):
-            mask = batch.get(key)
-            if mask is not None and mask.shape == ids.shape:
-                ids = ids[mask.cpu().bool()]
-                break
+        mask = find_mask(batch, ids.shape)
+        if mask is not None:
+            ids = ids[mask.cpu().bool()]
         counts += torch.bincount(ids.reshape(-1), minlength=vocabulary)
     return counts
 
@@ -47,36 +46,30 @@ def floored(counts: Tensor, floor: float) -> Tensor:
 
 
 def factorise(
-    initialise: Callable[..., tuple[Tensor, Tensor]],
-    wanted: Iterable[str],
+    start: Callable[[Tensor, int, WeightStatistics], tuple[Tensor, Tensor]],
+    names: frozenset[str],
     W: Tensor,
     rank: int,
-    arguments: Mapping[str, Any],
-    counts: Tensor | None = None,
-    head_gram: Tensor | None = None,
-    **fisher: Tensor,
+    known: WeightStatistics,
 ) -> tuple[Tensor, Tensor]:
-    """A (vocabulary x r) and B (r x d) for the table W by an initialiser that names `wanted`.
+    """A (vocabulary x r) and B (r x d) for the table W by an initialiser that names `names`, called as `start`.
 
     To the initialiser the embedding is the map W^T of one-hot vectors; its `output_gram` is the sum of w_t w_t^T over
-    the floored `counts`. `head_gram` is the Gram of the inputs of a head that is tied to the embedding: with both
-    statistics the factors are those of `both_uses`. `fisher`: the factors of kfac.py, of both uses together.
+    the floored counts. With counts and the Gram of the inputs of a head that is tied to the embedding the factors are
+    those of `both_uses`. The factors of the Fisher information (kfac.py) are of both uses together.
     """
-    wanted = set(wanted)
-    if fisher:
-        B, A = initialise(W.T, rank, **arguments, **fisher)
-    elif counts is None or not wanted & {"gram", "output_gram"}:
-        B, A = initialise(W.T, rank, **arguments)
-    elif "output_gram" not in wanted:
+    if known.known(("input_fisher", "output_fisher")) or known.counts is None or not names & {"gram", "output_gram"}:
+        B, A = start(W.T, rank, known)
+    elif "output_gram" not in names:
         raise LillamaError(
             "this initialiser takes the Gram of inputs, which an embedding has not",
             where="compress.init",
             hint="One that names output_gram serves, such as whitened.",
         )
-    elif head_gram is not None:
-        return both_uses(W, rank, counts, head_gram)
+    elif known.head_gram is not None:
+        return both_uses(W, rank, known.counts, known.head_gram)
     else:
-        B, A = initialise(W.T, rank, output_gram=weighted_gram(W, counts), **arguments)
+        B, A = start(W.T, rank, WeightStatistics(output_gram=weighted_gram(W, known.counts)))
     return A.T, B.T
 
 

@@ -16,16 +16,15 @@ from torch.nn import functional as F
 
 from lillama.contract import Weight
 from lillama.errors import LillamaError
+from lillama.factorise.known import Known, TokenSample, WeightStatistics
 from lillama.lowrank.experts import dense_weight
 from lillama.lowrank.swap import module_of
 from lillama.pretrained.calls import Batch
 
-Found = dict[str, dict[str, Tensor]]  # weight name -> argument of the initialiser -> matrix (or one per expert)
 GRAMS = frozenset(("gram", "output_gram", "cross"))
-SAMPLE = 4096  # tokens of a layer kept for the prior of experts that saw few
 
 
-def which(weight: Weight, weights: Sequence[Weight], wanted: Iterable[str]) -> str:
+def choose_gram(weight: Weight, weights: Sequence[Weight], wanted: Iterable[str]) -> str:
     """The Gram ("gram" or "output_gram") that an initialiser which names `wanted` gets for one of `weights`."""
     choices = set(wanted) & GRAMS
     if len(choices) == 1:
@@ -68,7 +67,7 @@ class Grams:
         for weight in weights:
             if weight.kind == "embedding":  # its inputs are token counts (see embedding.py)
                 continue
-            argument = which(weight, weights, wanted)
+            argument = choose_gram(weight, weights, wanted)
             name = module_of(weight.name, weight.kind)
             submodule = module.get_submodule(name.removeprefix(layer_name).removeprefix("."))
             if weight.kind == "experts":
@@ -81,7 +80,7 @@ class Grams:
             self._keys[weight.name] = key
         for name, stack in stacks.items():
             submodule = module.get_submodule(name.removeprefix(f"{layer_name}."))
-            experts = _Experts(submodule, {w.name: which(w, weights, wanted) for w in stack})
+            experts = _Experts(submodule, {w.name: choose_gram(w, weights, wanted) for w in stack})
             self._experts.append(experts)
             self._hooks.append(submodule.register_forward_pre_hook(self._on_experts(experts), with_kwargs=True))
         self.module = module
@@ -127,11 +126,11 @@ class Grams:
         return self
 
     @torch.no_grad()
-    def close(self) -> Found:
+    def close(self) -> Known:
         """Stop listening; for every weight the matrix found, under the argument it is meant for."""
         for hook in self._hooks:
             hook.remove()
-        found: Found = {name: {key[0]: self._sums[key]} for name, key in self._keys.items()}
+        found: Known = {name: WeightStatistics(**{key[0]: self._sums[key]}) for name, key in self._keys.items()}
         for experts in self._experts:
             found |= experts.close()
         return found
@@ -149,14 +148,11 @@ class _Experts:
         self.experts = dense_weight(module, "down").shape[0]
         self.tokens = [0] * self.experts
         self._sums: dict[str, list[Tensor | None]] = {}
-        self._sample: list[Tensor] = []
+        self._sample = TokenSample()
 
     def add(self, hidden: Tensor, index: Tensor) -> None:
         """Count a batch: hidden T x H, the experts chosen for its tokens T x K."""
-        kept = sum(map(len, self._sample))
-        if kept < SAMPLE:
-            # Spread over the tokens of a batch; a few batches make the sample.
-            self._sample.append(hidden[:: max(len(hidden) // 1024, 1)][: SAMPLE - kept].clone())
+        self._sample.add(hidden)
         for expert in range(self.experts):
             x = hidden[(index == expert).any(dim=-1)]
             self.tokens[expert] += len(x)
@@ -194,18 +190,18 @@ class _Experts:
                 found["down output"] = linear("down", found["down"])
         return {key: found[key].float() for key in wanted}
 
-    def close(self) -> Found:
+    def close(self) -> Known:
         """The matrices, one per expert stacked, the prior added."""
-        if not self._sample:
+        sample = self._sample.take()
+        if sample is None:
             raise LillamaError("no token reached the experts", where="calibration", hint="Give more, unmasked tokens.")
-        sample = torch.cat(self._sample)
         for expert, tokens in enumerate(self.tokens):
             few = {key: (n - tokens) / len(sample) for key, n in self._rows().items() if tokens < n}
             if few:
                 self._count(expert, sample, few)
         stacked = {key: torch.stack([s for s in sums if s is not None]) for key, sums in self._sums.items()}
-        self._sums, self._sample = {}, []
-        return {name: {self.arguments[name]: stacked[key]} for name, key in self._keys().items()}
+        self._sums = {}
+        return {name: WeightStatistics(**{self.arguments[name]: stacked[key]}) for name, key in self._keys().items()}
 
     def _rows(self) -> dict[str, int]:
         """The size of every matrix that is wanted."""

@@ -21,8 +21,8 @@ from lillama.base.device import Device
 from lillama.contract import Layer, Weight, relative
 from lillama.errors import LillamaError
 from lillama.factorise.embedding import weighted_gram
-from lillama.factorise.grams import SAMPLE
 from lillama.factorise.initialisers import TINY, fisher_spectrum
+from lillama.factorise.known import FisherFactors, TokenSample
 from lillama.lowrank.experts import PROJECTIONS, dense_weight
 from lillama.lowrank.swap import dense, module_of
 from lillama.plan.plan import observable
@@ -61,13 +61,13 @@ class Sums:
             self.inputs.addmm_((x * counts).T, x)
         self.counted += float(counts.sum())
 
-    def borrow(self, x: Tensor) -> None:
+    def borrow_inputs(self, x: Tensor) -> None:
         """Where too few inputs were seen to tell all directions apart, add others, x, in the weight of what lacks."""
         lacking = len(self.inputs) - self.rows
         if lacking > 0:
             self._inputs(x, torch.full((len(x), 1), lacking / len(x), device=x.device))
 
-    def known_to_all(self, floor: float) -> None:
+    def count_every_token(self, floor: float) -> None:
         """Let every token of an embedding count for at least the share `floor` of the mean count."""
         table = self.W.T
         self.inputs += weighted_gram(table, table.new_ones(len(table))) * (floor * self.counted / len(table))
@@ -137,8 +137,8 @@ class Listener:
         heads = ((weight.tied, self.sums[weight.name][0]) for weight in self.layer.weights)
         return {name: sums.factors(tokens)[0] * (sums.length / tokens) for name, sums in heads if name}
 
-    def close(self, tokens: int, tied: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """`<weight>.input`, `<weight>.output`, `<weight>.spectrum` of every weight of its own, `tokens` predicted.
+    def close(self, tokens: int, tied: Mapping[str, Tensor] | None = None) -> dict[str, FisherFactors]:
+        """The factors and the spectrum of every weight of its own, by name, `tokens` predicted.
 
         `tied`: that of a head. Factors of experts are stacked. They get the same rank, so their spectra are added.
         """
@@ -157,12 +157,11 @@ class Listener:
                     hint="List it under compress.skip, or use strategy: uniform and init: svd.",
                 )
             if weight.kind == "embedding":
-                sums[0].known_to_all(self.floor)
+                sums[0].count_every_token(self.floor)
             factors = [one.factors(tokens, (tied or {}).get(weight.name)) for one in sums]
             spectra = [fisher_spectrum(one.W, *both) for one, both in zip(sums, factors)]
             H, G = (torch.stack(each) if weight.kind == "experts" else each[0] for each in zip(*factors))
-            found[f"{weight.name}.input"], found[f"{weight.name}.output"] = H, G
-            found[f"{weight.name}.spectrum"] = torch.stack(spectra).sum(0)
+            found[weight.name] = FisherFactors(H, G, torch.stack(spectra).sum(0))
         return found
 
 
@@ -171,14 +170,11 @@ class _Experts:
 
     def __init__(self, module: Any, sums: dict[str, list[Sums]]) -> None:
         self.module, self.sums = module, sums
-        self.sample: list[Tensor] = []
+        self.sample = TokenSample()
 
     def add(self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:
         """Count a batch: hidden T x H, the K experts chosen per token and their weights, the gradient at the output."""
-        kept = sum(map(len, self.sample))
-        if kept < SAMPLE:
-            # Spread over the tokens of a batch; a few batches make the sample.
-            self.sample.append(hidden[:: max(len(hidden) // 1024, 1)][: SAMPLE - kept].clone())
+        self.sample.add(hidden)
         for expert in range(len(dense_weight(self.module, "down"))):
             token, choice = torch.where(index == expert)
             if len(token):
@@ -195,7 +191,7 @@ class _Experts:
         seen = {"gate": x, "up": x, "down": inner.detach()}
         if gradient is None:
             for name, sums in self.sums.items():
-                sums[expert].borrow(seen[name])
+                sums[expert].borrow_inputs(seen[name])
             return
         below = F.linear(gradient.to(W["down"].dtype), W["down"].T)
         at = dict(zip(("gate", "up"), torch.autograd.grad(inner, (gate, up), below.to(inner.dtype))))
@@ -204,11 +200,12 @@ class _Experts:
 
     def close(self) -> None:
         """Let experts that saw few tokens borrow from those of the whole layer."""
-        sample = torch.cat(self.sample)
+        sample = self.sample.take()
+        if sample is None:  # the module was never called, which whoever asks for its factors says
+            return
         for expert in range(len(dense_weight(self.module, "down"))):
             if any(sums[expert].rows < len(sums[expert].inputs) for sums in self.sums.values()):
                 self._expert(expert, sample, None)
-        self.sample = []
 
 
 def _rows(t: Tensor) -> Tensor:

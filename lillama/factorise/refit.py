@@ -7,27 +7,28 @@ student's, so it makes up for what layers and weights before it lost.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lillama import contract
-from lillama.contract import Layer, Weight
+from lillama.contract import Weight, relative
 from lillama.errors import LillamaError
-from lillama.factorise import start
-from lillama.factorise.grams import Found, counted
-from lillama.lowrank import swap as factors
+from lillama.factorise.grams import counted
+from lillama.factorise.known import WeightStatistics
+from lillama.factorise.start import Initialiser, find_needs, initial_factors
+from lillama.lowrank import swap
+from lillama.lowrank.storage import Factors
 from lillama.plan.plan import Plan
 from lillama.pretrained.calls import Batch
+from lillama.pretrained.walk import LayerPass
 from lillama.recipe.schema import Recipe
 
 
-def check(plan: Plan, recipe: Recipe) -> None:
+def check_refits(plan: Plan, recipe: Recipe) -> None:
     """LillamaError where the recipe's initialiser wants these fits and cannot have them."""
     init = recipe.compress.init
-    if "cross" not in start.needs(recipe)[1]:
+    if "cross" not in find_needs(recipe).grams:
         return
     if recipe.distill.schedule != "sequential":
         raise LillamaError(
@@ -48,52 +49,36 @@ class _Reached(Exception):  # noqa: N818  no error: the rest of the layer need n
     pass
 
 
-def refitted(
-    layer: Layer,
-    position: int,
-    teacher: nn.Module,
-    plan: Plan,
-    recipe: Recipe,
-    batches: list[Batch],
-    inputs: tuple[Iterable[Tensor], Iterable[Tensor]],
-) -> dict[str, Tensor]:
-    """The starting factors of a layer's planned weights; `inputs` are the original's and the student's streams.
+def refit_layer(at: LayerPass, plan: Plan, initialise: Initialiser, limit: int) -> dict[str, Factors]:
+    """The starting factors of a layer's planned weights, from the original's and the student's streams.
 
-    Takes as many partial passes over the streams as the layer has groups of weights with the same input.
+    Takes as many partial passes over up to `limit` tokens of the streams as the layer has groups of weights with the
+    same input.
     """
-    fitted = copy.deepcopy(teacher)
+    fitted = copy.deepcopy(at.teacher)
     groups: dict[str, list[Weight]] = {}
-    for weight in plan.planned(layer):
+    for weight in plan.planned(at.layer):
         groups.setdefault(weight.group or weight.name, []).append(weight)
-    found: dict[str, Tensor] = {}
+    found: dict[str, Factors] = {}
     for weights in groups.values():
-        path = contract.relative(weights[0], layer)
-        H, C = _moments(position, teacher, fitted, path, recipe.compress.gram_tokens, batches, inputs)
-        grams: Found = {weight.name: {"gram": H, "cross": C} for weight in weights}
-        found |= start.initial_factors(layer, teacher, plan, recipe, grams, weights)
+        H, C = _moments(at, fitted, relative(weights[0], at.layer), limit)
+        known = {weight.name: WeightStatistics(gram=H, cross=C) for weight in weights}
+        found |= initial_factors(at, plan, initialise, known, weights)
         for weight in weights:
-            W = factors.dense(fitted, contract.relative(weight, layer), weight.kind)
-            W.copy_(found[f"{weight.name}.A"] @ found[f"{weight.name}.B"])
+            W = swap.dense(fitted, relative(weight, at.layer), weight.kind)
+            W.copy_(found[weight.name].A @ found[weight.name].B)
     return found
 
 
-def _moments(
-    position: int,
-    teacher: nn.Module,
-    fitted: nn.Module,
-    path: str,
-    limit: int,
-    batches: list[Batch],
-    inputs: tuple[Iterable[Tensor], Iterable[Tensor]],
-) -> tuple[Tensor, Tensor]:
+def _moments(at: LayerPass, fitted: nn.Module, path: str, limit: int) -> tuple[Tensor, Tensor]:
     """(X' X'^T, X X'^T) of the module at `path`, over up to `limit` tokens: its inputs X in the original, X' here."""
     H = C = torch.zeros(())
     seen = 0
-    for batch, original, student in zip(batches, *inputs):
+    for batch, original, student in zip(at.batches, at.inputs["teacher"], at.inputs["student"]):
         if seen >= limit:
             break
-        x = _input(teacher, path, batch, position, original)
-        own = _input(fitted, path, batch, position, student)
+        x = _input(at.teacher, path, batch, at.position, original)
+        own = _input(fitted, path, batch, at.position, student)
         with torch.autocast(x.device.type, enabled=False):
             H, C = H.to(x.device) + own.T @ own, C.to(x.device) + x.T @ own
         seen += batch.tokens

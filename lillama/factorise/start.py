@@ -2,71 +2,106 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import inspect
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from lillama import registry
-from lillama.contract import Layer, Weight, relative
+from lillama.contract import Weight, relative
 from lillama.factorise import embedding
-from lillama.factorise.grams import GRAMS, Found
-from lillama.lowrank import swap as factors
+from lillama.factorise.grams import GRAMS
+from lillama.factorise.known import Known, WeightStatistics
+from lillama.lowrank import swap
+from lillama.lowrank.storage import Factors
 from lillama.plan.plan import Plan
+from lillama.pretrained.walk import LayerPass
 from lillama.recipe.schema import Recipe
+from lillama.registry import INITIALISERS, LOSSES
+
+FISHER_FACTORS = frozenset(("input_fisher", "output_fisher"))
 
 
-def needs(recipe: Recipe) -> tuple[set[str], frozenset[str]]:
-    """Which streams the recipe's loss runs on ("teacher", "student"), and which Grams its init names (see grams)."""
-    loss = inspect.signature(registry.LOSSES.get(recipe.distill.loss)).parameters
-    init = inspect.signature(registry.INITIALISERS.get(recipe.compress.init)).parameters
-    return {name.removeprefix("on_") for name in loss}, GRAMS & init.keys()
+class Needs(NamedTuple):
+    """What the recipe's named choices want, by the names of their parameters."""
+
+    streams: frozenset[str]  # on which its loss runs: "teacher", "student"
+    grams: frozenset[str]  # that its initialiser names (grams.py)
+    fisher: frozenset[str]  # factors of the Fisher information that it names (sensitivity.py)
 
 
-def fisher_factors(recipe: Recipe) -> frozenset[str]:
-    """Which factors of the Fisher information the recipe's init names (see sensitivity)."""
-    init = inspect.signature(registry.INITIALISERS.get(recipe.compress.init)).parameters
-    return frozenset(("input_fisher", "output_fisher")) & init.keys()
+def find_needs(recipe: Recipe) -> Needs:
+    """What the recipe's loss and initialiser want."""
+    streams = frozenset(name.removeprefix("on_") for name in LOSSES.needs(recipe.distill.loss))
+    named = INITIALISERS.needs(recipe.compress.init)
+    return Needs(streams, GRAMS & named, FISHER_FACTORS & named)
+
+
+@dataclass(frozen=True)
+class Initialiser:
+    """A registered initialiser, given what it names: `seed` is that of what it draws."""
+
+    function: Callable[..., tuple[Tensor, Tensor]]
+    names: frozenset[str]
+    seed: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Initialiser:
+        """The recipe's."""
+        name = recipe.compress.init
+        return cls(INITIALISERS.get(name), INITIALISERS.needs(name), recipe.run.seed)
+
+    def __call__(self, weight: Weight, W: Tensor, rank: int, known: WeightStatistics | None) -> Factors:
+        """Float32 factors of `weight`, whose matrix (or stack of them) is W; `known`: what was measured."""
+        generator = self._seeded(weight.name) if "generator" in self.names else None
+        known = known or WeightStatistics()
+        if weight.kind == "experts":
+            each = [self._start(one, rank, known.of_copy(i), generator) for i, one in enumerate(W)]
+            A, B = (torch.stack([factor.float() for factor in both]) for both in zip(*each))
+        elif weight.kind == "embedding":
+            start = functools.partial(self._start, generator=generator)
+            A, B = embedding.factorise(start, self.names, W, rank, known)
+        else:
+            A, B = self._start(W, rank, known, generator)
+        return Factors(A.float().to(W.device), B.float().to(W.device))
+
+    def _start(
+        self, W: Tensor, rank: int, known: WeightStatistics, generator: Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        drawing = {} if generator is None else {"generator": generator}
+        return self.function(W, rank, **drawing, **known.known(self.names))
+
+    def _seeded(self, name: str) -> Generator:
+        # By name, so that neither the schedule nor a resume changes what is drawn.
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def initial_factors(
-    layer: Layer,
-    teacher: nn.Module,
-    plan: Plan,
-    recipe: Recipe,
-    grams: Found | None,
-    weights: Iterable[Weight] | None = None,
-) -> dict[str, Tensor]:
-    """The starting factors of a layer's planned weights, or of `weights`: `<weight>.A`, `<weight>.B` in float32.
+    at: LayerPass, plan: Plan, initialise: Initialiser, known: Known | None, weights: Iterable[Weight] | None = None
+) -> dict[str, Factors]:
+    """The starting factors of a layer's planned weights, or of `weights`, by name, in float32.
 
-    Those of stacked weights have one more dimension, in front.
+    Those of stacked weights have one more dimension, in front. A tied weight has none of its own.
     """
-    initialise = registry.INITIALISERS.get(recipe.compress.init)
-    wanted = inspect.signature(initialise).parameters
-    found = {}
-    for weight in plan.planned(layer) if weights is None else weights:
-        if weight.tied:
-            continue
-        W = factors.dense(teacher, relative(weight, layer), weight.kind)
-        given = grams[weight.name] if grams is not None else {}
-        arguments: dict[str, Any] = {}
-        if "generator" in wanted:
-            # Seeded by name, so that neither the schedule nor a resume changes what is drawn.
-            digest = hashlib.sha256(f"{recipe.run.seed}/{weight.name}".encode()).digest()
-            arguments["generator"] = Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        rank = plan.ranks[weight.name]
-        if weight.kind == "experts":
-            each = [
-                [f.float() for f in initialise(one, rank, **arguments, **{k: gram[i] for k, gram in given.items()})]
-                for i, one in enumerate(W)
-            ]
-            A, B = (torch.stack(one) for one in zip(*each))
-        elif weight.kind == "embedding":
-            A, B = embedding.factorise(initialise, wanted, W, rank, arguments, **given)
-        else:
-            A, B = initialise(W, rank, **arguments, **given)
-        found[f"{weight.name}.A"], found[f"{weight.name}.B"] = A.float(), B.float()
+    found: dict[str, Factors] = {}
+    for weight in plan.planned(at.layer) if weights is None else weights:
+        if not weight.tied:
+            W = swap.dense(at.teacher, relative(weight, at.layer), weight.kind)
+            about = None if known is None else known[weight.name]
+            found[weight.name] = initialise(weight, W, plan.ranks[weight.name], about)
     return found
+
+
+def to_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Factors as a file holds them: `<weight>.A`, `<weight>.B`."""
+    return {f"{name}.{letter}": t for name, both in factors.items() for letter, t in zip("AB", both)}
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """What `to_tensors` wrote."""
+    names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    return {name: Factors(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}

@@ -51,9 +51,11 @@ def dense(root: nn.Module, name: str, kind: str) -> Tensor:
     """
     where, projection = _split(name, kind)
     module = root.get_submodule(where)
-    if not projection:
-        return cast(nn.Linear, _start(module, kind, name)).weight.detach()
-    return dense_weight(module, projection)
+    if projection:
+        return dense_weight(module, projection)
+    if not isinstance(module, nn.Linear | nn.Embedding):  # either, for a tied head is its embedding's matrix
+        raise LillamaError(f"the plan has {kind} here, the model a {type(module).__name__}", where=name)
+    return module.weight.detach()
 
 
 def leaving(root: nn.Module, weights: Sequence[tuple[str, str]]) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,11 +24,21 @@ from lillama.errors import LillamaError
 HIDDEN = "hidden_states"
 # What a batch may hold besides the model's arguments (hookspecs.calibration_stream).
 BESIDES = ("loss_mask", "digest")
+# What says which of a batch's tokens count; the first that is there and has their shape.
+MASKS = ("loss_mask", "decoder_attention_mask", "attention_mask")
+
+RawBatch = Mapping[str, Tensor]  # the model's arguments, and what stands BESIDES them
+Batches = Sequence[RawBatch]
 
 
-def arguments(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def arguments(batch: RawBatch) -> dict[str, Tensor]:
     """The arguments of the model's forward pass in a batch."""
     return {name: value for name, value in batch.items() if name not in BESIDES}
+
+
+def find_mask(batch: RawBatch, shape: Sequence[int]) -> Tensor | None:
+    """The mask of a batch's tokens of that `shape` [B, T], 1 where one counts; None: all do."""
+    return next((batch[name] for name in MASKS if name in batch and batch[name].shape == tuple(shape)), None)
 
 
 @dataclass
@@ -48,9 +58,8 @@ class Call:
 
 @dataclass
 class Batch:
-    """One calibration batch as its layers see it: the first layer's input and every layer's call."""
+    """One calibration batch as its layers see it: how each of them is called."""
 
-    hidden: Tensor
     calls: list[Call]
     mask: Tensor | None  # [B, T], 1 where a token counts; None: all do
     tokens: int
@@ -60,28 +69,40 @@ class _Stop(Exception):  # noqa: N818  not an error: it ends the forward pass af
     pass
 
 
+Forward = Callable[..., Any]
+
+
 @contextlib.contextmanager
-def stand_in(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Let `forwards` play `modules`, for as long as the block lasts."""
-    own = [module.__dict__.get("forward") for module in modules]  # a plugin may have set one
+def play_by(module: nn.Module, forward: Forward | None) -> Iterator[None]:
+    """Let `forward` play `module` for as long as the block lasts; None: what its class defines."""
+    before = module.__dict__.pop("forward", None)  # a plugin may have set one
+    if forward is not None:
+        module.forward = forward
     try:
-        for module, forward in zip(modules, forwards):
-            module.forward = forward
         yield
     finally:
-        for module, before in zip(modules, own):
-            module.__dict__.pop("forward", None)
-            if before is not None:
-                module.forward = before
+        module.__dict__.pop("forward", None)
+        if before is not None:
+            module.forward = before
+
+
+@contextlib.contextmanager
+def stand_in(modules: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterator[None]:
+    """Let `forwards` play `modules`, for as long as the block lasts."""
+    with contextlib.ExitStack() as stack:
+        for module, forward in zip(modules, forwards):
+            stack.enter_context(play_by(module, forward))
+        yield
 
 
 @dataclass
 class Capture:
     """Turns batches of model arguments into `Batch`es, for the layers `layers` of the skeleton `model`.
 
-    Everything that is not a layer must be materialised. Equal tensors among the arguments of the batches that are
-    still in use (rotary embeddings, masks) are kept once. A tensor that a batch brought along itself (encoder
-    states) is handed on as it is; with `park` it stays where the batch had it, on the host, until a layer needs it.
+    With each comes the first layer's input. Everything that is not a layer must be materialised. Equal tensors among
+    the arguments of the batches that are still in use (rotary embeddings, masks) are kept once. A tensor that a batch
+    brought along itself (encoder states) is handed on as it is; with `park` it stays where the batch had it, on the
+    host, until a layer needs it.
     """
 
     model: nn.Module
@@ -95,7 +116,7 @@ class Capture:
     _known: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def __call__(self, batch: dict[str, Tensor]) -> Batch:
+    def __call__(self, batch: RawBatch) -> tuple[Batch, Tensor]:
         there = {name: value.to(self.device) for name, value in arguments(batch).items()}
         self._own = {
             (there[name].data_ptr(), there[name].numel()): value if self.park else there[name]
@@ -115,9 +136,10 @@ class Capture:
                 hint="The plugin must list the layers in the order in which the model runs them.",
             )
         hidden = captured[0][0]
-        mask = _loss_mask(batch, hidden)
+        mask = find_mask(batch, hidden.shape[:2])
+        mask = mask if mask is None else mask.to(hidden.device)
         tokens = int(mask.sum()) if mask is not None else hidden.shape[0] * hidden.shape[1]
-        return Batch(hidden, [call for _, call in captured], mask, tokens)
+        return Batch([call for _, call in captured], mask, tokens), hidden
 
     def _recording(self, captured: list[tuple[Tensor, Call]]) -> contextlib.AbstractContextManager[None]:
         modules = [self.model.get_submodule(layer.name) for layer in self.layers]
@@ -162,24 +184,3 @@ class Capture:
         digest = hashlib.blake2b(flat.reshape(-1).view(torch.uint8).numpy().data, digest_size=16).digest()
         key = digest + str((tensor.dtype, tuple(tensor.shape))).encode()
         return self._seen.setdefault(key, tensor)
-
-
-def _loss_mask(batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
-    for name in ("loss_mask", "decoder_attention_mask", "attention_mask"):
-        mask = batch.get(name)
-        if mask is not None and mask.shape == hidden.shape[:2]:
-            return mask.to(hidden.device)
-    return None
-
-
-def outputs(module: nn.Module, position: int, batches: Sequence[Batch], stream: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The outputs of layer `position`, played by `module`, on every input of a stream, one after the other."""
-    for batch, hidden in zip(batches, stream):
-        with torch.no_grad():
-            out = batch.calls[position](module, hidden)
-        yield out
-
-
-def advance(module: nn.Module, position: int, batches: Sequence[Batch], stream: Iterable[Tensor]) -> list[Tensor]:
-    """All of `outputs` at once."""
-    return list(outputs(module, position, batches, stream))

@@ -59,8 +59,8 @@ class _Divergence(torch.autograd.Function):
         return gradient * scale.to(gradient.dtype), None, None, None
 
 
-def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A token per row of logits N x V, by its predicted chance."""
+def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token per row of logits N x V, by its predicted chance; `generator` is of the device where the logits are."""
     step = max(CHUNK // logits.shape[1], 1)
-    chances = (part.float().softmax(-1).cpu() for part in logits.detach().split(step))
-    return torch.cat([torch.multinomial(each, 1, generator=generator)[:, 0] for each in chances]).to(logits.device)
+    chances = (part.float().softmax(-1) for part in logits.detach().split(step))
+    return torch.cat([torch.multinomial(each, 1, generator=generator)[:, 0] for each in chances])

@@ -47,6 +47,17 @@ def choose(total: int, device_bytes: int, host_bytes: int) -> Place:
     return "device" if total <= device_bytes else "host" if total <= host_bytes else "file"
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """A tensor in the host's memory: from a GPU in pages that stay where they are, so that copies need not wait.
+
+    Both copies, there and back, are made in the order of the device's own work; nobody else reads the host's.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu")
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
 class Stream:
     """One tensor per batch, in order; reading one brings it to the device."""
 
@@ -61,7 +72,7 @@ class Stream:
         """Take in the next batch's tensor."""
         tensor = tensor.detach()
         if self.place != "file":
-            self._tensors.append(tensor.to("cpu") if self.place == "host" else tensor)
+            self._tensors.append(to_host(tensor) if self.place == "host" else tensor)
             return
         if self._handle is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +89,7 @@ class Stream:
 
     def __getitem__(self, index: int) -> Tensor:
         if self.place != "file":
-            return self._tensors[index].to(self.device)
+            return self._tensors[index].to(self.device, non_blocking=True)
         start, shape, dtype = self._entries[index]
         size = torch.Size(shape).numel() * torch.empty((), dtype=dtype).element_size()
         buffer = torch.empty(size, dtype=torch.uint8)

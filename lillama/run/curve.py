@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lillama.distill import student as students
+from lillama.distill.job import Job, OpenAt
+from lillama.distill.student import Student, restore_layer
 from lillama.errors import LillamaError
 from lillama.evaluate import perplexity
+from lillama.pretrained.calls import play_by, stand_in
 from lillama.recipe.schema import Recipe
 
-if TYPE_CHECKING:
-    from lillama.distill.job import Job
-
-At = Callable[[int], contextlib.AbstractContextManager[nn.Module]]
 AT_ONCE = 8192  # tokens per forward pass
 
 
@@ -56,30 +54,32 @@ class Curve:
         self.known: dict[str, float] = {}
         self.failed = False
 
-    def after_step(self, job: Job, step: int, at: At, planned: Mapping[int, students.Student]) -> None:
+    def after_step(self, job: Job, step: int, open_at: OpenAt, students: Mapping[int, Student]) -> None:
         """A point of the concurrent schedule, where one is due after `step` (0: before the first)."""
         if step in {round(job.total_steps * i / self.points) for i in range(self.points + 1)}:
-            trained = {position: student.module for position, student in planned.items()}
+            trained = {position: student.module for position, student in students.items()}
             seen = [batch["input_ids"].numel() for batch in job.train]
             tokens = sum(seen) * (step // len(seen)) + sum(seen[: step % len(seen)])
-            self._point(job, at, trained, tokens=tokens, layers=len(trained))
+            self._point(job, open_at, trained, tokens=tokens, layers=len(trained))
 
     def after_layer(self, job: Job, done: int) -> None:
         """A point of the sequential schedule, where one is due with the first `done` layers finished."""
         count = len(job.layers)
         if done in {round(count * i / self.points) for i in range(self.points + 1)}:
-            finished = sum(1 for layer in job.layers[:done] if job.directory.has(job.file(layer)))
+            finished = sum(1 for layer in job.layers[:done] if job.plan.planned(layer) and job.is_stored(layer))
             tokens = finished * job.recipe.distill.epochs * sum(batch["input_ids"].numel() for batch in job.train)
-            self._point(job, lambda position: job.teacher(job.plan.layers[position]), {}, tokens=tokens, layers=done)
+            self._point(
+                job, lambda position: job.walk.open_layer(job.plan.layers[position]), {}, tokens=tokens, layers=done
+            )
 
-    def _point(self, job: Job, at: At, trained: Mapping[int, nn.Module], **where: int) -> None:
+    def _point(self, job: Job, open_at: OpenAt, trained: Mapping[int, nn.Module], **where: int) -> None:
         if self.failed:
             return
         with job.progress.timed("curve"):
             try:
                 if not self.known:
-                    self.known["original"] = self._measure(job, at, {}, original=True)
-                found = self._measure(job, at, trained)
+                    self.known["original"] = self._measure(job, open_at, {}, original=True)
+                found = self._measure(job, open_at, trained)
             except Exception as error:
                 self.failed = True
                 job.progress.say(f"no curve: {type(error).__name__}: {error}")
@@ -87,13 +87,13 @@ class Curve:
         job.directory.event("curve", **where, perplexity=found, **self.known)
 
     @torch.no_grad()
-    def _measure(self, job: Job, at: At, trained: Mapping[int, nn.Module], original: bool = False) -> float:
+    def _measure(self, job: Job, open_at: OpenAt, trained: Mapping[int, nn.Module], original: bool = False) -> float:
         total, count = 0.0, 0
-        with _whole(job), _playing(job, at, trained, original):
+        with job.walk.hold_outside(predicts=True) as model, _play_students(job, open_at, trained, original):
             for ids in self.windows.split(max(AT_ONCE // self.windows.shape[1], 1)):
                 ids = ids.to(job.device.device)
                 with job.device.autocast():
-                    logits = job.source.model(input_ids=ids, use_cache=False).logits
+                    logits = model(input_ids=ids, use_cache=False).logits
                 losses = perplexity.token_losses(logits, ids)
                 total += float(losses.double().sum())
                 count += losses.numel()
@@ -101,30 +101,10 @@ class Curve:
 
 
 @contextlib.contextmanager
-def _whole(job: Job) -> Iterator[None]:
-    """What is not inside a layer is in memory while the block lasts, the head included."""
-    inside = tuple(f"{layer.name}." for layer in job.plan.layers)
-    named = job.source.model.named_parameters()
-    missing = [name for name, p in named if p.is_meta and not name.startswith(inside)]
-    if missing:
-        job.source.materialise(missing, job.device.device)
-    job.source.place_buffers(job.device.device)
-    try:
-        yield
-    finally:
-        job.source.release_keys(missing)
-
-
-@contextlib.contextmanager
-def _playing(job: Job, at: At, trained: Mapping[int, nn.Module], original: bool) -> Iterator[None]:
+def _play_students(job: Job, open_at: OpenAt, trained: Mapping[int, nn.Module], original: bool) -> Iterator[None]:
     """Every layer's forward runs the module that stands for it now."""
     modules = [job.source.model.get_submodule(layer.name) for layer in job.plan.layers]
-    own = [module.__dict__.get("forward") for module in modules]
-
-    def restore(position: int) -> None:
-        modules[position].__dict__.pop("forward", None)
-        if own[position] is not None:
-            modules[position].forward = own[position]
+    before = [module.__dict__.get("forward") for module in modules]  # a plugin may have set one
 
     def play(position: int) -> Callable[..., Any]:
         layer = job.plan.layers[position]
@@ -133,24 +113,14 @@ def _playing(job: Job, at: At, trained: Mapping[int, nn.Module], original: bool)
             if position in trained and not original:
                 return trained[position](*args, **kwargs)
             beyond = position >= len(job.layers)
-            context = job.teacher(layer) if beyond else at(position)
-            # Its copy is not to play this game.
-            restore(position)
-            try:
-                with context as module:
-                    if not original and job.directory.has(job.file(layer)):
-                        state = job.stored(layer)
-                        module = students.finished(layer, module, job.plan, state)
-                    return module(*args, **kwargs)
-            finally:
-                modules[position].forward = forward
+            context = job.walk.open_layer(layer) if beyond else open_at(position)
+            # A copy of the layer that is made here (a student's) would carry this forward along, and call itself.
+            with play_by(modules[position], before[position]), context as module:
+                if not original and job.plan.planned(layer) and job.is_stored(layer):
+                    module = restore_layer(layer, module, job.plan, job.read_stored(layer))
+                return module(*args, **kwargs)
 
         return forward
 
-    try:
-        for position, module in enumerate(modules):
-            module.forward = play(position)
+    with stand_in(modules, [play(position) for position in range(len(modules))]):
         yield
-    finally:
-        for position in range(len(modules)):
-            restore(position)

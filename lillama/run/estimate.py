@@ -10,8 +10,8 @@ import torch
 
 from lillama.base.device import Device
 from lillama.contract import Weight
-from lillama.factorise.grams import which
-from lillama.factorise.start import fisher_factors, needs
+from lillama.factorise.grams import choose_gram
+from lillama.factorise.start import find_needs
 from lillama.lowrank.counts import stored
 from lillama.plan.plan import Plan, observable, wants_spectra
 from lillama.pretrained.source import Source
@@ -42,7 +42,7 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
     width = getattr(source.config.get_text_config(), "hidden_size", widest)
     tokens = recipe.calibration.tokens
     batch = recipe.distill.batch_size * recipe.calibration.sequence_length
-    streams, names = needs(recipe)
+    streams, names, fisher = find_needs(recipe)
 
     factor_numbers = {
         layer.name: sum(stored(w, plan.ranks[w.name], "factors") for w in plan.planned(layer)) for layer in planned
@@ -87,7 +87,7 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
         disk += in_files
     else:
         disk += 16 * sum(trained.values())
-    measured = wants_spectra(recipe.compress) or bool(fisher_factors(recipe))
+    measured = wants_spectra(recipe.compress) or bool(fisher)
     squares = sum(w.copies * min(w.shape) ** 2 for layer in plan.layers for w in observable(layer))
     disk += 8 * squares * measured
     sums = 4 * squares * SINGLE  # of both factors, in float32
@@ -145,7 +145,7 @@ def _gram_bytes(weights: Sequence[Weight], wanted: Iterable[str]) -> int:
     """Bytes of the Gram matrices of a layer's planned weights; none where the initialiser wants none."""
     sizes = {}
     for weight in weights if set(wanted) else ():
-        output = which(weight, weights, wanted) == "output_gram"
+        output = choose_gram(weight, weights, wanted) == "output_gram"
         key = weight.name if output else weight.group or weight.name
         sizes[key] = 4 * weight.copies * weight.shape[0 if output else 1] ** 2
     return sum(sizes.values())

@@ -34,6 +34,7 @@ from lillama.finetune.trainer import Setting
 from lillama.plan.plan import Plan, choose_ranks
 from lillama.pretrained import sharing
 from lillama.pretrained.locate import read_tokenizer
+from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Finetune, Recipe
 from lillama.report import track
 from lillama.report.record import STAGES
@@ -123,17 +124,18 @@ class Run:
     def distill(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> None:
         """Leave the checkpoint: measure what ranks depend on, distil, write."""
         host.get().prepare(self.prepared.plugin, self.source.model, self.recipe)
-        where = (self.prepared.device, self.directory, self.progress)
-        job = Job(self.recipe, self.source, self.plan, *where, batches, points)
-        if self.plan.provisional or job.fisher:
-            spectra = sensitivity.measured(job)
-            if self.plan.provisional:
-                self.choose({name: spectrum.tolist() for name, spectrum in spectra.items()})
-                job = Job(self.recipe, self.source, self.plan, *where, batches, points)
-        distill(job)
-        with self.progress.timed("write"):
+        device, progress = self.prepared.device, self.progress
+        walk = Walk(self.source, self.plan.layers, self.plan.layers, device, progress)
+        if self.plan.provisional:
+            spectra = sensitivity.measure_spectra(walk, self.directory, batches, self.recipe)
+            self.choose({name: spectrum.tolist() for name, spectrum in spectra.items()})
+        job = Job(self.recipe, self.plan, self.source, device, self.directory, progress, batches)
+        if job.needs.fisher and not job.is_done:
+            sensitivity.measure_spectra(walk, self.directory, batches, self.recipe)  # unless that was just done
+        distill(job, points)
+        with progress.timed("write"):
             self.write(job, self.directory.path / MODEL)
-        sensitivity.forget(job)
+        sensitivity.forget(self.directory, self.plan.layers)
 
     def decided(self) -> Plan:
         """The plan, with the ranks that an earlier process chose where it leaves them open."""

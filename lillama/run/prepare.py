@@ -42,7 +42,7 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
     if not any(layer.weights for layer in layers):
         raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
     plan = choose_ranks(layers, source.parameters, recipe.compress)
-    refit.check(plan, recipe)
+    refit.check_refits(plan, recipe)
     _check_layers(layers, source)
     return Prepared(recipe, source, plugin, layers, plan, chosen)
 

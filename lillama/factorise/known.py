@@ -1,0 +1,74 @@
+"""What can be known of a weight: the words that statistics, initialisers and sensitivity share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SAMPLE = 4096  # tokens of a layer kept for experts that saw few
+
+
+@dataclass(frozen=True)
+class WeightStatistics:
+    """What is known of one weight; None: not measured. Of stacked weights every tensor has one more dimension in front.
+
+    `gram` (d_in x d_in), `output_gram` (d_out x d_out) and `cross` are those of initialisers.py; `input_fisher` and
+    `output_fisher` those of sensitivity.py; of an embedding `counts` says how often each token occurs, at least the
+    floor, and `head_gram` is the Gram of a head that is tied to it.
+    """
+
+    gram: Tensor | None = None
+    output_gram: Tensor | None = None
+    cross: Tensor | None = None
+    input_fisher: Tensor | None = None
+    output_fisher: Tensor | None = None
+    counts: Tensor | None = None
+    head_gram: Tensor | None = None
+
+    def known(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """What was measured, of `names` alone if given."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        wanted = set(fields if names is None else names)
+        return {name: value for name, value in fields.items() if value is not None and name in wanted}
+
+    def of_copy(self, index: int) -> WeightStatistics:
+        """Those of one of stacked weights."""
+        return WeightStatistics(**{name: value[index] for name, value in self.known().items()})
+
+    def with_more(self, more: Mapping[str, Tensor]) -> WeightStatistics:
+        """These and others."""
+        return dataclasses.replace(self, **more)
+
+
+Known = dict[str, WeightStatistics]  # by the name of the weight
+
+
+class FisherFactors(NamedTuple):
+    """What sensitivity.py finds of a weight: the factors of its Fisher information, and what each component costs."""
+
+    input: Tensor
+    output: Tensor
+    spectrum: Tensor
+
+
+class TokenSample:
+    """Up to SAMPLE of the tokens that reach a layer, for experts that saw too few of their own."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def add(self, hidden: Tensor) -> None:
+        """Take some of a batch's tokens [T, H], spread over it, so that a few batches make the sample."""
+        kept = sum(map(len, self._parts))
+        if kept < SAMPLE:
+            self._parts.append(hidden[:: max(len(hidden) // 1024, 1)][: SAMPLE - kept].clone())
+
+    def take(self) -> Tensor | None:
+        """The sample [N, H], which is given away; None where no token came."""
+        parts, self._parts = self._parts, []
+        return torch.cat(parts) if parts else None
