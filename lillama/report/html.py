@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ def write(path: Path) -> Path:
     """Write the report into the run directory; returns the file. A chart that fails is left out and named there."""
     write_text(path / NAME, render(read(path)))
     return path / NAME
+
+
+def write_or_say(path: Path, say: Callable[[str], None]) -> None:
+    """Write the report; whatever goes wrong there is said and must not cost the run."""
+    try:
+        write(path)
+    except Exception as error:
+        say(f"the report could not be written ({type(error).__name__}: {error})")
 
 
 def render(record: RunRecord) -> str:

@@ -35,7 +35,7 @@ from lillama.plan.plan import Plan, choose_ranks
 from lillama.pretrained import sharing
 from lillama.pretrained.locate import read_tokenizer
 from lillama.recipe.schema import Finetune, Recipe
-from lillama.report import track
+from lillama.report import html, track
 from lillama.report.record import IN_TURN, STAGES
 from lillama.run import curve
 from lillama.run.fingerprint import NOT_IN_THE_NUMBERS
@@ -336,15 +336,6 @@ class Run:
             metrics["peak_device_memory_bytes"] = max(peak, previous.get("peak_device_memory_bytes", 0))
         self.directory.put_json("metrics.json", metrics)
         self.directory.event("done")
-        self.report()
+        html.write_or_say(self.directory.path, self.progress.say)
         target = self.place(list(measured)[-1])
         return Result(target, self.plan, metrics, self.details, self.source.auto_class.__name__)
-
-    def report(self) -> None:
-        """Write report.html; whatever goes wrong there must not cost the run."""
-        from lillama.report import html as report
-
-        try:
-            report.write(self.directory.path)
-        except Exception as error:
-            self.progress.say(f"the report could not be written ({type(error).__name__}: {error})")
