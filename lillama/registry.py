@@ -285,8 +285,13 @@ READERS: Registry[Callable[..., Any]] = Registry(
         "files": "lillama.data.files:read_files",
         "hub": "lillama.data.hub:read_hub",
     },
+    Call(4),  # dataset, config, split, where
 )
-EXPORTS: Registry[Callable[..., Any]] = Registry("export", {"dense": "lillama.checkpoint.export:export_dense"})
+EXPORTS: Registry[Callable[..., Any]] = Registry(
+    "export",
+    {"dense": "lillama.checkpoint.export:export_dense"},
+    Call(2),  # directory of the checkpoint, directory to write
+)
 FIGURES: Registry[Callable[..., Any]] = Registry(
     "report figure",
     {
@@ -300,6 +305,7 @@ FIGURES: Registry[Callable[..., Any]] = Registry(
         "stable_ranks": "lillama.report.figures:stable_ranks",
         "activations": "lillama.report.figures:activations",
     },
+    Call(1),  # record
 )
 EVALUATORS: Registry[Callable[..., Any]] = Registry(
     "evaluator",

@@ -13,6 +13,7 @@ from conftest import tiny, tokenizer
 from lillama.cli import main as cli
 from lillama.evaluate import bench, speed
 from lillama.evaluate.speed import Timing
+from lillama.evaluate.turns import is_out_of_memory
 
 TEXT = "the cat sat on a mat and ran . " * 60
 
@@ -70,7 +71,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         rows(Pair(broken), lengths=[10])
-    assert speed.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"))
 
 
 def test_the_verb_times_a_run_against_its_original(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

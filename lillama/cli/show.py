@@ -13,8 +13,8 @@ from rich.text import Text
 from lillama.base.progress import clock
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Recipe
-from lillama.report.record import by_kind
-from lillama.report.words import millions, number, size
+from lillama.report.record import by_kind, ratios_of
+from lillama.report.words import millions, number, size, spread
 from lillama.run.estimate import estimate
 from lillama.run.pipeline import Result
 from lillama.run.prepare import Prepared
@@ -73,10 +73,11 @@ def result(found: Result, recipe: Recipe) -> RenderableType:
     for name in [*m["before"], *(n for n in m["after"] if n not in m["before"])]:
         if name.endswith(ERROR):
             continue
-        before, after = m["before"].get(name), m["after"].get(name)
-        row = [_measured(m["before"], name), _measured(m["after"], name), _ratio(before, after)]
-        if tuned is not None:
-            row += [_measured(tuned, name), _ratio(before, tuned.get(name))]
+        row = [_measured(m["before"], name)]
+        for stage in ("after", "finetuned")[: 1 if tuned is None else 2]:
+            known = ratios_of(found.details.get(stage, {})).get(name)
+            change = spread(known) if known else _ratio(m["before"].get(name), m[stage].get(name))
+            row += [_measured(m[stage], name), change]
         table.add_row(name, *row)
     parts: list[RenderableType] = [Text(), table, Text()]
     for key, detail in found.details.get("after", {}).items():

@@ -16,6 +16,7 @@ from lillama.errors import LillamaError
 from lillama.evaluate import speed
 from lillama.evaluate.perplexity import positions
 from lillama.evaluate.speed import Timing, median
+from lillama.evaluate.turns import Turns, alternating, give_back, is_out_of_memory, ratio
 from lillama.pretrained import sharing
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -89,7 +90,7 @@ def compare(original: str, compressed: str, settings: Settings, device: str, dty
             }
             for name, place, model in zip(NAMES, (original, compressed), models)
         },
-        "in_turn": "both in memory" if pair.together else "moved to the device in turn",
+        "in_turn": "both in memory" if pair.turns.together else "moved to the device in turn",
         "rows": list(rows(pair, settings, say)),
     }
 
@@ -115,22 +116,11 @@ class _Pair:
 
     def __init__(self, models: Sequence[Any], device: Any) -> None:
         self.models, self.device = models, device
-        self.together = True
-        try:
-            for model in models:
-                model.to(device)
-        except Exception as error:
-            if not speed.is_out_of_memory(error):
-                raise
-            self.together = False
+        self.turns = Turns(models, device)
 
     def timed(self, which: int, prompt: Any, new_tokens: int) -> Timing:
         """One measurement of one model."""
-        if not self.together:
-            self.models[1 - which].to("cpu")
-            speed.give_back()
-            self.models[which].to(self.device)
-        return speed.timed(self.models[which], prompt, new_tokens)
+        return speed.timed(self.turns.use(which), prompt, new_tokens)
 
 
 def rows(pair: Any, settings: Settings, say: Say) -> Iterable[dict[str, Any]]:
@@ -155,17 +145,17 @@ def _row(pair: Any, length: int, settings: Settings) -> tuple[dict[str, Any], fl
     prompt = speed.prompts(pair.models[0], settings.batch_size, length, settings.seed, pair.device)
     times: list[list[Timing]] = [[], []]
     failed: dict[str, str] = {}
-    for repeat in range(settings.repeats + 1):
-        for which in (0, 1) if repeat % 2 else (1, 0):
+    for repeat, order in alternating(2, settings.repeats + 1):
+        for which in order:
             if NAMES[which] in failed:
                 continue
             try:
                 timing = pair.timed(which, prompt, settings.new_tokens)
             except Exception as error:
-                if not speed.is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 failed[NAMES[which]] = "out of memory"
-                speed.give_back()
+                give_back()
                 continue
             if repeat:  # the first one warms up
                 times[which].append(timing)
@@ -184,9 +174,3 @@ def _row(pair: Any, length: int, settings: Settings) -> tuple[dict[str, Any], fl
     row |= {"note": ", ".join(f"{name}: {what}" for name, what in failed.items())} if failed else {}
     slowest = max((median(t.prefill + t.decode for t in own) for own in times if own), default=0.0)
     return row, slowest / length
-
-
-def ratio(original: Sequence[float], compressed: Sequence[float]) -> list[float]:
-    """How many times as fast the compressed model is, from seconds of neighbours: [median, smallest, largest]."""
-    ratios = sorted(a / b for a, b in zip(original, compressed))
-    return [median(ratios), ratios[0], ratios[-1]]

@@ -7,9 +7,9 @@ checked quickly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lillama import registry
 
@@ -32,26 +32,62 @@ class Context:
     where: str = "evaluate"
 
 
+Evaluator = Callable[..., dict[str, float]]
+F = TypeVar("F", bound=Evaluator)
+
+
+def measured_in_turn(measure: Callable[..., list[dict[str, float]]]) -> Callable[[F], F]:
+    """Marks an evaluator whose numbers depend on the moment: in a run, `measure` gives them for all models at once.
+
+    It is called as (turns, contexts, **options), the models and a context for each, the original's first, and returns
+    the metrics of each. What it puts into `details["ratio"]`, {metric: [median, smallest, largest]}, is shown as the
+    change of that metric.
+    """
+
+    def mark(evaluator: F) -> F:
+        evaluator.in_turn = measure  # type: ignore[attr-defined]
+        return evaluator
+
+    return mark
+
+
+def evaluators(recipe: Recipe, in_turn: bool | None = None) -> Iterator[tuple[str, Evaluator, dict[str, Any]]]:
+    """(key, evaluator, options) of the recipe's evaluators in their order; of those marked `in_turn` or not, if given.
+
+    Names and options were checked when the recipe was loaded.
+    """
+    for key, given in recipe.evaluate.items():
+        name = key.partition("/")[0]
+        function = registry.EVALUATORS.get(name)
+        if in_turn is None or hasattr(function, "in_turn") == in_turn:
+            options = registry.EVALUATORS.options(name).model_validate(given)
+            yield key, function, {option: getattr(options, option) for option in type(options).model_fields}
+
+
+def whole_name(key: str, metric: str) -> str:
+    """What a metric is called in all: LABEL/METRIC, or NAME/METRIC, or as it is where it names a task already."""
+    name, _, label = key.partition("/")
+    return metric if "/" in metric and not label else f"{label or name}/{metric}"
+
+
 def evaluate(
-    model: Any, recipe: Recipe, context: Context, host_metrics: Mapping[str, float] | None = None
+    model: Any,
+    recipe: Recipe,
+    context: Context,
+    host_metrics: Mapping[str, float] | None = None,
+    in_turn: bool | None = None,
 ) -> dict[str, float]:
     """Metrics of `model`, dense or factorised, by the evaluators of the recipe in their order.
 
     The key NAME or NAME/LABEL of `recipe.evaluate` yields metrics LABEL/METRIC (NAME/METRIC without a label, but
     METRIC as it is where it names a task already) and, if there are any, `context.details[key]`. `host_metrics` are
-    those of plugins' `evaluate` hooks; an evaluator the recipe names wins over them. Names and options were checked
-    when the recipe was loaded.
+    those of plugins' `evaluate` hooks; an evaluator the recipe names wins over them. `in_turn`: see `evaluators`.
     """
     metrics = dict(host_metrics or {})
-    for key, given in recipe.evaluate.items():
-        name, _, label = key.partition("/")
+    for key, function, options in evaluators(recipe, in_turn):
         own = replace(context, details={}, where=f"evaluate.{key}")
-        function = registry.EVALUATORS.get(name)
-        options = registry.EVALUATORS.options(name).model_validate(given)
-        chosen = {option: getattr(options, option) for option in type(options).model_fields}
-        for metric, value in function(model, own, **chosen).items():
-            whole = metric if "/" in metric and not label else f"{label or name}/{metric}"
-            metrics[whole] = float(value)
+        for metric, value in function(model, own, **options).items():
+            metrics[whole_name(key, metric)] = float(value)
         if own.details:
             context.details[key] = own.details
     return metrics

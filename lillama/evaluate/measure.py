@@ -29,9 +29,17 @@ class Measured:
 
 
 def measure(
-    model: Any, place: str | Path, recipe: Recipe, plugin: host.Plugin | None, device: torch.device
+    model: Any,
+    place: str | Path,
+    recipe: Recipe,
+    plugin: host.Plugin | None,
+    device: torch.device,
+    in_turn: bool | None = None,
 ) -> Measured:
-    """Run the recipe's evaluators, and the plugin's, on a loaded model; `place` holds its tokenizer or processor."""
+    """Run the recipe's evaluators, and the plugin's, on a loaded model; `place` holds its tokenizer or processor.
+
+    `in_turn` false: without those that a run measures of all its models in turn; true: those alone.
+    """
     from lillama.evaluate import context as evaluate
     from lillama.pretrained.locate import read_processor
 
@@ -40,8 +48,8 @@ def measure(
     if plugin is not None:
         hosts.prepare(plugin, model, recipe)
     context = evaluate.Context(reader, str(device), recipe.run.seed)
-    metrics = evaluate.evaluate(model, recipe, context)
-    if plugin is not None and "evaluate" in plugin.hooks:
+    metrics = evaluate.evaluate(model, recipe, context, in_turn=in_turn)
+    if plugin is not None and "evaluate" in plugin.hooks and not in_turn:
         metrics |= hosts.evaluate(plugin, model, recipe)
     return Measured(metrics, context.details)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import gc
+import math
 import re
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +16,14 @@ from pydantic import Field
 
 from lillama.base.memory import remember_peaks
 from lillama.errors import LillamaError
-from lillama.evaluate.context import Context
+from lillama.evaluate.context import Context, measured_in_turn
 from lillama.evaluate.perplexity import positions
+from lillama.evaluate.turns import Turns, alternating, give_back, is_out_of_memory, ratio
 
 if TYPE_CHECKING:
     import torch
+
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,107 @@ class Timing:
     memory: int | None = None
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The evaluator's options."""
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    lengths: Sequence[int]
+
+    def lengths_up_to(self, most: int | None) -> list[tuple[str, int]]:
+        """(what stands for it in the names of metrics, tokens of the prompt), those that fit into `most` positions."""
+        room = math.inf if most is None else most - self.new_tokens - 1
+        return [("", self.prompt_tokens), *((f"_{length}", length) for length in self.lengths if length <= room)]
+
+
+def speed_in_turn(turns: Turns, contexts: Sequence[Context], **options: Any) -> list[dict[str, float]]:
+    """The metrics of `speed` for several models, the first of them the original, timed in turn on the same prompts.
+
+    The details of the others get "ratio": {metric: [median, smallest, largest]} of how many times as fast they are,
+    over neighbouring measurements.
+    """
+    settings = Settings(**options)
+    most = min((m for m in map(positions, turns.models) if m is not None), default=None)
+    if most is not None and settings.prompt_tokens + settings.new_tokens + 1 > most:
+        raise LillamaError(
+            f"{settings.prompt_tokens} + {settings.new_tokens} + 1 tokens are more than the model's {most} positions",
+            where=f"{contexts[0].where}.prompt_tokens",
+            hint="Lower prompt_tokens or new_tokens.",
+        )
+    found: list[dict[str, float]] = [{} for _ in turns.models]
+    with contextlib.ExitStack() as stack:
+        for model in turns.models:
+            stack.callback(model.train, model.training)
+            model.eval()
+        for infix, length in settings.lengths_up_to(most):
+            prompt = prompts(turns.models[0], settings.batch_size, length, contexts[0].seed, turns.device)
+            rounds = _rounds(turns, prompt, settings, spare=bool(infix))
+            for number, (times, context) in enumerate(zip(rounds, contexts)):
+                if not times:
+                    context.details.setdefault("out_of_memory", []).append(length)
+                    continue
+                found[number] |= _rates(times, length, infix, settings)
+                if not infix:
+                    found[number] |= _bytes(turns.models[number], times, turns.device)
+                if number and rounds[0]:
+                    context.details.setdefault("ratio", {}).update(_ratios(rounds[0], times, infix))
+    return found
+
+
+def _rounds(turns: Turns, prompt: torch.Tensor, settings: Settings, spare: bool) -> list[list[Timing]]:
+    """The timings of every model, which take turns; none of one that runs out of memory, where `spare`."""
+    times: list[list[Timing]] = [[] for _ in turns.models]
+    failed: set[int] = set()
+    for number, order in alternating(len(times), settings.repeats + 1):
+        for which in order:
+            if which in failed:
+                continue
+            try:
+                timing = turns.run(which, lambda model: timed(model, prompt, settings.new_tokens))
+            except Exception as error:
+                if not spare or not is_out_of_memory(error):
+                    raise
+                failed.add(which)
+                times[which].clear()
+                give_back()
+                continue
+            if number:  # the first one warms up
+                times[which].append(timing)
+    return times
+
+
+def _rates(times: Sequence[Timing], length: int, infix: str, settings: Settings) -> dict[str, float]:
+    """Tokens per second of a whole batch, the median over its timings."""
+    tokens = {"prefill": length, "decode": settings.new_tokens}
+    return {
+        f"{phase}{infix}_tokens_per_second": settings.batch_size * tokens[phase] / median(_seconds(times, phase))
+        for phase in PHASES
+    }
+
+
+def _ratios(original: Sequence[Timing], times: Sequence[Timing], infix: str) -> dict[str, list[float]]:
+    return {
+        f"{phase}{infix}_tokens_per_second": ratio(_seconds(original, phase), _seconds(times, phase))
+        for phase in PHASES
+    }
+
+
+def _seconds(times: Sequence[Timing], phase: str) -> list[float]:
+    return [getattr(timing, phase) for timing in times]
+
+
+def _bytes(model: Any, times: Sequence[Timing], device: torch.device) -> dict[str, float]:
+    """Those of the weights, and on CUDA the most in use with them."""
+    weights = weight_bytes(model)
+    if device.type != "cuda" or times[0].memory is None:
+        return {"weight_bytes": float(weights)}
+    return {"weight_bytes": float(weights), "peak_memory_bytes": weights + max(t.memory or 0 for t in times)}
+
+
+@measured_in_turn(speed_in_turn)
 def speed(
     model: Any,
     context: Context,
@@ -48,44 +153,15 @@ def speed(
     Tokens are those of the whole batch, after a warm-up. Random tokens are continued greedily by `model.generate`, past
     any end of sequence. The time to the first new token is the prefill's; that from the first to the last one is the
     decoding's. Works for every model that generates, whatever its cache. Each of `lengths` adds "prefill_LENGTH_..."
-    and "decode_LENGTH_...", or its name to "out_of_memory" in `context.details`. The peak is measured on CUDA. Models
-    are compared by `lillama bench`, which runs them in turn. Raises LillamaError if the model has too few positions.
+    and "decode_LENGTH_...", or its name to "out_of_memory" in `context.details`. The peak is measured on CUDA. In a run
+    the original and what became of it are timed in turn, as `lillama bench` does. Raises LillamaError if the model has
+    too few positions.
     """
-    most = positions(model)
-    if most is not None and prompt_tokens + new_tokens + 1 > most:
-        raise LillamaError(
-            f"{prompt_tokens} + {new_tokens} + 1 tokens are more than the model's {most} positions",
-            where=f"{context.where}.prompt_tokens",
-            hint="Lower prompt_tokens or new_tokens.",
-        )
-    found: dict[str, float] = {}
-    training = model.training
-    model.eval()
-    try:
-        for length in [None, *lengths]:
-            tokens = length or prompt_tokens
-            if most is not None and tokens + new_tokens + 1 > most:
-                continue
-            prompt = prompts(model, batch_size, tokens, context.seed, context.device)
-            try:
-                timed(model, prompt, new_tokens)
-                times = [timed(model, prompt, new_tokens) for _ in range(repeats)]
-            except Exception as error:
-                if length is None or not is_out_of_memory(error):
-                    raise
-                context.details.setdefault("out_of_memory", []).append(length)
-                give_back()
-                continue
-            infix = f"_{length}" if length else ""
-            found[f"prefill{infix}_tokens_per_second"] = batch_size * tokens / median(t.prefill for t in times)
-            found[f"decode{infix}_tokens_per_second"] = batch_size * new_tokens / median(t.decode for t in times)
-            if not length:
-                found["weight_bytes"] = float(weight_bytes(model))
-                if context.device.startswith("cuda") and times[0].memory is not None:
-                    found["peak_memory_bytes"] = weight_bytes(model) + max(t.memory or 0 for t in times)
-    finally:
-        model.train(training)
-    return found
+    import torch
+
+    options = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    turns = Turns([model], torch.device(context.device))
+    return speed_in_turn(turns, [context], **options, lengths=lengths)[0]
 
 
 def median(values: Any) -> float:
@@ -100,25 +176,6 @@ def weight_bytes(model: Any) -> int:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, on any device."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = re.search(r"not enough memory|can't allocate memory", str(error))
-    return isinstance(error, RuntimeError) and said is not None
-
-
-def give_back() -> None:
-    """Free what an attempt that ran out of memory left behind."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def synchronise(device: torch.device) -> None:

@@ -106,7 +106,7 @@ def benchmarks(record: RunRecord) -> str | None:
 
 
 def speed(record: RunRecord) -> str | None:
-    """How many times as fast, by length of prompt where `lillama bench` ran; else of the run's own figures."""
+    """How many times as fast, by length of prompt where `lillama bench` ran; else by what the run measured in turn."""
     phases = ("prefill", "decode")
     rows = [row for row in record.bench.get("rows", []) if "ratio" in row.get("prefill", {})]
     if len(rows) > 1:
@@ -127,13 +127,21 @@ def speed(record: RunRecord) -> str | None:
         spread = {"compressed": [(high - low) / 2 for _, low, high in ratios]}
         values = {"original": [1.0, 1.0], "compressed": [middle for middle, _, _ in ratios]}
         return plots.bars(phases, values, "times as fast", errors=spread, salt="speed")
+    return _speed_of_the_run(record)
+
+
+def _speed_of_the_run(record: RunRecord) -> str | None:
+    phases = ("prefill", "decode")
+    values: dict[str, list[float | None]] = {}
+    errors: dict[str, list[float | None]] = {}
     keys = [f"speed/{phase}_tokens_per_second" for phase in phases]
     base = record.metrics.get("before", {})
     for stage, label in STAGES.items():
-        own = record.metrics.get(stage, {})
+        own, known = record.metrics.get(stage, {}), record.ratios(stage)
         if all(base.get(key) and key in own for key in keys):
-            values[label] = [own[key] / base[key] for key in keys]
-    return plots.bars(phases, values, "times as fast", salt="speed") if len(values) > 1 else None
+            values[label] = [known[key][0] if key in known else own[key] / base[key] for key in keys]
+            errors[label] = [(known[key][2] - known[key][1]) / 2 if key in known else None for key in keys]
+    return plots.bars(phases, values, "times as fast", errors=errors, salt="speed") if len(values) > 1 else None
 
 
 def stable_ranks(record: RunRecord) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lillama.base.files import write_text
 from lillama.base.progress import clock
 from lillama.registry import FIGURES
 from lillama.report.record import STAGES, RunRecord, finished_layers, layer_label, read
-from lillama.report.words import main_metrics, metric_name, millions, number, size
+from lillama.report.words import main_metrics, metric_name, millions, number, size, spread
 from lillama.version import __version__
 
 NAME = "report.html"
@@ -38,6 +39,14 @@ def write(path: Path) -> Path:
     return path / NAME
 
 
+def write_or_say(path: Path, say: Callable[[str], None]) -> None:
+    """Write the report; whatever goes wrong there is said and must not cost the run."""
+    try:
+        write(path)
+    except Exception as error:
+        say(f"the report could not be written ({type(error).__name__}: {error})")
+
+
 def render(record: RunRecord) -> str:
     """The report as HTML."""
     from jinja2 import Environment
@@ -54,6 +63,7 @@ def render(record: RunRecord) -> str:
         tiles=tiles(record),
         table=comparison(record),
         charts=drawn,
+        in_turn=bool(record.bench or any(map(record.ratios, STAGES))),
         others=[name for name in drawn if name not in PLACED],
         worst=worst(record),
         samples=samples(record),
@@ -83,7 +93,8 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         for name in main_metrics(m["before"])[:3]:
             a, b = m["before"].get(name), m[last].get(name)
             if a and b is not None:
-                shown.append((metric_name(name), f"x {b / a:.3g}", f"{number(a)} → {number(b)}"))
+                ratio = record.ratios(last).get(name, [b / a])[0]
+                shown.append((metric_name(name), f"x {ratio:.3g}", f"{number(a)} → {number(b)}"))
         shown.append(("took", clock(sum(m["seconds"].values())), f"peak memory {size(m['peak_memory_bytes'])}"))
     return shown
 
@@ -102,6 +113,8 @@ def comparison(record: RunRecord) -> list[dict[str, Any]]:
         changes = [
             f"x {v / values[0]:.3g}" if v is not None and values[0] and v != values[0] else "" for v in values[1:]
         ]
+        in_turn = [record.ratios(stage).get(name) for stage in stages[1:]]
+        changes = [spread(ratio) if ratio else change for ratio, change in zip(in_turn, changes)]
         rows.append({"name": metric_name(name), "cells": cells, "changes": changes})
     return rows
 

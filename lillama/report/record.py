@@ -13,6 +13,7 @@ from typing import Any
 from lillama.errors import LillamaError
 
 BENCH = "bench.json"
+IN_TURN = "evaluation.speed.json"  # what was measured of all models in turn
 # What a run measures, and what people call the model it is measured on.
 STAGES = {"before": "original", "after": "compressed", "finetuned": "fine-tuned"}
 
@@ -32,6 +33,10 @@ class RunRecord:
     versions: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
 
+    def ratios(self, stage: str) -> dict[str, list[float]]:
+        """`ratios_of` what is known of a stage."""
+        return ratios_of(self.stages.get(stage, {}).get("details", {}))
+
 
 def read(path: Path) -> RunRecord:
     """What `path` holds. Raises LillamaError where it is no run directory."""
@@ -46,6 +51,10 @@ def read(path: Path) -> RunRecord:
                 events.append(json.loads(line))
             except ValueError:  # the last line of a run that was killed
                 continue
+    stages = {stage: held for stage in STAGES if (held := read_json(path / f"evaluation.{stage}.json"))}
+    for stage, held in read_json(path / IN_TURN).get("stages", {}).items():
+        known = stages.setdefault(stage, {})
+        known["details"] = known.get("details", {}) | held["details"]
     return RunRecord(
         path,
         read_json(path / "metrics.json"),
@@ -53,7 +62,7 @@ def read(path: Path) -> RunRecord:
         read_text(path / "recipe.yaml"),
         dict(yamlfile.load(path / "recipe.resolved.yaml").data),
         events,
-        {stage: held for stage in STAGES if (held := read_json(path / f"evaluation.{stage}.json"))},
+        stages,
         read_json(path / BENCH),
         read_json(path / "MANIFEST.json").get("fingerprint", {}),
         read_json(path / "model" / "config.json"),
@@ -71,6 +80,12 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(read_text(path) or "{}"))
     except ValueError:
         return {}
+
+
+def ratios_of(details: Mapping[str, Any]) -> dict[str, list[float]]:
+    """[median, smallest, largest] of how many times as large as the original's a metric is, where that was measured."""
+    held = (detail.get("ratio", {}) for detail in details.values() if isinstance(detail, dict))
+    return {name: ratio for one in held for name, ratio in one.items()}
 
 
 def layer_label(name: str, among: Sequence[str]) -> str:

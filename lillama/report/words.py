@@ -29,6 +29,11 @@ def number(value: float | None, endless: str = "infinite") -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
 
+def spread(ratio: Sequence[float]) -> str:
+    """A ratio's median with what it ranged over, from [median, smallest, largest]."""
+    return f"x {ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"
+
+
 def main_metrics(names: Sequence[str] | Mapping[str, float]) -> list[str]:
     """The metrics most people ask for first."""
     wanted = ("perplexity", "wer", "average", "acc_norm", "acc", "decode_tokens_per_second")

@@ -26,7 +26,7 @@ from lillama.data import text as calibration
 from lillama.distill.engine import distill
 from lillama.distill.job import EMBEDDING, Job
 from lillama.errors import LillamaError
-from lillama.evaluate import measure
+from lillama.evaluate import in_turn, measure
 from lillama.factorise import sensitivity
 from lillama.finetune import data
 from lillama.finetune import train as finetune
@@ -36,8 +36,8 @@ from lillama.pretrained import sharing
 from lillama.pretrained.locate import read_tokenizer
 from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Finetune, Recipe
-from lillama.report import track
-from lillama.report.record import STAGES
+from lillama.report import html, track
+from lillama.report.record import IN_TURN, STAGES
 from lillama.run import curve
 from lillama.run.fingerprint import NOT_IN_THE_NUMBERS
 from lillama.run.prepare import Prepared, prepare
@@ -111,15 +111,15 @@ class Run:
         (memory.return_large_blocks if self.recipe.run.low_memory else memory.keep_large_blocks)()
         with self.progress.timed("fetch"):
             self.source.fetch(self.directory.path)
-        before = self.measure("before")
+        measured = {"before": self.measure("before")}
         if not self.directory.has(f"{MODEL}/config.json"):
             self.distill(batches, points)
-        after = self.measure("after")
-        tuned = None
+        measured["after"] = self.measure("after")
         if self.recipe.finetune is not None:
             self.finetune(self.recipe.finetune)
-            tuned = self.measure("finetuned")
-        return self.finish(before, after, tuned)
+            measured["finetuned"] = self.measure("finetuned")
+        self.compare(measured)
+        return self.finish(measured)
 
     def distill(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> None:
         """Leave the checkpoint: measure what ranks depend on, distil, write."""
@@ -213,7 +213,7 @@ class Run:
     def measure(self, when: str) -> dict[str, float]:
         """Run the evaluators on the original ("before"), the compressed ("after") or the "finetuned" model, once."""
         name = f"evaluation.{when}.json"
-        wanted = self.recipe.model_dump(mode="json")["evaluate"]
+        wanted, _ = in_turn.divided(self.recipe)
         if self.directory.has(name):
             held = self.directory.json(name)
             if held["evaluate"] == wanted:
@@ -224,22 +224,51 @@ class Run:
         if when == "before" and self.before and self.before["evaluate"] == wanted:
             self.directory.put_json(name, self.before)
             return self.measure(when)
-        assert self.source.directory is not None
-        places = {"after": self.directory.path / MODEL, "finetuned": self.directory.path / FINETUNED}
-        place = places.get(when, self.source.directory)
         with self.progress.timed(f"evaluate {when}"):
             self.progress.say(f"evaluating the {STAGES[when]} model")
-            trust = self.recipe.model.trust_remote_code
-            model = open.opened(place, self.source.dtype, self.source.auto_class, trust)
-            if when == "before":
-                sharing.share(model, self.source.shared)
-            found = measure.measure(model, place, self.recipe, self.prepared.plugin, self.prepared.device.device)
+            where = (self.prepared.plugin, self.prepared.device.device)
+            model = self.opened(when)
+            found = measure.measure(model, self.place(when), self.recipe, *where, in_turn=False)
             del model
             gc.collect()
         self.details[when] = found.details
         self.directory.put_json(name, {"evaluate": wanted, "metrics": found.metrics, "details": found.details})
         self.directory.event("measured", stage=when, **found.metrics)
         return found.metrics
+
+    def place(self, when: str) -> Path:
+        """Where the model of a stage is."""
+        assert self.source.directory is not None
+        checkpoints = {"after": self.directory.path / MODEL, "finetuned": self.directory.path / FINETUNED}
+        return checkpoints.get(when, self.source.directory)
+
+    def opened(self, when: str) -> Any:
+        """The model of a stage, on the CPU."""
+        trust = self.recipe.model.trust_remote_code
+        model = open.opened(self.place(when), self.source.dtype, self.source.auto_class, trust)
+        if when == "before":
+            sharing.share(model, self.source.shared)
+        return model
+
+    def compare(self, measured: dict[str, dict[str, float]]) -> None:
+        """Add to the metrics of every stage what is measured of all models in turn, once."""
+        _, wanted = in_turn.divided(self.recipe)
+        if not wanted:
+            return
+        held = self.directory.json(IN_TURN) if self.directory.has(IN_TURN) else {"evaluate": {}, "stages": {}}
+        if held["evaluate"] != wanted or list(held["stages"]) != list(measured):
+            with self.progress.timed("evaluate in turn"):
+                self.progress.say("measuring the models in turn")
+                places = {stage: self.place(stage) for stage in measured}
+                where = (self.prepared.plugin, self.prepared.device.device)
+                found = in_turn.measure_in_turn(places, self.opened, self.recipe, *where)
+            held = {"evaluate": wanted, "stages": {stage: vars(one) for stage, one in found.items()}}
+            self.directory.put_json(IN_TURN, held)
+            for stage, one in found.items():
+                self.directory.event("measured", stage=stage, **one.metrics)
+        for stage, metrics in measured.items():
+            metrics |= held["stages"][stage]["metrics"]
+            self.details[stage] = self.details.get(stage, {}) | held["stages"][stage]["details"]
 
     def write(self, job: Job, target: Path) -> None:
         """Write the checkpoint from the finished layers."""
@@ -278,14 +307,14 @@ class Run:
         setting = Setting(section, prepared.device, self.directory, self.progress, *trackers)
         finetune.finetune(model, teacher, examples, setting)
         finetune.save(model, self.source.dtype, compressed, self.directory, self.card())
-        if self.directory.has("evaluation.finetuned.json"):  # of an earlier one that was removed
-            self.directory.forget("evaluation.finetuned.json")
+        # Of an earlier one that was removed.
+        self.directory.forget(*filter(self.directory.has, ("evaluation.finetuned.json", IN_TURN)))
 
     def card(self) -> str:
         """The model card beside the weights."""
         return model_card(self.recipe, self.plan, self.source.auto_class.__name__)
 
-    def finish(self, before: dict[str, float], after: dict[str, float], tuned: dict[str, float] | None) -> Result:
+    def finish(self, measured: dict[str, dict[str, float]]) -> Result:
         """Write metrics.json and hand the result over."""
         assert self.source.directory is not None
         target = self.directory.path / MODEL
@@ -299,9 +328,7 @@ class Run:
                 "before": checkpoint.file_bytes(self.source.directory),
                 "after": checkpoint.file_bytes(target),
             },
-            "before": before,
-            "after": after,
-            **({} if tuned is None else {"finetuned": tuned}),
+            **measured,
             **({"embedding": self.directory.json(EMBEDDING)} if self.directory.has(EMBEDDING) else {}),
             "seconds": seconds,
             "peak_memory_bytes": max(memory.peak_memory(), previous.get("peak_memory_bytes", 0)),
@@ -311,15 +338,6 @@ class Run:
             metrics["peak_device_memory_bytes"] = max(peak, previous.get("peak_device_memory_bytes", 0))
         self.directory.put_json("metrics.json", metrics)
         self.directory.event("done")
-        self.report()
-        target = target if tuned is None else self.directory.path / FINETUNED
+        html.write_or_say(self.directory.path, self.progress.say)
+        target = self.place(list(measured)[-1])
         return Result(target, self.plan, metrics, self.details, self.source.auto_class.__name__)
-
-    def report(self) -> None:
-        """Write report.html; whatever goes wrong there must not cost the run."""
-        from lillama.report import html as report
-
-        try:
-            report.write(self.directory.path)
-        except Exception as error:
-            self.progress.say(f"the report could not be written ({type(error).__name__}: {error})")
