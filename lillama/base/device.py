@@ -13,6 +13,8 @@ import torch
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Run
 
+WITHOUT_FLOAT64 = ("mps",)
+
 
 @dataclass(frozen=True)
 class Device:
@@ -60,6 +62,11 @@ def choose(run: Run) -> Device:
     if run.compute == "auto":
         return Device(device, torch.bfloat16 if fast_bfloat16(device) else torch.float32)
     return Device(device, torch.bfloat16 if run.compute == "bfloat16" else torch.float32)
+
+
+def factorising(device: torch.device) -> torch.device:
+    """Where matrices that live on `device` are factorised: that takes float64, which Apple's MPS does not have."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def machine() -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lillama.base.device import Device
+from lillama.base.device import Device, factorising
 from lillama.contract import Layer, Weight, relative
 from lillama.errors import LillamaError
 from lillama.factorise.embedding import weighted_gram
@@ -69,8 +69,9 @@ class Sums:
 
     def count_every_token(self, floor: float) -> None:
         """Let every token of an embedding count for at least the share `floor` of the mean count."""
-        table = self.W.T
-        self.inputs += weighted_gram(table, table.new_ones(len(table))) * (floor * self.counted / len(table))
+        table = self.W.T.to(factorising(self.W.device))
+        gram = weighted_gram(table, table.new_ones(len(table))) * (floor * self.counted / len(table))
+        self.inputs += gram if table.device == self.inputs.device else gram.float().to(self.inputs.device)
 
     def factors(self, tokens: int, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(H, G) per token predicted, on the smaller side; `more` is added to G."""
@@ -158,8 +159,9 @@ class Listener:
                 )
             if weight.kind == "embedding":
                 sums[0].count_every_token(self.floor)
+            place = factorising(self.device.device)
             factors = [one.factors(tokens, (tied or {}).get(weight.name)) for one in sums]
-            spectra = [fisher_spectrum(one.W, *both) for one, both in zip(sums, factors)]
+            spectra = [fisher_spectrum(*(t.to(place) for t in (one.W, *both))) for one, both in zip(sums, factors)]
             H, G = (torch.stack(each) if weight.kind == "experts" else each[0] for each in zip(*factors))
             found[weight.name] = FisherFactors(H, G, torch.stack(spectra).sum(0))
         return found

@@ -40,6 +40,10 @@ class WeightStatistics:
         """Those of one of stacked weights."""
         return WeightStatistics(**{name: value[index] for name, value in self.known().items()})
 
+    def to(self, device: torch.device) -> WeightStatistics:
+        """Those on another device."""
+        return WeightStatistics(**{name: value.to(device) for name, value in self.known().items()})
+
     def with_more(self, more: Mapping[str, Tensor]) -> WeightStatistics:
         """These and others."""
         return dataclasses.replace(self, **more)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from lillama.base.device import factorising
 from lillama.contract import Weight, relative
 from lillama.factorise import embedding
 from lillama.factorise.grams import GRAMS
@@ -57,7 +58,8 @@ class Initialiser:
     def __call__(self, weight: Weight, W: Tensor, rank: int, known: WeightStatistics | None) -> Factors:
         """Float32 factors of `weight`, whose matrix (or stack of them) is W; `known`: what was measured."""
         generator = self._seeded(weight.name) if "generator" in self.names else None
-        known = known or WeightStatistics()
+        device, place = W.device, factorising(W.device)
+        W, known = W.to(place), (known or WeightStatistics()).to(place)
         if weight.kind == "experts":
             each = [self._start(one, rank, known.of_copy(i), generator) for i, one in enumerate(W)]
             A, B = (torch.stack([factor.float() for factor in both]) for both in zip(*each))
@@ -66,7 +68,7 @@ class Initialiser:
             A, B = embedding.factorise(start, self.names, W, rank, known)
         else:
             A, B = self._start(W, rank, known, generator)
-        return Factors(A.float().to(W.device), B.float().to(W.device))
+        return Factors(A.float().to(device), B.float().to(device))
 
     def _start(
         self, W: Tensor, rank: int, known: WeightStatistics, generator: Generator | None

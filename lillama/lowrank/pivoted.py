@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lillama.base.device import factorising
 from lillama.lowrank.factors import balanced
 from lillama.lowrank.storage import ONE_MATRIX, Factors, Products, Storage, Tensors
 
@@ -34,7 +35,7 @@ class PivotedStorage(Storage):
         import scipy.linalg
 
         r = A.shape[1]
-        A64, B64 = A.detach().double().cpu(), B.detach().double().cpu()
+        A64, B64 = A.detach().cpu().double(), B.detach().cpu().double()
         _, R, order = scipy.linalg.qr(A64.T.numpy(), mode="economic", pivoting=True)
         diagonal = abs(R.diagonal())
         if diagonal.min() <= diagonal.max() * 1e-12:
@@ -47,8 +48,9 @@ class PivotedStorage(Storage):
 
     def decode(self, tensors: Tensors) -> Factors:
         """Balanced factors in float64 of the matrix cat(B, C B)[order]."""
-        B, C = tensors["B"].detach().double(), tensors["C"].detach().double()
-        order, _ = self.derive(tensors)
+        place = factorising(tensors["B"].device)
+        B, C = (tensors[suffix].detach().to(place).double() for suffix in self.parameters)
+        order = self.derive(tensors)[0].to(place)
         one = torch.eye(len(B), dtype=B.dtype, device=B.device)
         Q, R = torch.linalg.qr(torch.cat([one, C])[order])
         rows = R @ B
