@@ -50,7 +50,7 @@ class PivotedStorage(Storage):
         """Balanced factors in float64 of the matrix cat(B, C B)[order]."""
         place = factorising(tensors["B"].device)
         B, C = (tensors[suffix].detach().to(place).double() for suffix in self.parameters)
-        order = self.derive(tensors)[0].to(place)
+        order, _ = self.derive({suffix: tensor.to(place) for suffix, tensor in tensors.items()})
         one = torch.eye(len(B), dtype=B.dtype, device=B.device)
         Q, R = torch.linalg.qr(torch.cat([one, C])[order])
         rows = R @ B
