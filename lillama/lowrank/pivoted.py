@@ -49,8 +49,8 @@ class PivotedStorage(Storage):
     def decode(self, tensors: Tensors) -> Factors:
         """Balanced factors in float64 of the matrix cat(B, C B)[order]."""
         place = factorising(tensors["B"].device)
-        B, C = (tensors[suffix].detach().to(place).double() for suffix in self.parameters)
-        order, _ = self.derive({suffix: tensor.to(place) for suffix, tensor in tensors.items()})
+        here = {suffix: tensor.detach().to(place) for suffix, tensor in tensors.items()}
+        B, C, (order, _) = here["B"].double(), here["C"].double(), self.derive(here)
         one = torch.eye(len(B), dtype=B.dtype, device=B.device)
         Q, R = torch.linalg.qr(torch.cat([one, C])[order])
         rows = R @ B
