@@ -181,7 +181,9 @@ def place(job: Job, copies: int | None = None) -> Place:
     size = torch.empty((), dtype=job.source.working).element_size()
     if copies is None:
         copies = 3 if "student" in job.streams else 2
-    return choose(copies * tokens * width * size, *budgets(job.recipe.run, job.device.device))
+    run = job.recipe.run
+    room = budgets(run.stream_device_memory, run.stream_memory, job.device.device)
+    return choose(copies * tokens * width * size, *room)
 
 
 def captured_batches(job: Job, stream: Stream | None, limit: int | None = None) -> tuple[list[Batch], Stream | None]:

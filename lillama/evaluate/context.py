@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lillama import registry
-
-if TYPE_CHECKING:
-    from lillama.recipe.schema import Recipe
 
 
 @dataclass
@@ -33,17 +30,20 @@ class Context:
 
 
 def evaluate(
-    model: Any, recipe: Recipe, context: Context, host_metrics: Mapping[str, float] | None = None
+    model: Any,
+    evaluators: Mapping[str, Mapping[str, Any]],
+    context: Context,
+    host_metrics: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Metrics of `model`, dense or factorised, by the evaluators of the recipe in their order.
+    """Metrics of `model`, dense or factorised, by `evaluators` (a recipe's `evaluate:` section) in their order.
 
-    The key NAME or NAME/LABEL of `recipe.evaluate` yields metrics LABEL/METRIC (NAME/METRIC without a label, but
+    The key NAME or NAME/LABEL yields metrics LABEL/METRIC (NAME/METRIC without a label, but
     METRIC as it is where it names a task already) and, if there are any, `context.details[key]`. `host_metrics` are
-    those of plugins' `evaluate` hooks; an evaluator the recipe names wins over them. Names and options were checked
+    those of plugins' `evaluate` hooks; an evaluator that is named wins over them. Names and options were checked
     when the recipe was loaded.
     """
     metrics = dict(host_metrics or {})
-    for key, given in recipe.evaluate.items():
+    for key, given in evaluators.items():
         name, _, label = key.partition("/")
         own = replace(context, details={}, where=f"evaluate.{key}")
         function = registry.EVALUATORS.get(name)

@@ -231,7 +231,8 @@ class Run:
             model = open.opened(place, self.source.dtype, self.source.auto_class, trust)
             if when == "before":
                 sharing.share(model, self.source.shared)
-            found = measure.measure(model, place, self.recipe, self.prepared.plugin, self.prepared.device.device)
+            asked = measure.Wanted.of(self.recipe, self.prepared.plugin)
+            found = measure.measure(model, place, asked, self.prepared.device.device)
             del model
             gc.collect()
         self.details[when] = found.details
@@ -265,12 +266,16 @@ class Run:
                     )
                 examples = data.text_examples(self.tokenizer(), self.recipe, section)
         compressed = self.directory.path / MODEL
-        model = load(compressed, dtype=torch.float32)
+        trust = self.recipe.model.trust_remote_code
+        model = load(compressed, trust_remote_code=trust, dtype=torch.float32)
         hosts.prepare(prepared.plugin, model, self.recipe)
         teacher = None
         if section.teacher > 0:
             teacher = self.source.auto_class.from_pretrained(
-                self.source.directory, config=copy.deepcopy(self.source.config), dtype=self.source.working
+                self.source.directory,
+                config=copy.deepcopy(self.source.config),
+                dtype=self.source.working,
+                trust_remote_code=trust,
             )
         finetune.finetune(model, teacher, examples, self.recipe, prepared.device, self.directory, self.progress)
         finetune.save(model, self.source.dtype, compressed, self.directory, self.card())
