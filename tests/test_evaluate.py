@@ -294,7 +294,7 @@ def test_evaluators_run_in_order_and_their_results_are_labelled(
             "sample/two": {"prompt": "w2", "new_tokens": 2},
         }
     )
-    metrics = evaluate(model, plan, context, {"plugin/score": 1.0})
+    metrics = evaluate(model, plan.evaluate, context, {"plugin/score": 1.0})
     assert list(metrics) == [
         "plugin/score",
         "own/perplexity",
@@ -326,7 +326,7 @@ def test_an_evaluator_gets_its_options_and_knows_its_place(
 
 def test_a_missing_file_is_reported_at_the_evaluators_key(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(LillamaError) as caught:
-        evaluate(model, recipe({"perplexity/x": {"dataset": "./absent.txt"}}), Context(tokenizer, "cpu"))
+        evaluate(model, {"perplexity/x": {"dataset": "./absent.txt"}}, Context(tokenizer, "cpu"))
     assert caught.value.where == "evaluate.perplexity/x.dataset"
 
 

@@ -232,7 +232,7 @@ def test_metrics_of_a_recipe_are_named_after_tasks(model: Any, tmp_path: Path) -
          "run": {"out": "x"}, "evaluate": {"harness": options, "harness/two": options | {"limit": 2}}}
     )  # fmt: skip
     context = Context(tokenizer(), "cpu")
-    metrics = evaluate(model, recipe, context)
+    metrics = evaluate(model, recipe.evaluate, context)
     assert {"arc_easy/acc", "arc_challenge/acc_norm", "harness/average", "two/arc_easy/acc", "two/average"} <= set(
         metrics
     )

@@ -157,7 +157,7 @@ def test_a_weight_of_a_shared_module_cannot_be_factorised(saved, tmp_path):
     import lillama_decoder
 
     source = prepare.prepare(recipe_for(saved, tmp_path / "run")).source
-    layers = lillama_decoder.enumerate_layers(source.model, None)
+    layers = lillama_decoder.enumerate_layers(source.model)
     assert len(one_and_the_same(source.model)) == 3
     with pytest.raises(LillamaError, match="shared modules"):
         prepare._check_layers(layers, source)

@@ -41,9 +41,8 @@ def test_a_stream_gives_back_what_it_was_given(tmp_path_factory, place, shapes):
 
 def test_the_first_place_with_room_is_taken():
     assert [choose(n, 10, 20) for n in (10, 11, 20, 21)] == ["device", "host", "host", "file"]
-    run = recipe_for("m", "o").run.model_copy(update={"stream_memory": 0.5})
-    assert budgets(run, CPU) == (0, 2**29)
-    assert budgets(recipe_for("m", "o").run, CPU)[1] > 0
+    assert budgets("auto", 0.5, CPU) == (0, 2**29)
+    assert budgets("auto", "auto", CPU)[1] > 0
     with pytest.raises(LillamaError, match="stream_memory"):
         recipe_for("m", "o", changes={"run.stream_memory": -1.0})
 

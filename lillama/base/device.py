@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from lillama.errors import LillamaError
-from lillama.recipe.schema import Run
+
+FILLED = 0.85  # share of a card's free memory that weights may take; what is computed from them wants the rest
 
 WITHOUT_FLOAT64 = ("mps",)
 
@@ -33,6 +34,11 @@ class Device:
         """The type teacher weights of type `dtype` are held in while distilling."""
         return dtype if dtype == self.compute else torch.float32
 
+    def activate(self) -> None:
+        """Make it the current device: what names no device (`cuda` alone, a library's own choice) means this one."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
 
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
@@ -43,25 +49,49 @@ def fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def choose(run: Run) -> Device:
-    """The device and compute type of a recipe; a device that is not there is an error."""
+def choose(device: str = "auto", compute: str = "auto") -> Device:
+    """The device and compute type that a recipe's `run` names; a device that is not there is an error."""
     # oneDNN keeps the code it made for the last 1024 shapes of matrix products, some 300 KB each; the tokens that reach
     # an expert are another number every time. It looks at this before its first product.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    name = run.device
+    name = device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        found = torch.device(name)
+        torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise LillamaError(
             f"the device '{name}' cannot be used: {reason}", where="run.device", hint="Use auto or cpu."
         ) from error
-    if run.compute == "auto":
-        return Device(device, torch.bfloat16 if fast_bfloat16(device) else torch.float32)
-    return Device(device, torch.bfloat16 if run.compute == "bfloat16" else torch.float32)
+    fast = fast_bfloat16(found) if compute == "auto" else compute == "bfloat16"
+    return Device(found, torch.bfloat16 if fast else torch.float32)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until `device` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a card; None where the device has no memory of its own to ask about.
+
+    Blocks that torch keeps for later are given back first: the driver counts them as taken.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def fits(weights: int, device: torch.device) -> bool:
+    """Whether a model of so many bytes of weights can run on `device` as a whole."""
+    free = free_memory(device)
+    return free is None or weights <= FILLED * free
 
 
 def factorising(device: torch.device) -> torch.device:

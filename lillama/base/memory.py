@@ -50,8 +50,11 @@ def keep_large_blocks() -> None:
 
 
 def give_back() -> None:
-    """Free what only points at itself (modules and their optimisers), and return free memory to the system."""
+    """Free what only points at itself (modules and their optimisers), and return free memory to the system and card."""
     gc.collect()
+    torch = sys.modules.get("torch")  # whoever has something on a card has imported it
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if _libc() is not None:
         _libc().malloc_trim(0)
 

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def opened(place: str | Path, dtype: Any = "auto", auto_class: Any = None, trust: bool = False) -> Any:
-    """The model in a directory (or on the hub), a compressed one loaded strictly, on the CPU in eval mode."""
+    """The model in a directory (or on the hub), a compressed one loaded strictly, on the CPU in eval mode.
+
+    `trust` allows modelling code that comes with it to run; nothing in the directory itself can.
+    """
     from transformers import AutoModelForCausalLM
 
     from lillama.checkpoint.load import load
@@ -23,7 +26,7 @@ def opened(place: str | Path, dtype: Any = "auto", auto_class: Any = None, trust
     with explained(f"the model '{place}'", "directory"):
         config = read_configuration(place, trust=trust)
         if is_compressed(config):
-            return load(place, dtype=dtype).eval()
+            return load(place, trust_remote_code=trust, dtype=dtype).eval()
         auto = auto_class or AutoModelForCausalLM
         return auto.from_pretrained(place, config=config, dtype=dtype, trust_remote_code=trust).eval()
 
@@ -34,24 +37,29 @@ def is_compressed(config: Any) -> bool:
     return (given.get("quant_method") if isinstance(given, dict) else given.quant_method) == "lillama"
 
 
-def plugin_of(place: str | Path, recipe: Recipe) -> tuple[host.Plugin | None, Any]:
-    """(the plugin that knows the model in a directory, its auto class); None where none does: evaluation needs none."""
+def plugin_of(
+    place: str | Path, recipe: Recipe | None, name: str = "auto", trust: bool = False
+) -> tuple[host.Plugin | None, Any]:
+    """(the plugin that knows the model in a directory, its auto class); None where none does: evaluation needs none.
+
+    Where there is no recipe, `name` may choose the plugin; `trust` is as for `opened`.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     from lillama.pretrained.locate import explained, read_configuration
 
-    hosts, trust = host.get(), recipe.model.trust_remote_code
+    hosts, name = host.get(), recipe.plugin if recipe else name
     with explained(f"the model '{place}'", "directory"):
         config = copy.deepcopy(read_configuration(place, trust=trust))
     if is_compressed(config):  # plugins list the layers of the original
         del config.quantization_config
-    auto = hosts.auto_class(config, recipe) or AutoModelForCausalLM
+    auto = hosts.auto_class(config, recipe, name) or AutoModelForCausalLM
     with explained(f"the model '{place}'", "directory"), init_empty_weights(include_buffers=False):
         skeleton = auto.from_config(config, trust_remote_code=trust)
     try:
-        return hosts.layers(skeleton, recipe)[0], auto
+        return hosts.layers(skeleton, recipe, name)[0], auto
     except LillamaError:
-        if recipe.plugin != "auto":
+        if name != "auto":
             raise
         return None, auto

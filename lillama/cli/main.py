@@ -112,22 +112,22 @@ def bench(args: argparse.Namespace) -> int:
     from lillama.evaluate import bench
 
     quiet.quiet_libraries()
-    original, compressed, run = bench.directories(args.models)
+    models = bench.models_of(args.models)
     lengths = [int(part) for part in args.lengths.split(",")] if args.lengths else bench.LENGTHS
     settings = bench.Settings(args.batch_size, lengths, args.new_tokens, args.repeats, args.seconds)
     say = _console(stderr=True).print
-    found = bench.compare(original, compressed, settings, args.device, args.dtype, say)
+    found = bench.compare(models, settings, args.device, args.dtype, say)
     if args.json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
         _console().print(show.bench(found))
     if args.out:
         write_json(Path(args.out), found)
-    if run:
+    if models.run:
         from lillama.report import html as report
 
-        write_json(run / bench.FILE, found)
-        report.write(run)
+        write_json(models.run / bench.FILE, found)
+        report.write(models.run)
     return 0
 
 

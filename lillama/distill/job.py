@@ -129,7 +129,9 @@ class Job:
     def choose_place(self) -> Place:
         """Where streams have room: three are in use while a layer learns from the student's inputs, else two."""
         copies = 3 if "student" in self.needs.streams else 2
-        return self.walk.choose_place(self.batches, copies, budgets(self.recipe.run, self.device.device))
+        run = self.recipe.run
+        room = budgets(run.stream_device_memory, run.stream_memory, self.device.device)
+        return self.walk.choose_place(self.batches, copies, room)
 
     def store(self, *students: Student) -> list[nn.Module]:
         """Store finished layers, all of them or none, and say how well each learned; the modules."""

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from lillama import host
+from lillama.base.rundir import MODEL, RESOLVED
 from lillama.errors import LillamaError
 from lillama.evaluate import speed
 from lillama.evaluate.perplexity import positions
 from lillama.evaluate.speed import Timing, median
 from lillama.evaluate.turns import Turns, alternating, give_back, is_out_of_memory, ratio
 from lillama.pretrained import sharing
+from lillama.pretrained.locate import resolve
+from lillama.recipe.schema import Recipe
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 NAMES = ("original", "compressed")
@@ -38,27 +41,32 @@ class Settings:
     seed: int = 0
 
 
-def directories(given: Sequence[str]) -> tuple[str, str, Path | None]:
-    """(original, compressed, run directory) of one run directory, or of two models."""
-    from lillama.base.rundir import MODEL, RESOLVED
-    from lillama.recipe.schema import Recipe
+@dataclass(frozen=True)
+class Models:
+    """The two places that are compared, and of a run its directory and recipe."""
 
+    original: str
+    compressed: str
+    run: Path | None = None
+    recipe: Recipe | None = None
+
+
+def models_of(given: Sequence[str]) -> Models:
+    """What to compare: the two models of a run directory, or two models."""
     if len(given) == 2:
-        return given[0], given[1], None
+        return Models(given[0], given[1])
     run = Path(given[0])
     if len(given) != 1 or not (run / MODEL / "config.json").is_file() or not (run / RESOLVED).is_file():
         raise LillamaError(
             f"'{given[0]}' is not a finished run", where="bench", hint="Give a run directory, or ORIGINAL COMPRESSED."
         )
-    original = run / "original"  # unpacked from a GGUF file
-    if original.is_dir():
-        return str(original), str(run / MODEL), run
-    from lillama.pretrained.locate import resolve
-
-    return resolve(Recipe.load(run / RESOLVED).model)[0], str(run / MODEL), run
+    recipe = Recipe.load(run / RESOLVED)
+    unpacked = run / "original"  # from a GGUF file
+    original = str(unpacked) if unpacked.is_dir() else resolve(recipe.model)[0]
+    return Models(original, str(run / MODEL), run, recipe)
 
 
-def compare(original: str, compressed: str, settings: Settings, device: str, dtype: str, say: Say) -> dict[str, Any]:
+def compare(models: Models, settings: Settings, device: str, dtype: str, say: Say) -> dict[str, Any]:
     """Load both models and time them; the result is what bench.json holds.
 
     "rows" has one entry a length: {"length", "prefill", "decode", "peak_memory_bytes"}, or "note" for what could not be
@@ -68,16 +76,17 @@ def compare(original: str, compressed: str, settings: Settings, device: str, dty
     import torch
 
     from lillama.base.device import choose, machine, name
-    from lillama.recipe.schema import Run
 
-    chosen = choose(Run.model_validate({"out": "-", "device": device})).device
-    models = [_opened(place, dtype) for place in (original, compressed)]
-    pair = _Pair(models, chosen)
+    chosen = choose(device)
+    chosen.activate()
+    places = (models.original, models.compressed)
+    loaded = [_opened(place, dtype, models.recipe) for place in places]
+    pair = _Pair(loaded, chosen.device)
     return {
-        "device": str(chosen),
-        "machine": name(chosen) if chosen.type == "cuda" else machine(),
+        "device": str(chosen.device),
+        "machine": name(chosen.device) if chosen.device.type == "cuda" else machine(),
         "threads": torch.get_num_threads(),
-        "dtype": str(models[0].dtype).removeprefix("torch."),
+        "dtype": str(loaded[0].dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "batch_size": settings.batch_size,
         "new_tokens": settings.new_tokens,
@@ -88,20 +97,19 @@ def compare(original: str, compressed: str, settings: Settings, device: str, dty
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "weight_bytes": speed.weight_bytes(model),
             }
-            for name, place, model in zip(NAMES, (original, compressed), models)
+            for name, place, model in zip(NAMES, places, loaded)
         },
         "in_turn": "both in memory" if pair.turns.together else "moved to the device in turn",
         "rows": list(rows(pair, settings, say)),
     }
 
 
-def _opened(place: str, dtype: str) -> Any:
+def _opened(place: str, dtype: str, recipe: Recipe | None) -> Any:
     from lillama.checkpoint.open import opened, plugin_of
-    from lillama.evaluate.measure import recipe_for
 
-    recipe = recipe_for(Path(place), Path(place), None, [])
-    plugin, auto = plugin_of(place, recipe)
-    model = opened(place, dtype, auto)
+    trust = recipe is not None and recipe.model.trust_remote_code
+    plugin, auto = plugin_of(place, recipe, trust=trust)
+    model = opened(place, dtype, auto, trust)
     if plugin is not None:
         if getattr(model, "hf_quantizer", None) is None:
             sharing.share(model, host.get().shared_modules(plugin, model, recipe))

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from lillama import registry
-
-if TYPE_CHECKING:
-    from lillama.recipe.schema import Recipe
 
 
 @dataclass
@@ -32,6 +29,7 @@ class Context:
     where: str = "evaluate"
 
 
+Section = Mapping[str, Mapping[str, Any]]  # the options of evaluators, by name or NAME/LABEL
 Evaluator = Callable[..., dict[str, float]]
 F = TypeVar("F", bound=Evaluator)
 
@@ -51,12 +49,12 @@ def measured_in_turn(measure: Callable[..., list[dict[str, float]]]) -> Callable
     return mark
 
 
-def evaluators(recipe: Recipe, in_turn: bool | None = None) -> Iterator[tuple[str, Evaluator, dict[str, Any]]]:
-    """(key, evaluator, options) of the recipe's evaluators in their order; of those marked `in_turn` or not, if given.
+def chosen_evaluators(section: Section, in_turn: bool | None = None) -> Iterator[tuple[str, Evaluator, dict[str, Any]]]:
+    """(key, evaluator, options) of a recipe's `evaluate:` section in order; of those marked `in_turn` or not, if given.
 
     Names and options were checked when the recipe was loaded.
     """
-    for key, given in recipe.evaluate.items():
+    for key, given in section.items():
         name = key.partition("/")[0]
         function = registry.EVALUATORS.get(name)
         if in_turn is None or hasattr(function, "in_turn") == in_turn:
@@ -72,19 +70,20 @@ def whole_name(key: str, metric: str) -> str:
 
 def evaluate(
     model: Any,
-    recipe: Recipe,
+    section: Section,
     context: Context,
     host_metrics: Mapping[str, float] | None = None,
     in_turn: bool | None = None,
 ) -> dict[str, float]:
-    """Metrics of `model`, dense or factorised, by the evaluators of the recipe in their order.
+    """Metrics of `model`, dense or factorised, by the evaluators of a recipe's `evaluate:` section in their order.
 
-    The key NAME or NAME/LABEL of `recipe.evaluate` yields metrics LABEL/METRIC (NAME/METRIC without a label, but
+    The key NAME or NAME/LABEL yields metrics LABEL/METRIC (NAME/METRIC without a label, but
     METRIC as it is where it names a task already) and, if there are any, `context.details[key]`. `host_metrics` are
-    those of plugins' `evaluate` hooks; an evaluator the recipe names wins over them. `in_turn`: see `evaluators`.
+    those of plugins' `evaluate` hooks; an evaluator that is named wins over them. Names and options were checked when
+    the recipe was loaded. `in_turn`: see `chosen_evaluators`.
     """
     metrics = dict(host_metrics or {})
-    for key, function, options in evaluators(recipe, in_turn):
+    for key, function, options in chosen_evaluators(section, in_turn):
         own = replace(context, details={}, where=f"evaluate.{key}")
         for metric, value in function(model, own, **options).items():
             metrics[whole_name(key, metric)] = float(value)

@@ -16,8 +16,8 @@ import psutil
 
 from lillama import host
 from lillama.checkpoint.write import file_bytes
-from lillama.evaluate.context import Context, evaluators, whole_name
-from lillama.evaluate.measure import Measured, measure
+from lillama.evaluate.context import Context, chosen_evaluators, whole_name
+from lillama.evaluate.measure import Measured, Wanted, measure
 from lillama.evaluate.turns import Turns, give_back
 from lillama.pretrained.locate import read_processor
 
@@ -31,7 +31,7 @@ HEADROOM = 1.1  # beside the weights, for what they compute
 
 def divided(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe's `evaluate`: what is measured of each model alone, and what of all of them in turn."""
-    compared = {key for key, _, _ in evaluators(recipe, in_turn=True)}
+    compared = {key for key, _, _ in chosen_evaluators(recipe.evaluate, in_turn=True)}
     given = recipe.model_dump(mode="json")["evaluate"]
     return (
         {key: options for key, options in given.items() if key not in compared},
@@ -45,7 +45,7 @@ def evaluate_in_turn(recipe: Recipe, turns: Turns, contexts: Mapping[str, Contex
     Metrics have their whole names, those in `details[key]["ratio"]` too.
     """
     found = {stage: Measured() for stage in contexts}
-    for key, function, options in evaluators(recipe, in_turn=True):
+    for key, function, options in chosen_evaluators(recipe.evaluate, in_turn=True):
         own = [replace(context, details={}, where=f"evaluate.{key}") for context in contexts.values()]
         measured = function.in_turn(turns, own, **options)  # type: ignore[attr-defined]
         for stage, context, metrics in zip(contexts, own, measured):
@@ -85,7 +85,7 @@ def measure_in_turn(
 
 
 def _alone(model: Any, place: Path, recipe: Recipe, plugin: host.Plugin, device: torch.device) -> Measured:
-    found = measure(model, place, recipe, plugin, device, in_turn=True)
+    found = measure(model, place, Wanted.of(recipe, plugin, in_turn=True), device)
     del model
     gc.collect()
     return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,12 @@ from lillama import host
 from lillama.base.rundir import MODEL, RESOLVED
 from lillama.checkpoint.open import opened, plugin_of
 from lillama.errors import LillamaError
+from lillama.evaluate.context import Context, evaluate
+from lillama.evaluate.speed import weight_bytes
+from lillama.recipe.schema import Evaluation, Recipe
 
 if TYPE_CHECKING:
     import torch
-
-    from lillama.recipe.schema import Recipe
 
 
 @dataclass
@@ -28,41 +29,67 @@ class Measured:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def measure(
-    model: Any,
-    place: str | Path,
-    recipe: Recipe,
-    plugin: host.Plugin | None,
-    device: torch.device,
-    in_turn: bool | None = None,
-) -> Measured:
-    """Run the recipe's evaluators, and the plugin's, on a loaded model; `place` holds its tokenizer or processor.
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be measured (a recipe's `evaluate:` section), and by which plugin besides.
 
-    `in_turn` false: without those that a run measures of all its models in turn; true: those alone.
+    `trust` allows code that comes with the model to run. `recipe` is what the plugin's hooks are given: None for a
+    model that no run made. `in_turn` false: without what a run measures of all its models in turn; true: that alone.
     """
-    from lillama.evaluate import context as evaluate
+
+    evaluators: Mapping[str, Mapping[str, Any]]
+    seed: int = 0
+    trust: bool = False
+    plugin: host.Plugin | None = None
+    recipe: Recipe | None = None
+    in_turn: bool | None = None
+
+    @classmethod
+    def of(cls, asked: Recipe | Evaluation, plugin: host.Plugin | None, in_turn: bool | None = None) -> Wanted:
+        """What a recipe asks for, or overrides alone do."""
+        recipe = asked if isinstance(asked, Recipe) else None
+        return cls(asked.evaluate, asked.run.seed, asked.model.trust_remote_code, plugin, recipe, in_turn)
+
+
+def measure(model: Any, place: str | Path, wanted: Wanted, device: torch.device) -> Measured:
+    """Run the evaluators, and the plugin's, on a loaded model; `place` holds its tokenizer or processor."""
     from lillama.pretrained.locate import read_processor
 
-    hosts, reader = host.get(), read_processor(place, recipe.model.trust_remote_code)
-    model.to(device).eval()
+    hosts, plugin = host.get(), wanted.plugin
+    reader = read_processor(place, wanted.trust)
+    model = put_on(model, device).eval()
     if plugin is not None:
-        hosts.prepare(plugin, model, recipe)
-    context = evaluate.Context(reader, str(device), recipe.run.seed)
-    metrics = evaluate.evaluate(model, recipe, context, in_turn=in_turn)
-    if plugin is not None and "evaluate" in plugin.hooks and not in_turn:
-        metrics |= hosts.evaluate(plugin, model, recipe)
+        hosts.prepare(plugin, model, wanted.recipe)
+    context = Context(reader, str(device), wanted.seed)
+    metrics = evaluate(model, wanted.evaluators, context, in_turn=wanted.in_turn)
+    if plugin is not None and "evaluate" in plugin.hooks and not wanted.in_turn:
+        metrics |= hosts.evaluate(plugin, model, wanted.recipe)
     return Measured(metrics, context.details)
 
 
-def recipe_for(directory: Path, place: Path, path: str | None, overrides: Sequence[str]) -> Recipe:
-    """The recipe to evaluate `place` by: that of `path`, else the run's own in `directory`, else overrides alone."""
-    from lillama.recipe.schema import Recipe
+def put_on(model: Any, device: torch.device) -> Any:
+    """`model` on `device`; where it does not fit there, as much of it as does, the rest on the host (accelerate)."""
+    from lillama.base.device import FILLED, fits, free_memory
 
+    weights = weight_bytes(model)
+    if fits(weights, device):
+        return model.to(device)
+    import accelerate
+
+    index = 0 if device.index is None else device.index
+    room = {index: int(FILLED * (free_memory(device) or 0)), "cpu": 2 * weights}  # it is on the host now
+    whole = list(getattr(model, "_no_split_modules", None) or ())
+    model.tie_weights()  # or a tied weight is counted, and placed, twice
+    spread = accelerate.infer_auto_device_map(model, max_memory=room, no_split_module_classes=whole)
+    return accelerate.dispatch_model(model, spread)
+
+
+def asked_of(directory: Path, place: Path, path: str | None, overrides: Sequence[str]) -> Recipe | Evaluation:
+    """What `place` is measured by: the recipe `path`, else the run's own in `directory`, else overrides alone."""
     data = [f"model.id={json.dumps(str(place))}", *overrides]
     if path or (directory / RESOLVED).is_file():
         return Recipe.load(path or directory / RESOLVED, data)
-    base = {"model": {"id": str(place)}, "compress": {"reduction": 0.5}}
-    return Recipe.parse(base | {"calibration": {"dataset": "-"}, "run": {"out": "-"}}, data)
+    return Evaluation.parse({}, data)
 
 
 def checkpoint_of(directory: Path) -> Path:
@@ -75,17 +102,19 @@ def evaluate_directory(directory: Path, path: str | None, overrides: Sequence[st
     from lillama.base.device import choose
 
     place = checkpoint_of(directory)
-    recipe = recipe_for(directory, place, path, overrides)
-    plugin, auto = plugin_of(place, recipe)
-    if not recipe.evaluate and not (plugin and "evaluate" in plugin.hooks):
+    asked = asked_of(directory, place, path, overrides)
+    wanted = Wanted.of(asked, None)
+    plugin, auto = plugin_of(place, wanted.recipe, asked.plugin, wanted.trust)
+    if not wanted.evaluators and not (plugin and "evaluate" in plugin.hooks):
         raise LillamaError(
             "there is nothing to measure",
             where="evaluate",
             hint="Give --tasks, --recipe FILE, or --set 'evaluate.perplexity={dataset: FILE}'.",
         )
-    chosen = choose(recipe.run.model_copy(update={"device": device})).device
-    model = opened(place, "auto", auto, recipe.model.trust_remote_code)
-    found = measure(model, place, recipe, plugin, chosen)
+    chosen = choose(device)
+    chosen.activate()
+    model = opened(place, "auto", auto, wanted.trust)
+    found = measure(model, place, replace(wanted, plugin=plugin), chosen.device)
     del model
     gc.collect()
     return found

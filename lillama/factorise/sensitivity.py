@@ -81,7 +81,8 @@ class _Measurement:
         below = ends.get("embedding")
         first = 0 if below else next((i for i, layer in enumerate(blocks) if layer.weights), len(blocks))
         # Every stream is kept until the gradients come back to it.
-        place = inner.choose_place(raw, len(blocks) + 2, budgets(recipe.run, walk.device.device))
+        room = budgets(recipe.run.stream_device_memory, recipe.run.stream_memory, walk.device.device)
+        place = inner.choose_place(raw, len(blocks) + 2, room)
         shelf = Shelf(directory.path / FISHER / "streams", walk.device.device, place)
         return cls(inner, directory, raw, recipe, shelf, first, below, ends.get("head"))
 

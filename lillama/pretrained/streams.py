@@ -21,24 +21,26 @@ import torch
 from torch import Tensor
 
 from lillama.base import tensorfile
+from lillama.base.device import free_memory
 from lillama.base.files import write_json
-from lillama.recipe.schema import Run
 
 Place = Literal["device", "host", "file"]
 BOUNDARY = "boundary.json"
 GIB = 1 << 30
 
 
-def budgets(run: Run, device: torch.device) -> tuple[int, int]:
+Share = Literal["auto"] | float  # GiB; auto: a quarter of what is free
+
+
+def budgets(device_gib: Share, host_gib: Share, device: torch.device) -> tuple[int, int]:
     """Bytes that streams may take on the device (0 where that is the host itself) and on the host."""
-    on_device, on_host = run.stream_device_memory, run.stream_memory
     if device.type != "cuda":
         device_bytes = 0
-    elif on_device == "auto":
-        device_bytes = torch.cuda.mem_get_info(device)[0] // 4
+    elif device_gib == "auto":
+        device_bytes = (free_memory(device) or 0) // 4
     else:
-        device_bytes = int(on_device * GIB)
-    host_bytes = psutil.virtual_memory().available // 4 if on_host == "auto" else int(on_host * GIB)
+        device_bytes = int(device_gib * GIB)
+    host_bytes = psutil.virtual_memory().available // 4 if host_gib == "auto" else int(host_gib * GIB)
     return device_bytes, host_bytes
 
 

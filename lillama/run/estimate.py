@@ -65,7 +65,7 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
     grams = _gram_bytes(plan.planned(planned[0]), names) if planned else 0
     if recipe.distill.schedule == "sequential":
         held = teacher_bytes * width * (tokens or 0) * (3 if "student" in streams else 2)
-        device_bytes, host_bytes = budgets(recipe.run, device.device)
+        device_bytes, host_bytes = budgets(recipe.run.stream_device_memory, recipe.run.stream_memory, device.device)
         place = choose(held, device_bytes, host_bytes)
         in_files = held if place == "file" else 0
         if place != ("host" if device.device.type == "cpu" else "device"):

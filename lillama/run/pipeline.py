@@ -226,9 +226,9 @@ class Run:
             return self.measure(when)
         with self.progress.timed(f"evaluate {when}"):
             self.progress.say(f"evaluating the {STAGES[when]} model")
-            where = (self.prepared.plugin, self.prepared.device.device)
+            asked = measure.Wanted.of(self.recipe, self.prepared.plugin, in_turn=False)
             model = self.opened(when)
-            found = measure.measure(model, self.place(when), self.recipe, *where, in_turn=False)
+            found = measure.measure(model, self.place(when), asked, self.prepared.device.device)
             del model
             gc.collect()
         self.details[when] = found.details
@@ -296,12 +296,16 @@ class Run:
                     )
                 examples = data.text_examples(self.tokenizer(), self.recipe, section)
         compressed = self.directory.path / MODEL
-        model = load(compressed, dtype=torch.float32)
+        trust = self.recipe.model.trust_remote_code
+        model = load(compressed, trust_remote_code=trust, dtype=torch.float32)
         hosts.prepare(prepared.plugin, model, self.recipe)
         teacher = None
         if section.teacher > 0:
             teacher = self.source.auto_class.from_pretrained(
-                self.source.directory, config=copy.deepcopy(self.source.config), dtype=self.source.working
+                self.source.directory,
+                config=copy.deepcopy(self.source.config),
+                dtype=self.source.working,
+                trust_remote_code=trust,
             )
         trackers = (tuple(self.recipe.run.track), track.name(self.recipe))
         setting = Setting(section, prepared.device, self.directory, self.progress, *trackers)

@@ -35,7 +35,8 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
 
     `config` is used in place of the model's own (planning for a model that is not at hand).
     """
-    chosen = device.choose(recipe.run)
+    chosen = device.choose(recipe.run.device, recipe.run.compute)
+    chosen.activate()
     hosts, source = host.get(), open_source(recipe, chosen, config)
     plugin, layers = hosts.layers(source.model, recipe)
     source.share(hosts.shared_modules(plugin, source.model, recipe))

@@ -53,7 +53,7 @@ class Teacher:
             )
         self.rate: int = self.processor.feature_extractor.sampling_rate
         self.seconds: float = self.processor.feature_extractor.n_samples / self.rate
-        self.device = device.choose(recipe.run)
+        self.device = device.choose(recipe.run.device, recipe.run.compute)
         self._model: Any = None
 
     @property
