@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lillama import registry
+from lillama.base.device import factorising
 from lillama.contract import Layer, Weight, relative
 from lillama.factorise import embedding
 from lillama.factorise.grams import GRAMS, Found
@@ -51,7 +52,9 @@ def initial_factors(
         if weight.tied:
             continue
         W = factors.dense(teacher, relative(weight, layer), weight.kind)
-        given = grams[weight.name] if grams is not None else {}
+        home, place = W.device, factorising(W.device)
+        W = W.to(place)
+        given = {name: one.to(place) for name, one in (grams[weight.name] if grams is not None else {}).items()}
         arguments: dict[str, Any] = {}
         if "generator" in wanted:
             # Seeded by name, so that neither the schedule nor a resume changes what is drawn.
@@ -68,5 +71,5 @@ def initial_factors(
             A, B = embedding.factorise(initialise, wanted, W, rank, arguments, **given)
         else:
             A, B = initialise(W, rank, **arguments, **given)
-        found[f"{weight.name}.A"], found[f"{weight.name}.B"] = A.float(), B.float()
+        found[f"{weight.name}.A"], found[f"{weight.name}.B"] = A.float().to(home), B.float().to(home)
     return found
