@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A directory with the model, a text and a recipe."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)  # of another test's cache
     found = Host([Point])
     monkeypatch.setattr(host, "get", lambda: found)
     registry.discover_again()
