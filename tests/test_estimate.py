@@ -23,6 +23,7 @@ ESTIMATES: dict[str, tuple[str, dict[str, Any], tuple[int, int, float | None]]] 
         {"distill.schedule": "concurrent", "distill.loss": "teacher"},
         (704_267_392, 510_976, 0.894959616),
     ),
+    "concurrent, a head with a bias": ("phi", {"distill.schedule": "concurrent"}, (705_550_592, 490_308, 1.351090176)),
     "low memory": (
         "phi3",
         {"distill.schedule": "concurrent", "run.low_memory": True},

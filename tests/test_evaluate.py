@@ -319,7 +319,7 @@ def test_an_evaluator_gets_its_options_and_knows_its_place(
         return {"steps": steps}
 
     monkeypatch.setitem(registry.EVALUATORS._targets, "count", count)
-    metrics = evaluate("model", recipe({"count/a": {"steps": 3}}), Context(None, "cpu", seed=4))
+    metrics = evaluate("model", {"count/a": {"steps": 3}}, Context(None, "cpu", seed=4))
     assert metrics == {"a/steps": 3.0} and isinstance(metrics["a/steps"], float)
     assert seen == [("model", "evaluate.count/a", 4, 3, "none")]
 

@@ -82,11 +82,12 @@ def explained(what: str, where: str) -> Iterator[None]:
         text = str(error).strip().splitlines()
         reason = text[0] if text else type(error).__name__
         offline = any(word in str(error).lower() for word in ("connect", "offline", "resolve host", "reach"))
-        hint = (
-            "The hub cannot be reached: give a local directory, or run once with a connection."
-            if offline
-            else "Check the id; a private or gated model needs `hf auth login`."
-        )
+        if "trust_remote_code" in str(error):
+            hint = "It comes with code of its own, which runs where model.trust_remote_code: true says so."
+        elif offline:
+            hint = "The hub cannot be reached: give a local directory, or run once with a connection."
+        else:
+            hint = "Check the id; a private or gated model needs `hf auth login`."
         raise LillamaError(f"cannot open {what}: {reason}", where=where, hint=hint) from error
 
 

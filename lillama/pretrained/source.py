@@ -249,11 +249,11 @@ class Source:
         names = tuple(f"{name}." for name in names)
         head = self.model.get_output_embeddings()
         inputs = self.model.get_input_embeddings()
-        skip = None if predicts or head is None or head.weight is inputs.weight else head.weight
+        own = [] if predicts or head is None else [p for p in head.parameters() if p is not inputs.weight]
         return [
             key
             for key, parameter in self.model.named_parameters()
-            if not key.startswith(names) and parameter is not skip
+            if not key.startswith(names) and not any(parameter is one for one in own)
         ]
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from lillama.base.device import Device
-from lillama.contract import Weight
+from lillama.contract import Layer, Weight
 from lillama.factorise.grams import choose_gram
 from lillama.factorise.start import find_needs
 from lillama.lowrank.counts import stored
 from lillama.plan.plan import Plan, observable, wants_spectra
 from lillama.pretrained.source import Source
-from lillama.pretrained.streams import budgets, choose
+from lillama.pretrained.streams import Place, budgets, choose
 from lillama.recipe.schema import Recipe
 
 SINGLE = 3  # times that a product in float32 takes longer than one in the compute type, about
@@ -34,72 +34,123 @@ class Estimate:
 
 def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Estimate:
     """Estimate a run on this machine. The time rests on a matrix product measured now."""
-    work = plan.work
-    sizes = {layer.name: _numbers(source, layer.name) for layer in work}
-    planned = [layer for layer in work if plan.planned(layer)]
-    teacher_bytes = torch.empty((), dtype=source.working).element_size()
-    widest = max((w.shape[1] for layer in work for w in layer.weights), default=0)
-    width = getattr(source.config.get_text_config(), "hidden_size", widest)
-    tokens = recipe.calibration.tokens
-    batch = recipe.distill.batch_size * recipe.calibration.sequence_length
-    streams, names, fisher = find_needs(recipe)
-
-    factor_numbers = {
-        layer.name: sum(stored(w, plan.ranks[w.name], "factors") for w in plan.planned(layer)) for layer in planned
-    }
-    # A student: its weights; and for what trains two moments, and (of one layer at a time) a gradient. The best state
-    # so far stays on the host.
-    rest = {name: sizes[name] - _replaced(plan, name) for name in factor_numbers}
-    trained = factor_numbers if recipe.distill.train == "factors" else {n: rest[n] + factor_numbers[n] for n in rest}
-    low = recipe.run.low_memory  # best states are in files then
-    best = 4 if device.device.type == "cpu" and not low else 0
-    student = {n: 4 * (rest[n] + factor_numbers[n]) + (8 + best) * trained[n] for n in factor_numbers}
-    gradient = 4 * max(trained.values(), default=0)
-    # Of a layer's experts, a token passes through a few.
-    chosen = getattr(source.config.get_text_config(), "num_experts_per_tok", None) or 1
-    outputs = max((sum(_through(w, chosen) for w in layer.weights) for layer in work), default=0)
-    activations = batch * outputs * 4 * (2 if len(streams) == 1 else 3)
-    outside = sum(p.numel() for k, p in source.model.named_parameters() if not k.startswith("lm_head")) - sum(
-        _numbers(source, layer.name) for layer in plan.layers
-    )
-    grams = _gram_bytes(plan.planned(planned[0]), names) if planned else 0
+    run = _Run(source, plan, recipe, device)
     if recipe.distill.schedule == "sequential":
-        held = teacher_bytes * width * (tokens or 0) * (3 if "student" in streams else 2)
-        device_bytes, host_bytes = budgets(recipe.run.stream_device_memory, recipe.run.stream_memory, device.device)
-        place = choose(held, device_bytes, host_bytes)
-        in_files = held if place == "file" else 0
-        if place != ("host" if device.device.type == "cpu" else "device"):
-            held = 0
-        layer_bytes = max((teacher_bytes * sizes[n] + student[n] for n in student), default=0)
-        # Teacher weights are gathered from several tensors; a gradient is made when the Grams are gone.
-        memory = held + layer_bytes + activations + max(gradient, 3 * grams)
+        place, stream_bytes = _streams(run)
+        own = place == ("host" if device.device.type == "cpu" else "device")
+        memory = _one_by_one(run) + (stream_bytes if own else 0)
+        kept = stream_bytes if place == "file" else 0
     else:
-        teachers = [teacher_bytes * n for n in sizes.values()]
-        layer_bytes = (max(teachers, default=0) if low else sum(teachers)) + sum(student.values())
-        memory = layer_bytes + activations + gradient + teacher_bytes * max(outside, 0)
+        memory = _all_at_once(run)
+        kept = 16 * sum(run.trained.values())  # snapshots
     memory = max(memory, _evaluation_bytes(source, recipe), _finetuning_bytes(source, plan, recipe))
     if device.device.type == "cpu":
         memory += PROCESS_BYTES
+    tokens = recipe.calibration.tokens
+    seconds = _operations(run, tokens) / _throughput(device, run.batch) if tokens else None
+    return Estimate(int(memory), int(_disk(run) + kept), seconds, tokens)
 
-    out_bytes = torch.empty((), dtype=source.dtype).element_size()
-    disk = out_bytes * plan.after + 4 * sum(trained.values()) + (out_bytes * plan.before if source.gguf else 0)
-    if recipe.distill.schedule == "sequential":
-        disk += in_files
-    else:
-        disk += 16 * sum(trained.values())
-    measured = wants_spectra(recipe.compress) or bool(fisher)
-    squares = sum(w.copies * min(w.shape) ** 2 for layer in plan.layers for w in observable(layer))
-    disk += 8 * squares * measured
-    sums = 4 * squares * SINGLE  # of both factors, in float32
-    seconds = None
-    if tokens:
-        seen = tokens if recipe.distill.epochs else min(tokens, recipe.compress.gram_tokens) if names else 0
-        forward = sum(2 * n for n in sizes.values()) * 2  # the teacher, and the student stream moving on
-        train = sum(6 * (sizes[n] - _replaced(plan, n) + factor_numbers[n]) for n in factor_numbers)
-        flops = seen * (forward + train * len(streams) * recipe.distill.epochs) + _finetuning(source, plan, recipe)
-        flops += min(tokens, recipe.compress.fisher_tokens) * (3 * sum(2 * n for n in sizes.values()) + sums) * measured
-        seconds = flops / _throughput(device, batch)
-    return Estimate(int(memory), int(disk), seconds, tokens)
+
+@dataclass
+class _Run:
+    """What every part of an estimate looks at, counted once. Numbers are of a layer, by its name."""
+
+    source: Source
+    plan: Plan
+    recipe: Recipe
+    device: Device
+
+    def __post_init__(self) -> None:
+        plan, recipe, text = self.plan, self.recipe, self.source.config.get_text_config()
+        self.layers = plan.work
+        self.planned = [layer for layer in plan.work if plan.planned(layer)]
+        widest = max((w.shape[1] for layer in plan.work for w in layer.weights), default=0)
+        self.width: int = getattr(text, "hidden_size", widest)
+        self.batch = recipe.distill.batch_size * recipe.calibration.sequence_length  # tokens
+        self.streams, self.grams, self.fisher = find_needs(recipe)
+        self.numbers = {layer.name: _numbers(self.source, layer.name) for layer in plan.work}
+        self.factors = {
+            layer.name: sum(stored(w, plan.ranks[w.name], "factors") for w in plan.planned(layer))
+            for layer in self.planned
+        }
+        self.rest = {layer.name: self.numbers[layer.name] - _replaced(plan, layer) for layer in self.planned}
+        whole = recipe.distill.train != "factors"
+        self.trained = {name: count + (self.rest[name] if whole else 0) for name, count in self.factors.items()}
+        # Of a layer's experts, a token passes through a few.
+        self.chosen: int = getattr(text, "num_experts_per_tok", None) or 1
+
+    @property
+    def measured(self) -> bool:
+        """Whether the predictions' sensitivity is measured before anything is distilled."""
+        return wants_spectra(self.recipe.compress) or bool(self.fisher)
+
+
+def _streams(run: _Run) -> tuple[Place, int]:
+    """Where the sequential schedule's streams are, and their bytes."""
+    count = 3 if "student" in run.streams else 2
+    needed = run.source.working.itemsize * run.width * (run.recipe.calibration.tokens or 0) * count
+    section = run.recipe.run
+    room = budgets(section.stream_device_memory, section.stream_memory, run.device.device)
+    return choose(needed, *room), needed
+
+
+def _students(run: _Run) -> dict[str, int]:
+    """Bytes of every student: its weights, two moments of what trains, and on a CPU the best state so far.
+
+    The best state is on the host, and in files where memory is low.
+    """
+    best = 4 if run.device.device.type == "cpu" and not run.recipe.run.low_memory else 0
+    return {n: 4 * (run.rest[n] + run.factors[n]) + (8 + best) * run.trained[n] for n in run.factors}
+
+
+def _step(run: _Run) -> tuple[int, int]:
+    """Bytes of a step's activations, and of one layer's gradient (there is one at a time)."""
+    outputs = max((sum(_through(w, run.chosen) for w in layer.weights) for layer in run.layers), default=0)
+    return run.batch * outputs * 4 * (2 if len(run.streams) == 1 else 3), 4 * max(run.trained.values(), default=0)
+
+
+def _one_by_one(run: _Run) -> int:
+    """Memory of the sequential schedule, streams left out."""
+    teacher, students = run.source.working.itemsize, _students(run)
+    layer = max((teacher * run.numbers[name] + students[name] for name in students), default=0)
+    activations, gradient = _step(run)
+    grams = _gram_bytes(run.plan.planned(run.planned[0]), run.grams) if run.planned else 0
+    # Teacher weights are gathered from several tensors; a gradient is made when the Grams are gone.
+    return layer + activations + max(gradient, 3 * grams)
+
+
+def _all_at_once(run: _Run) -> int:
+    """Memory of the concurrent schedule."""
+    teachers = [run.source.working.itemsize * count for count in run.numbers.values()]
+    held = max(teachers, default=0) if run.recipe.run.low_memory else sum(teachers)
+    outside = run.source.outside(layer.name for layer in run.plan.layers)
+    around = sum(run.source.model.get_parameter(name).numel() for name in outside)
+    return held + sum(_students(run).values()) + sum(_step(run)) + run.source.working.itemsize * around
+
+
+def _disk(run: _Run) -> int:
+    """Bytes of files: the checkpoint, finished layers, what is measured, an unpacked original."""
+    out = run.source.dtype.itemsize
+    unpacked = out * run.plan.before if run.source.gguf else 0
+    return out * run.plan.after + 4 * sum(run.trained.values()) + unpacked + 8 * _squares(run) * run.measured
+
+
+def _squares(run: _Run) -> int:
+    """Numbers of all factors of the Fisher information, each on its weight's smaller side."""
+    return sum(w.copies * min(w.shape) ** 2 for layer in run.plan.layers for w in observable(layer))
+
+
+def _operations(run: _Run, tokens: int) -> float:
+    """Floating-point operations of the run on so many tokens of calibration."""
+    compress, epochs = run.recipe.compress, run.recipe.distill.epochs
+    seen = tokens if epochs else min(tokens, compress.gram_tokens) if run.grams else 0
+    once = sum(2 * count for count in run.numbers.values())
+    train = sum(6 * (run.rest[name] + run.factors[name]) for name in run.factors)
+    # The teacher, and the student stream moving on.
+    flops = seen * (2 * once + train * len(run.streams) * epochs)
+    sums = 4 * _squares(run) * SINGLE  # of both factors, in float32
+    flops += min(tokens, compress.fisher_tokens) * (3 * once + sums) * run.measured
+    return flops + _finetuning(run.source, run.plan, run.recipe)
 
 
 def _finetuning(source: Source, plan: Plan, recipe: Recipe) -> float:
@@ -120,7 +171,7 @@ def _finetuning_bytes(source: Source, plan: Plan, recipe: Recipe) -> int:
     section = recipe.finetune
     if section is None:
         return 0
-    teacher = plan.before * torch.empty((), dtype=source.working).element_size() if section.teacher else 0
+    teacher = plan.before * source.working.itemsize if section.teacher else 0
     tokens = section.batch_size * (0 if source.config.is_encoder_decoder else section.sequence_length)
     return 16 * plan.after + teacher + 16 * tokens * int(source.config.get_text_config().vocab_size)
 
@@ -128,7 +179,7 @@ def _finetuning_bytes(source: Source, plan: Plan, recipe: Recipe) -> int:
 def _evaluation_bytes(source: Source, recipe: Recipe) -> int:
     if not (recipe.evaluate or source.gguf):
         return 0
-    whole = sum(p.numel() for p in source.model.parameters()) * torch.empty((), dtype=source.dtype).element_size()
+    whole = sum(p.numel() for p in source.model.parameters()) * source.dtype.itemsize
     # Logits of the evaluators' usual four windows of 512 tokens, and what is computed from them.
     vocabulary = source.config.get_text_config().vocab_size
     return whole * 5 // 4 + 2048 * vocabulary * 4 * 2
@@ -155,8 +206,7 @@ def _numbers(source: Source, name: str) -> int:
     return sum(p.numel() for p in source.model.get_submodule(name).parameters())
 
 
-def _replaced(plan: Plan, layer_name: str) -> int:
-    layer = next(layer for layer in plan.layers if layer.name == layer_name)
+def _replaced(plan: Plan, layer: Layer) -> int:
     return sum(w.shape[0] * w.shape[1] * w.copies for w in plan.planned(layer))  # a tied one's too
 
 
