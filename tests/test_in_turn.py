@@ -91,7 +91,7 @@ def test_a_machine_that_slows_down_makes_no_difference_where_measuring_apart_doe
         assert middle == pytest.approx(1, abs=0.05) and low > 0.9 and high < 1.1
         assert found["after"].metrics[name] == pytest.approx(found["before"].metrics[name], rel=0.05)
     Machine(monkeypatch, slowing)
-    before, after = (evaluate(model, plan, Context(None, "cpu")) for model in models)
+    before, after = (evaluate(model, plan.evaluate, Context(None, "cpu")) for model in models)
     assert after[RATES[0]] < 0.8 * before[RATES[0]], "which says something of the machine, not of the models"
 
 
@@ -154,7 +154,7 @@ def test_an_evaluator_of_ones_own_may_compare(monkeypatch: pytest.MonkeyPatch) -
     assert seen == [([], ["evaluate.heat"] * 2, 3)]
     assert [one.metrics for one in found.values()] == [{"heat/heat": 4.0}, {"heat/heat": 2.0}]
     assert found["after"].details == {"heat": {"ratio": {"heat/heat": [0.5, 0.4, 0.6]}}}
-    assert evaluate(None, recipe({"heat": {}}), Context(None, "cpu")) == {"heat/heat": 9.0}, "of one model alone"
+    assert evaluate(None, recipe({"heat": {}}).evaluate, Context(None, "cpu")) == {"heat/heat": 9.0}, "of one model alone"
 
 
 @pytest.fixture
