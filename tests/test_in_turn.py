@@ -154,7 +154,9 @@ def test_an_evaluator_of_ones_own_may_compare(monkeypatch: pytest.MonkeyPatch) -
     assert seen == [([], ["evaluate.heat"] * 2, 3)]
     assert [one.metrics for one in found.values()] == [{"heat/heat": 4.0}, {"heat/heat": 2.0}]
     assert found["after"].details == {"heat": {"ratio": {"heat/heat": [0.5, 0.4, 0.6]}}}
-    assert evaluate(None, recipe({"heat": {}}).evaluate, Context(None, "cpu")) == {"heat/heat": 9.0}, "of one model alone"
+    assert evaluate(None, recipe({"heat": {}}).evaluate, Context(None, "cpu")) == {"heat/heat": 9.0}, (
+        "of one model alone"
+    )
 
 
 @pytest.fixture
