@@ -5,7 +5,6 @@ Cards are stood in for by what torch.cuda would be asked; matrices on Apple's by
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -15,13 +14,14 @@ from conftest import tiny
 from torch.overrides import TorchFunctionMode
 
 from lillama.base import device, memory
-from lillama.contract import Layer, Weight
+from lillama.contract import Weight
 from lillama.errors import LillamaError
 from lillama.evaluate import measure
 from lillama.evaluate.speed import weight_bytes
-from lillama.factorise import start
-from lillama.plan.plan import Plan
+from lillama.factorise.known import WeightStatistics
+from lillama.factorise.start import Initialiser
 from lillama.pretrained.streams import budgets
+from lillama.registry import INITIALISERS
 from lillama.run import prepare
 from lillama.testing import recipe_for
 
@@ -119,9 +119,7 @@ class Apple(TorchFunctionMode):
 
 @pytest.mark.parametrize("init", ["svd", "random", "whitened", "fisher", "mine"])
 @pytest.mark.parametrize("kind", ["linear", "experts", "embedding"])
-def test_factors_of_what_is_on_apple_s_device_are_made_on_the_host(
-    init: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_factors_of_what_is_on_apple_s_device_are_made_on_the_host(init: str, kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def on_apple(*shape: int) -> OnApple:
@@ -132,8 +130,6 @@ def test_factors_of_what_is_on_apple_s_device_are_made_on_the_host(
         return x @ x.mT
 
     weight = Weight("l.w", (12, 8), 2 if kind == "experts" else 1, kind)
-    layer = Layer("l", (weight,))
-    plan = Plan((layer,), {"l.w": 4}, "factors", 1000)
     W = on_apple(*((2, 12, 8) if kind == "experts" else (12, 8)))
     statistics = {
         "whitened": {"gram": square(8)},
@@ -142,16 +138,12 @@ def test_factors_of_what_is_on_apple_s_device_are_made_on_the_host(
     if kind == "embedding" and init == "whitened":
         statistics = {"counts": on_apple(12).abs()}
     if init == "mine":  # a plugin's own, which knows nothing of devices
-        init = "svd"
-        monkeypatch.setitem(
-            start.registry.INITIALISERS._targets, "svd", lambda W, rank: (W.double()[:, :rank], W.double()[:rank])
-        )
-    monkeypatch.setattr(start.factors, "dense", lambda teacher, name, kind: W)
-    recipe = SimpleNamespace(compress=SimpleNamespace(init=init), run=SimpleNamespace(seed=0))
+        initialise = Initialiser(lambda W, rank: (W.double()[:, :rank], W.double()[:rank]), frozenset({"W", "rank"}), 0)
+    else:
+        initialise = Initialiser(INITIALISERS.get(init), INITIALISERS.needs(init), 0)
     with Apple():
-        found = start.initial_factors(layer, torch.nn.Module(), plan, recipe, {"l.w": statistics})  # type: ignore[arg-type]
-    assert set(found) == {"l.w.A", "l.w.B"}
-    assert all(factor.dtype == torch.float32 and factor.device.type == "mps" for factor in found.values())
+        found = initialise(weight, W, 4, WeightStatistics(**statistics))
+    assert all(factor.dtype == torch.float32 and factor.device.type == "mps" for factor in found)
     assert device.factorising(CPU) == CPU and device.factorising(SECOND) == SECOND
 
 

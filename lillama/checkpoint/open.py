@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lillama.recipe.schema import Recipe
 
 
-def opened(place: str | Path, dtype: Any = "auto", auto_class: Any = None, trust: bool = False) -> Any:
+def open_model(place: str | Path, dtype: Any = "auto", auto_class: Any = None, trust: bool = False) -> Any:
     """The model in a directory (or on the hub), a compressed one loaded strictly, on the CPU in eval mode.
 
     `trust` allows modelling code that comes with it to run; nothing in the directory itself can.
@@ -37,12 +37,12 @@ def is_compressed(config: Any) -> bool:
     return (given.get("quant_method") if isinstance(given, dict) else given.quant_method) == "lillama"
 
 
-def plugin_of(
+def find_plugin(
     place: str | Path, recipe: Recipe | None, name: str = "auto", trust: bool = False
 ) -> tuple[host.Plugin | None, Any]:
     """(the plugin that knows the model in a directory, its auto class); None where none does: evaluation needs none.
 
-    Where there is no recipe, `name` may choose the plugin; `trust` is as for `opened`.
+    Where there is no recipe, `name` may choose the plugin; `trust` is as for `open_model`.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM

@@ -105,11 +105,11 @@ def compare(models: Models, settings: Settings, device: str, dtype: str, say: Sa
 
 
 def _opened(place: str, dtype: str, recipe: Recipe | None) -> Any:
-    from lillama.checkpoint.open import opened, plugin_of
+    from lillama.checkpoint.open import find_plugin, open_model
 
     trust = recipe is not None and recipe.model.trust_remote_code
-    plugin, auto = plugin_of(place, recipe, trust=trust)
-    model = opened(place, dtype, auto, trust)
+    plugin, auto = find_plugin(place, recipe, trust=trust)
+    model = open_model(place, dtype, auto, trust)
     if plugin is not None:
         if getattr(model, "hf_quantizer", None) is None:
             sharing.share(model, host.get().shared_modules(plugin, model, recipe))

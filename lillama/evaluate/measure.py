@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lillama import host
 from lillama.base.rundir import MODEL, RESOLVED
-from lillama.checkpoint.open import opened, plugin_of
+from lillama.checkpoint.open import find_plugin, open_model
 from lillama.errors import LillamaError
 from lillama.evaluate.context import Context, evaluate
 from lillama.evaluate.speed import weight_bytes
@@ -104,7 +104,7 @@ def evaluate_directory(directory: Path, path: str | None, overrides: Sequence[st
     place = checkpoint_of(directory)
     asked = asked_of(directory, place, path, overrides)
     wanted = Wanted.of(asked, None)
-    plugin, auto = plugin_of(place, wanted.recipe, asked.plugin, wanted.trust)
+    plugin, auto = find_plugin(place, wanted.recipe, asked.plugin, wanted.trust)
     if not wanted.evaluators and not (plugin and "evaluate" in plugin.hooks):
         raise LillamaError(
             "there is nothing to measure",
@@ -113,7 +113,7 @@ def evaluate_directory(directory: Path, path: str | None, overrides: Sequence[st
         )
     chosen = choose(device)
     chosen.activate()
-    model = opened(place, "auto", auto, wanted.trust)
+    model = open_model(place, "auto", auto, wanted.trust)
     found = measure(model, place, replace(wanted, plugin=plugin), chosen.device)
     del model
     gc.collect()

@@ -105,7 +105,7 @@ NAMED: tuple[tuple[str, str, Registry], ...] = (
 def named(schema: type[BaseModel]) -> Iterator[tuple[str, str, Registry]]:
     """(section, key, registry) of the names that a recipe of type `schema` holds."""
     for section, key, names in NAMED:
-        if section in schema.model_fields and len(names):  # one that nobody filled yet cannot check anything
+        if section in schema.model_fields:
             yield section, key, names
 
 

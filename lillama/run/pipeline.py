@@ -17,10 +17,10 @@ from lillama.base import device, memory
 from lillama.base.files import write_text
 from lillama.base.progress import Progress
 from lillama.base.rundir import FINETUNED, MODEL, RunDirectory
-from lillama.checkpoint import open
 from lillama.checkpoint import write as checkpoint
 from lillama.checkpoint.card import model_card
 from lillama.checkpoint.load import load
+from lillama.checkpoint.open import open_model
 from lillama.data import batches as data_batches
 from lillama.data import text as calibration
 from lillama.distill.engine import distill
@@ -245,7 +245,7 @@ class Run:
     def opened(self, when: str) -> Any:
         """The model of a stage, on the CPU."""
         trust = self.recipe.model.trust_remote_code
-        model = open.opened(self.place(when), self.source.dtype, self.source.auto_class, trust)
+        model = open_model(self.place(when), self.source.dtype, self.source.auto_class, trust)
         if when == "before":
             sharing.share(model, self.source.shared)
         return model

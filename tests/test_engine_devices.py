@@ -1,13 +1,26 @@
-"""Losses are read seldom where reading waits for a device, and a bad one is found before anything is stored."""
+"""What the engine does where a device works while the host goes on: losses, streams and tables, by stand-ins."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lillama import Layer, Weight
+from lillama.base.device import Device
+from lillama.base.progress import Progress
+from lillama.distill import losses
 from lillama.distill.losslog import READ_EVERY, LossLog
+from lillama.distill.student import Student, Training
 from lillama.errors import DistillationError
+from lillama.lowrank.embedding import LowRankEmbedding
+from lillama.lowrank.storage import get_storage
+from lillama.plan.plan import Plan
 from lillama.pretrained import streams
+from lillama.pretrained.walk import LayerPass, Walk
 from lillama.recipe.schema import Distill
 
 NAN = float("nan")
@@ -78,3 +91,29 @@ def test_streams_of_a_gpu_wait_in_pinned_memory(monkeypatch):
     assert asked == [("cpu", True), True]
     plain = torch.ones(3)
     assert streams.to_host(plain).data_ptr() == plain.data_ptr(), "on a CPU nothing is copied"
+
+
+def test_an_original_table_waits_on_the_host_where_the_card_is_short_of_memory():
+    """With low memory the card has one original layer at a time: a loss on all tokens may not keep the table there."""
+    with FakeTensorMode():
+        table, card = nn.Embedding(30, 8, device="cuda"), Device(torch.device("cuda"), torch.float32)
+        layer = Layer("embed", (Weight("embed", (30, 8), kind="embedding"),), "embedding")
+        plan = Plan((layer,), {"embed": 4}, "factors", 240)
+        training = Training(plan, Distill.model_validate({}), 0.1, card, 3, spare_device=True)
+        small = LowRankEmbedding(get_storage("factors"), 30, 8, 4, device="cuda").requires_grad_(False)
+        student = SimpleNamespace(training=training, module=small)
+        loss = Student._watch_vocabulary(student, LayerPass(layer, 0, table, [], {}))
+        assert loss.original.device.type == "cpu"
+        more = loss.add_to(torch.ones((), device="cuda"), small, losses.mse, 5, 0)
+        assert more.device.type == "cuda", "what is compared is brought over, a few rows at a time"
+
+
+def test_streams_of_a_model_that_names_no_width_have_that_of_its_widest_weight():
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+    layers = [Layer("a", (Weight("a.w", (4, 16)),)), Layer("b", (Weight("b.w", (16, 12)),))]
+    source = SimpleNamespace(config=config, working=torch.float32)
+    walk = Walk(source, layers, layers, Device(torch.device("cpu"), torch.float32), Progress())
+    raw = [{"input_ids": torch.zeros(2, 5, dtype=torch.int64)}]
+    needed = 3 * 10 * 16 * 4  # streams, tokens, width, bytes
+    assert walk.choose_place(raw, 3, (0, needed)) == "host"
+    assert walk.choose_place(raw, 3, (0, needed - 1)) == "file"
