@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def test_a_model_with_code_of_its_own_goes_all_the_way(home: Path, capsys: pytes
             lillama.load(place)
         assert "trust_remote_code=True" in str(caught.value.hint)
     capsys.readouterr()
-    assert cli.main(["eval", str(home / "out"), "--json"]) == 0
+    trusted = ["--set", "model.trust_remote_code=true"]
+    assert cli.main(["eval", str(home / "out"), "--json", *trusted]) == 0, capsys.readouterr().err
     found = json.loads(capsys.readouterr().out)
     stored = json.loads((home / "out" / "metrics.json").read_text())["after"]
     assert found["perplexity/perplexity"] == pytest.approx(stored["perplexity/perplexity"])
@@ -117,6 +119,13 @@ def test_no_directory_makes_its_own_code_run(home: Path, capsys: pytest.CaptureF
     perplexity = f"evaluate.perplexity={{dataset: {home}/text.txt, sequence_length: 16, tokens: 64}}"
     assert cli.main(["eval", str(home / "model"), "--set", perplexity]) == 2
     assert "model.trust_remote_code: true says so" in capsys.readouterr().err
+    # A run directory that asks for trust itself, in the recipe it holds, gets none.
+    strangers = home / "strangers"
+    shutil.copytree(home / "model", strangers / "model")
+    (strangers / "recipe.resolved.yaml").write_text((home / "recipe.yaml").read_text())
+    assert "trust_remote_code: true" in (strangers / "recipe.resolved.yaml").read_text()
+    assert cli.main(["eval", str(strangers)]) == 2
+    assert cli.main(["bench", str(strangers), "--lengths", "4", "--new-tokens", "2"]) == 2
     assert not ran.exists()
     assert cli.main(["eval", str(home / "model"), "--set", perplexity, "--set", "model.trust_remote_code=true"]) == 0
     assert ran.exists()

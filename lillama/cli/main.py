@@ -112,7 +112,7 @@ def bench(args: argparse.Namespace) -> int:
     from lillama.evaluate import bench
 
     quiet.quiet_libraries()
-    models = bench.models_of(args.models)
+    models = bench.models_of(args.models, args.trust_remote_code)
     lengths = [int(part) for part in args.lengths.split(",")] if args.lengths else bench.LENGTHS
     settings = bench.Settings(args.batch_size, lengths, args.new_tokens, args.repeats, args.seconds)
     say = _console(stderr=True).print
@@ -266,6 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the metrics as JSON")
     sub = verb(bench)
     sub.add_argument("models", nargs="+", metavar="DIR", help="a run directory, or ORIGINAL COMPRESSED")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run modelling code that came with the models")
     sub.add_argument("--lengths", metavar="N,N,...", help="lengths of the prompts (512 to 16384, doubling)")
     sub.add_argument("--batch-size", type=int, default=4, help="prompts at once")
     sub.add_argument("--new-tokens", type=int, default=32, help="tokens to write")

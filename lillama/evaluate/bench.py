@@ -6,6 +6,7 @@ measurements next to each other.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,21 +50,25 @@ class Models:
     compressed: str
     run: Path | None = None
     recipe: Recipe | None = None
+    trust: bool = False
 
 
-def models_of(given: Sequence[str]) -> Models:
-    """What to compare: the two models of a run directory, or two models."""
+def models_of(given: Sequence[str], trust: bool = False) -> Models:
+    """What to compare: the two models of a run directory, or two models.
+
+    `trust` allows code that came with them to run, whatever the run's own recipe says.
+    """
     if len(given) == 2:
-        return Models(given[0], given[1])
+        return Models(given[0], given[1], trust=trust)
     run = Path(given[0])
     if len(given) != 1 or not (run / MODEL / "config.json").is_file() or not (run / RESOLVED).is_file():
         raise LillamaError(
             f"'{given[0]}' is not a finished run", where="bench", hint="Give a run directory, or ORIGINAL COMPRESSED."
         )
-    recipe = Recipe.load(run / RESOLVED)
+    recipe = Recipe.load(run / RESOLVED, [f"model.trust_remote_code={json.dumps(trust)}"])
     unpacked = run / "original"  # from a GGUF file
     original = str(unpacked) if unpacked.is_dir() else resolve(recipe.model)[0]
-    return Models(original, str(run / MODEL), run, recipe)
+    return Models(original, str(run / MODEL), run, recipe, trust)
 
 
 def compare(models: Models, settings: Settings, device: str, dtype: str, say: Say) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def compare(models: Models, settings: Settings, device: str, dtype: str, say: Sa
     chosen = choose(device)
     chosen.activate()
     places = (models.original, models.compressed)
-    loaded = [_opened(place, dtype, models.recipe) for place in places]
+    loaded = [_opened(place, dtype, models) for place in places]
     pair = _Pair(loaded, chosen.device)
     return {
         "device": str(chosen.device),
@@ -104,10 +109,10 @@ def compare(models: Models, settings: Settings, device: str, dtype: str, say: Sa
     }
 
 
-def _opened(place: str, dtype: str, recipe: Recipe | None) -> Any:
+def _opened(place: str, dtype: str, models: Models) -> Any:
     from lillama.checkpoint.open import find_plugin, open_model
 
-    trust = recipe is not None and recipe.model.trust_remote_code
+    recipe, trust = models.recipe, models.trust
     plugin, auto = find_plugin(place, recipe, trust=trust)
     model = open_model(place, dtype, auto, trust)
     if plugin is not None:

@@ -29,6 +29,10 @@ class Measured:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+# A directory may come from anybody: whether code that came with its model may run, whoever opens it says.
+UNTRUSTED = "model.trust_remote_code=false"
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What is to be measured (a recipe's `evaluate:` section), and by which plugin besides.
@@ -87,8 +91,10 @@ def put_on(model: Any, device: torch.device) -> Any:
 def asked_of(directory: Path, place: Path, path: str | None, overrides: Sequence[str]) -> Recipe | Evaluation:
     """What `place` is measured by: the recipe `path`, else the run's own in `directory`, else overrides alone."""
     data = [f"model.id={json.dumps(str(place))}", *overrides]
-    if path or (directory / RESOLVED).is_file():
-        return Recipe.load(path or directory / RESOLVED, data)
+    if path:
+        return Recipe.load(path, data)
+    if (directory / RESOLVED).is_file():
+        return Recipe.load(directory / RESOLVED, [UNTRUSTED, *data])
     return Evaluation.parse({}, data)
 
 
