@@ -185,6 +185,28 @@ def test_plugins_and_doctor_say_what_is_there(home, capsys):
     assert "needs the hub for the model mistralai/Mistral-7B-v0.1" in out.replace("\n", " ").replace("  ", " ")
 
 
+def test_doctor_finds_data_in_the_home_directory(home, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(home))
+    recipe = (home / "recipe.yaml").read_text().replace(f"dataset: {home}/text.txt, seq", "dataset: ~/text.txt, seq")
+    (home / "at-home.yaml").write_text(recipe)
+    assert "dataset: ~/text.txt" in recipe
+    assert call("doctor", home / "at-home.yaml") == 0
+    assert capsys.readouterr().out.rstrip().endswith("ready")
+
+
+def test_doctor_knows_what_the_distribution_requires(home, capsys, monkeypatch):
+    from lillama.cli import doctor
+
+    requirements = ["numpy>=1", "nothing-like-it>=2", "wandb>=0.19; extra == 'track'", "ruff; extra == 'dev'"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: requirements)
+    monkeypatch.setattr(doctor, "_version", lambda name: "9.9" if name in ("numpy", "lillama") else None)
+    assert call("doctor", home / "recipe.yaml") == 0
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines() if line}
+    assert lines["numpy"] == "9.9" and lines["nothing-like-it"] == "MISSING"
+    assert lines["wandb"] == "not installed (optional: extra track)"
+    assert lines["flash-attn"].startswith("not installed") and "ruff" not in lines
+
+
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_is_valid_and_says_how_to_run_it(recipe, capsys):
     assert call("validate", recipe) == 0

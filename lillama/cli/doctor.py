@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,9 @@ from lillama import host, registry
 from lillama.errors import LillamaError
 from lillama.version import __version__
 
-NEEDED = ("torch", "transformers", "accelerate", "safetensors", "datasets", "tokenizers", "pydantic", "pluggy")
-OPTIONAL = {
-    "lm-eval": "zero-shot evaluation",
-    "jiwer": "word error rates",
-    "soundfile": "audio",
-    "torchaudio": "audio on a GPU; must match torch's build",
-    "flash-attn": "attention kernels",
-    "peft": "LoRA",
-    "matplotlib": "plots in reports",
-}
+# Beyond what the distribution itself names: what a GPU may use, and must match torch's build.
+BESIDE = {"torchaudio": "audio on a GPU; must match torch's build", "flash-attn": "attention kernels"}
+OURS = "lillama"
 
 
 def report(recipes: list[str]) -> RenderableType:
@@ -52,11 +46,27 @@ def _versions() -> Table:
     table = _table()
     table.add_row("lillama", __version__)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
-    for name in NEEDED:
+    needed, optional = _requirements()
+    for name in needed:
         table.add_row(name, _version(name) or "MISSING")
-    for name, what in OPTIONAL.items():
+    for name, what in {**optional, **BESIDE}.items():
         table.add_row(name, _version(name) or f"not installed (optional: {what})")
     return table
+
+
+def _requirements() -> tuple[list[str], dict[str, str]]:
+    """The packages that lillama needs, and those of an extra with its name, as its own metadata say."""
+    from packaging.requirements import Requirement
+
+    needed, optional = [], {}
+    for text in (_version(OURS) and importlib.metadata.requires(OURS)) or ():
+        requirement = Requirement(text)
+        extra = re.search(r"extra == ['\"]([^'\"]+)", str(requirement.marker or ""))
+        if extra is None:
+            needed.append(requirement.name)
+        elif extra[1] != "dev":
+            optional[requirement.name] = f"extra {extra[1]}"
+    return needed, optional
 
 
 def _version(name: str) -> str | None:
@@ -134,7 +144,7 @@ def _lacks(recipe: Any) -> list[str]:
     if dataset.startswith("package:"):
         if importlib.util.find_spec(dataset.removeprefix("package:").partition(".")[0]) is None:
             lacks.append(f"needs the module {dataset}")
-    elif not Path(dataset).exists() and not _cached(dataset, "dataset"):
+    elif not Path(dataset).expanduser().exists() and not _cached(dataset, "dataset"):
         lacks.append(f"needs the hub for the data set {dataset}")
     if recipe.plugin != "auto" and recipe.plugin not in registry.PLUGINS:
         lacks.append(f"needs the plugin {recipe.plugin}")
