@@ -78,6 +78,25 @@ def test_the_mistral_recipe_runs_offline_on_a_tiny_model(home, tmp_path):
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
 
 
+def test_a_model_without_a_run_is_measured_by_overrides_alone(home, capsys):
+    perplexity = f"evaluate.perplexity={{dataset: {home}/text.txt, sequence_length: 16, tokens: 64}}"
+    options = ["--set", perplexity, "--set", "run.seed=3", "--device", "cpu", "--json"]
+    assert call("eval", home / "model", *options) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity/perplexity"] > 1
+    assert call("eval", home / "model", *options, "--set", "plugin=decoder") == 0
+    for override, says in (
+        ("compress.init=svd", "--set compress.init=svd: unknown key 'compress'"),
+        ("evaluate.speed={repeat: 1}", "unknown key 'repeat'\n  Did you mean 'repeats'?"),
+        ("plugin=mamba", "no plugin knows MistralForCausalLM"),
+        ("plugin=decodr", "Did you mean 'decoder'?"),
+    ):
+        capsys.readouterr()
+        assert call("eval", home / "model", *options, "--set", override) == 2
+        assert says in capsys.readouterr().err
+    assert call("eval", home / "model") == 2
+    assert "there is nothing to measure" in capsys.readouterr().err
+
+
 def test_plan_writes_nothing(home, tmp_path, capsys):
     assert call("plan", home / "recipe.yaml", "--set", f"run.out={tmp_path}/out") == 0
     shown = capsys.readouterr().out

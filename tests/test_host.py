@@ -235,6 +235,20 @@ def test_what_is_no_list_of_layers_is_refused(returned: Any) -> None:
         layers(found, "odd")
 
 
+def test_a_plugin_is_told_whether_it_was_asked_for_and_that_there_is_no_recipe() -> None:
+    told: list[Any] = []
+
+    def enumerate_layers(model: Any, recipe: Any, asked: bool) -> list[Layer]:
+        told.append((recipe and recipe.plugin, asked))
+        return LAYERS
+
+    found = Host([point("mine", enumerate_layers=enumerate_layers)])
+    for arguments in ((recipe(),), (recipe("mine"),), (None,), (None, "mine")):
+        assert found.layers(MODEL, *arguments)[0].name == "mine"  # type: ignore[arg-type]
+    assert told == [("auto", False), ("mine", True), (None, False), (None, True)]
+    assert found.auto_class(MODEL.config, None, "mine") is None
+
+
 def test_the_auto_class_of_a_plugin() -> None:
     whisper = SimpleNamespace(model_type="whisper")
     asks = point("speech", auto_class=lambda config, recipe: "Speech" if config.model_type == "whisper" else None)

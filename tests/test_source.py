@@ -86,7 +86,7 @@ def test_of_a_hub_repository_only_the_weights_that_are_read_come_down(monkeypatc
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    locate._download("some/repository", "main")
+    locate.download("some/repository", "main")
     assert not any(".safetensors" in pattern for pattern in asked[0])
     assert [p for p in asked[1] if p.endswith(".safetensors")] == ["one.safetensors"]
 

@@ -150,7 +150,7 @@ def weight_files(directory: Path) -> list[Path]:
     )
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def download(repo: str, revision: str | None) -> Path:
     """The repository's files in the hub's cache; of its weights only those that transformers would read.
 
     Some repositories hold the same weights twice (consolidated.safetensors, pytorch_model.bin).

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lillama.base.tensorfile import Lazy, TensorFile
 from lillama.errors import LillamaError
 from lillama.pretrained import sharing
-from lillama.pretrained.locate import Place, _download, explained, weight_files
+from lillama.pretrained.locate import Place, download, explained, weight_files
 from lillama.recipe.schema import Model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,7 +110,7 @@ class Source:
         elif Path(self.where).is_dir():
             self.directory = Path(self.where)
         else:
-            self.directory = _download(self.where, self.section.revision)
+            self.directory = download(self.where, self.section.revision)
         self._keys = self._index(self.directory)
         self._check_copies()
         return self.directory

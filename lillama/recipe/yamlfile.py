@@ -1,8 +1,7 @@
 """YAML as people expect it: `1e-4` is a number, `no` is a word, a key given twice is an error.
 
 PyYAML follows YAML 1.1, where `1e-4` is a string, `no` is False and the last of two equal keys wins.
-(ruamel.yaml reads YAML 1.2, but makes dates of text and numbers of types of its own, which would have to be undone: it
-saves nothing.)
+Not ruamel.yaml: its dates, sets, tags and wrapped values take as many lines to undo, and it is 2 to 4 times slower.
 """
 
 from __future__ import annotations
