@@ -178,7 +178,9 @@ def _start_at(job: Job, at: LayerPass, layer: Layer) -> dict[str, Factors]:
     grams = None
     if at.inputs:
         limit = job.recipe.compress.gram_tokens
-        listener = Grams(at.layer.name, at.teacher, job.plan.planned(at.layer), limit, job.needs.grams)
+        # Of a tied head it is the Gram of its inputs that the embedding's factors depend on, whatever else is named.
+        wanted = job.needs.grams if layer is at.layer else {"gram"}
+        listener = Grams(at.layer.name, at.teacher, job.plan.planned(at.layer), limit, wanted)
         with job.device.autocast():
             grams = listener.add(at.batches, at.inputs["teacher"], at.position).close()
     known = job.statistics.complete(layer, grams)

@@ -31,6 +31,8 @@ class Snapshot:
 
     def save(self, step: int) -> None:
         """Store the state after `step`. Numbers and tensors go into one file, so that they cannot disagree."""
+        for student in self.students.values():
+            student.log.read()  # a loss that waits to be looked at may be bad, and the state with it
         tensors: dict[str, Tensor] = {}
         entries: list[Entry] = []
         for position, student in self.students.items():
