@@ -8,7 +8,6 @@ A strategy is a function (layers, remove, compress) -> {weight name: rank} that 
 from __future__ import annotations
 
 import fnmatch
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +118,7 @@ class Plan:
 
 def wants_spectra(compress: Compress) -> bool:
     """Whether the recipe's strategy decides by what is measured on the calibration data."""
-    return "spectra" in inspect.signature(STRATEGIES.get(compress.strategy)).parameters
+    return "spectra" in STRATEGIES.needs(compress.strategy)
 
 
 def observable(layer: Layer) -> tuple[Weight, ...]:
