@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from lillama.base.tensorfile import Entry
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory on disk."""
     with contextlib.suppress(OSError):  # not every file system lets a directory be opened
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -39,9 +40,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(directory: Path) -> None:
+    """Have the files below a directory on disk."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
 
 
 @contextlib.contextmanager
@@ -51,13 +60,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        flush(temporary)
         temporary.chmod(0o755)
         temporary.rename(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

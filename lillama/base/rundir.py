@@ -1,7 +1,7 @@
 """The run directory: files appear whole or not at all, and a run continues where it stopped.
 
-Every file is written beside itself, flushed to disk and renamed. `MANIFEST.json` (sha256 of every finished
-file, and the fingerprint of the run) is written after what it names.
+Every file is written beside itself, flushed to disk and renamed; the manifest (manifest.py) names those that are
+finished. A directory of files that belong together (a checkpoint) is a unit: it is finished as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,14 +11,25 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from lillama.base.files import sha256, without_infinities, write_entries, write_json, write_tensors
+from lillama.base import manifest
+from lillama.base.files import (
+    flush,
+    sha256,
+    sync_directory,
+    without_infinities,
+    write_entries,
+    write_json,
+    write_tensors,
+)
+from lillama.base.manifest import Manifest
 from lillama.errors import LillamaError
 
 if TYPE_CHECKING:
@@ -26,13 +37,17 @@ if TYPE_CHECKING:
 
     from lillama.base.tensorfile import Entry
 
-MANIFEST = "MANIFEST.json"
 MODEL = "model"  # the checkpoint
 FINETUNED = "finetuned"  # the checkpoint after fine-tuning
-CHECKPOINTS = (MODEL, FINETUNED)
+ORIGINAL = "original"  # the original unpacked, where it came in another form
+UNITS = (MODEL, FINETUNED, ORIGINAL)
 RESOLVED = "recipe.resolved.yaml"
+EVENTS = "events.jsonl"
 LOCK = ".lock"
 OWNER = ".owner"  # who has the lock, for people
+BOOKKEEPING = frozenset((LOCK, OWNER, manifest.NAME, manifest.COPY))
+# What a process that was killed leaves: files and folders not yet renamed, best states of layers that were learning.
+LEFTOVERS = (".*.part", "*/.*.part", "best.[0-9][0-9][0-9][0-9].safetensors")
 
 
 class RunDirectory:
@@ -40,9 +55,17 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._manifest: dict[str, Any] = {"version": 1, "fingerprint": {}, "files": {}}
+        self._manifest = Manifest()
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []  # of events
+        self.remarks: list[str] = []  # what `open` has to say, for people
         self._lock = FileLock(path / LOCK, timeout=0)
+
+    def held(self) -> dict[str, Any] | None:
+        """The fingerprint of the run that is here; None where there is none, or none that can be read."""
+        try:
+            return manifest.read(self.path).fingerprint
+        except LillamaError:
+            return None
 
     def open(self, fingerprint: dict[str, Any], restart: bool = False) -> None:
         """Start a run here, or continue the one whose fingerprint is the same; `restart` discards the one that is here.
@@ -50,21 +73,28 @@ class RunDirectory:
         The directory is this process' own until `close`. Raises LillamaError, writing nothing, when the directory holds
         another run (the differences are named) or files that are not a run's, and when another process works here.
         """
-        if restart:
-            self._discard()
-        self._check(fingerprint)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._acquire()
-        try:
-            self._check(fingerprint)  # again: another process may have begun a run meanwhile
-        except LillamaError:
-            self.close()
-            raise
-        if (self.path / MANIFEST).exists():
-            self._drop_damaged()
-            return
-        self._manifest = {"version": 1, "fingerprint": fingerprint, "files": {}}
-        self._write()
+        with _explained(self.path):
+            restart = restart and self.path.exists() and not self._is_empty()
+            if restart:
+                manifest.read(self.path)  # refuses what is no run's
+            else:
+                self._check(fingerprint)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            try:
+                if restart:
+                    self._discard()
+                else:
+                    self._check(fingerprint)  # again: another process may have begun a run meanwhile
+                self._remove_leftovers()
+                if restart or not manifest.is_there(self.path):
+                    self._manifest = Manifest(fingerprint)
+                    self._write()
+                else:
+                    self._drop_damaged()
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Let other processes work here."""
@@ -72,8 +102,6 @@ class RunDirectory:
 
     def _acquire(self) -> None:
         """Take the lock, and leave a word on who has it. It is the system's: a process that dies gives it back."""
-        if self._lock.is_locked:
-            return
         try:
             self._lock.acquire()
         except Timeout as error:
@@ -90,16 +118,9 @@ class RunDirectory:
 
     def _check(self, fingerprint: dict[str, Any]) -> None:
         """LillamaError unless a run with this fingerprint may go on, or begin, here; reads the manifest there is."""
-        manifest = self.path / MANIFEST
-        if manifest.exists():
-            try:
-                self._manifest = json.loads(manifest.read_text())
-                held = self._manifest["fingerprint"]
-            except (ValueError, KeyError) as error:
-                raise LillamaError(
-                    "the manifest is damaged", where=str(manifest), hint="Use another run.out."
-                ) from error
-            if differences := _differences(held, fingerprint):
+        if manifest.is_there(self.path):
+            self._manifest = manifest.read(self.path)
+            if differences := _differences(self._manifest.fingerprint, fingerprint):
                 raise LillamaError(
                     "the directory holds another run, which differs in\n    " + "\n    ".join(differences),
                     where=str(self.path),
@@ -115,57 +136,111 @@ class RunDirectory:
 
     def _is_empty(self) -> bool:
         """Whether nothing but an old lock is here."""
-        return {path.name for path in self.path.iterdir()} <= {LOCK, OWNER}
+        return self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {LOCK, OWNER}
 
     def _discard(self) -> None:
-        """Remove the run that is here; refuses anything that is not a run directory."""
-        if not self.path.exists():
+        """Remove what the manifest lists of the run that is here; what else there is stays, and is remarked on."""
+        held = manifest.read(self.path)
+        for name in held.files:
+            self._remove(name)
+        for name in held.also:
+            self._remove(name, whole=True)
+        self._remove_leftovers()
+        left = sorted(path.name + "/" * path.is_dir() for path in self.path.iterdir() if path.name not in BOOKKEEPING)
+        if left:
+            self.remarks.append(f"not of the earlier run, and left as it is in {self.path}: {', '.join(left)}")
+
+    def _remove(self, name: str, whole: bool = False) -> None:
+        """Remove a file of the run, and the directories that it leaves empty; with `whole` a directory with all in it.
+
+        Never what a link leads to, nor anything that is not below this directory.
+        """
+        path = self.path / name
+        if not path.parent.resolve().is_relative_to(self.path.resolve()):
             return
-        if not (self.path / MANIFEST).exists():
-            if not self._is_empty():
-                raise LillamaError("this is not a run directory", where=str(self.path), hint="Remove it yourself.")
-            return
-        self._acquire()
-        for path in self.path.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name not in (LOCK, OWNER):
-                path.unlink()
+        if whole and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.is_file() or path.is_symlink():
+            path.unlink()
+        for parent in path.relative_to(self.path).parents[:-1]:
+            with contextlib.suppress(OSError):  # others have files there
+                (self.path / parent).rmdir()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a process that was killed had not finished. The lock is held, so nobody else is at it."""
+        for pattern in LEFTOVERS:
+            for path in self.path.glob(pattern):
+                self._remove(str(path.relative_to(self.path)), whole=True)
 
     def _drop_damaged(self) -> None:
         """Forget what is not as it was written. A checkpoint is one unit: with one file of it, all of it goes."""
-        files = self._manifest["files"]
+        files = self._manifest.files
         damaged = {
             name
             for name, digest in files.items()
             if not (self.path / name).is_file() or sha256(self.path / name) != digest
         }
-        units = {f"{unit}/" for unit in CHECKPOINTS if any(name.startswith(f"{unit}/") for name in damaged)}
-        self._manifest["files"] = {
-            name: digest for name, digest in files.items() if name not in damaged and not name.startswith(tuple(units))
-        }
-        self._write()
+        units = tuple(f"{unit}/" for unit in UNITS if any(name.startswith(f"{unit}/") for name in damaged))
+        gone = {name for name in files if name in damaged or name.startswith(units)}
+        if gone:
+            there = [name for name in sorted(damaged) if (self.path / name).exists()]
+            if there:
+                self.remarks.append(f"damaged, and made again: {', '.join(there)}")
+            self.forget(*gone)
 
     def _write(self) -> None:
-        write_json(self.path / MANIFEST, self._manifest)
+        self._manifest.write(self.path)
+
+    @contextlib.contextmanager
+    def put_directory(self, name: str) -> Iterator[Path]:
+        """A directory to fill, which becomes the unit `name` with all its files recorded when the block ends.
+
+        The manifest names them just before the directory gets its name: a process that is killed in between leaves
+        names of files that are not there, which the next one forgets.
+        """
+        self._clear(name)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=self.path))
+        try:
+            yield temporary
+            flush(temporary)
+            temporary.chmod(0o755)
+            found = sorted(path for path in temporary.rglob("*") if path.is_file())
+            self._manifest.files |= {f"{name}/{path.relative_to(temporary).as_posix()}": sha256(path) for path in found}
+            self._write()
+            temporary.rename(self.path / name)
+            sync_directory(self.path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _clear(self, name: str) -> None:
+        """Make way for the unit `name`: remove what is known of it, set aside what nobody knows."""
+        self.forget(*(file for file in self._manifest.files if file.startswith(f"{name}/")))
+        path = self.path / name
+        if path.exists() or path.is_symlink():
+            count = 1
+            while (aside := path.with_name(f"{name}.unknown-{count}")).exists():
+                count += 1
+            path.rename(aside)
+            self.event("set_aside", what=name, to=aside.name)
 
     def has(self, name: str) -> bool:
         """Whether the file was finished and is unharmed."""
-        return name in self._manifest["files"]
+        return name in self._manifest.files
 
     def record(self, *names: str) -> None:
         """Take finished files into the manifest."""
         for name in names:
-            self._manifest["files"][name] = sha256(self.path / name)
+            self._manifest.files[name] = sha256(self.path / name)
         self._write()
 
     def forget(self, *names: str) -> None:
         """Take files out of the manifest and remove them."""
         for name in names:
-            self._manifest["files"].pop(name, None)
-        self._write()
+            self._manifest.files.pop(name, None)
+        if names:
+            self._write()
         for name in names:
-            (self.path / name).unlink(missing_ok=True)
+            self._remove(name)
 
     def put_json(self, name: str, data: Any) -> None:
         """Write and record a JSON file."""
@@ -201,10 +276,23 @@ class RunDirectory:
 
     def event(self, kind: str, **data: Any) -> None:
         """Append one line to events.jsonl: what happened, when, with which numbers."""
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as handle:
+        with (self.path / EVENTS).open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(without_infinities({"time": round(time.time(), 3), "event": kind, **data})) + "\n")
         for listen in list(self.listeners):
             listen(kind, data)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say what keeps a run from beginning at `path`: no right to write there, a file in the way, a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise LillamaError(
+            f"the run directory cannot be written: {error.strerror or error}",
+            where=str(error.filename or path),
+            hint="Make room there, or give another run.out.",
+        ) from error
 
 
 def _differences(held: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

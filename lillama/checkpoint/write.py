@@ -10,36 +10,34 @@ from pathlib import Path
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from lillama.base import tensorfile
-from lillama.base.files import atomic_directory
 from lillama.base.rundir import RunDirectory
 from lillama.base.tensorfile import Entry, TensorFile
 from lillama.checkpoint import quantizer
 from lillama.lowrank import swap as factors
 from lillama.plan.plan import Plan
+from lillama.pretrained.identity import BESIDE
 from lillama.pretrained.source import Source
 
 SHARD_BYTES = 5_000_000_000
 # Written anew, or weights in formats that would shadow ours.
-NOT_COPIED = ("config.json", "model.safetensors.index.json", "README.md")
+NOT_COPIED = ("config.json", "model.safetensors.index.json", "README.md", "lillama.manifest.json")
 
 
 def write(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str], target: Path, card: str) -> None:
-    """Write the compressed model to the directory `target`, which appears whole or not at all.
+    """Write the compressed model into the empty directory `target`.
 
     Untouched tensors are copied from the original's files under their own names; finished layers come from
     `layer_files` of the run. Weights are cast to the source's dtype.
     """
-    entries = _entries(source, plan, run, layer_files)
-    with atomic_directory(target) as directory:
-        _write_shards(entries, directory)
-        config = copy.deepcopy(source.config)
-        config.dtype = source.dtype
-        config.architectures = [type(source.model).__name__]
-        config.quantization_config = quantizer.LillamaConfig(plan.modules(), shared=source.shared)
-        config.save_pretrained(directory)
-        assert source.directory is not None
-        copy_beside(source.directory, directory)
-        (directory / "README.md").write_text(card, encoding="utf-8")
+    _write_shards(_entries(source, plan, run, layer_files), target)
+    config = copy.deepcopy(source.config)
+    config.dtype = source.dtype
+    config.architectures = [type(source.model).__name__]
+    config.quantization_config = quantizer.LillamaConfig(plan.modules(), shared=source.shared)
+    config.save_pretrained(target)
+    assert source.directory is not None
+    copy_beside(source.directory, target)
+    (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def _entries(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str]) -> list[Entry]:
@@ -94,7 +92,7 @@ def _write_shards(entries: list[Entry], directory: Path) -> None:
 
 def copy_beside(source: Path, target: Path) -> None:
     """Copy what stands beside the weights of `source` (tokenizer, processor, settings), less what `target` has."""
-    kinds = [".json", ".txt", ".model", ".jinja", ".tiktoken"]
+    kinds = [*BESIDE]
     said = [target / "config.json", *(f for f in source.glob("*config.json") if f.name not in NOT_COPIED)]
     if any('"auto_map"' in file.read_text(encoding="utf-8") for file in said if file.exists()):
         kinds.append(".py")  # code that the configuration names

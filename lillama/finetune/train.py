@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from lillama.base.files import atomic_directory
 from lillama.base.rundir import FINETUNED, RunDirectory
 from lillama.checkpoint import write as checkpoint
 from lillama.errors import DistillationError, LillamaError
@@ -101,11 +100,8 @@ def last_checkpoint(work: Path) -> Path | None:
 
 def save(model: Any, dtype: torch.dtype, original: Path, directory: RunDirectory, card: str) -> None:
     """Write the fine-tuned checkpoint, with what stands beside the weights of the compressed one (`original`)."""
-    shutil.rmtree(directory.path / FINETUNED, ignore_errors=True)  # one that the manifest does not know
-    with atomic_directory(directory.path / FINETUNED) as target:
+    with directory.put_directory(FINETUNED) as target:
         model.to(device="cpu", dtype=dtype).save_pretrained(target)
         checkpoint.copy_beside(original, target)
         (target / "README.md").write_text(card, encoding="utf-8")
-    names = sorted(file.name for file in (directory.path / FINETUNED).iterdir())
-    directory.record(*(f"{FINETUNED}/{name}" for name in names))
     shutil.rmtree(directory.path / WORK, ignore_errors=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lillama.base.files import atomic_directory
+from lillama.base.rundir import ORIGINAL
 from lillama.base.tensorfile import Lazy, TensorFile
 from lillama.errors import LillamaError
-from lillama.pretrained import sharing
+from lillama.pretrained import identity, sharing
 from lillama.pretrained.locate import Place, download, explained, weight_files
 from lillama.recipe.schema import Model
 
+PutDirectory = Callable[[str], AbstractContextManager[Path]]  # makes a directory of that name, whole or not at all
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,26 +91,25 @@ class Source:
         self.aliases = sharing.aliases(self.model, self.shared)
 
     def identity(self) -> dict[str, Any]:
-        """What tells these weights from others: a hub commit, or place, size and date of local files."""
+        """What tells this model from others: a hub commit, or the content of local files (identity.py)."""
         commit = getattr(self.config, "_commit_hash", None)
         if commit:
             return {"id": self.where, "commit": commit}
-        directory = Path(self.where)
-        files = [directory / self.gguf] if self.gguf else sorted(directory.glob("*.safetensors"))
-        return {"id": self.where} | {f.name: [f.stat().st_size, int(f.stat().st_mtime)] for f in files}
+        return identity.of(Path(self.where), self.gguf, self.section.trust_remote_code)
 
     @property
     def parameters(self) -> int:
         """Unique parameters of the model; tied ones count once."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def fetch(self, cache: Path) -> Path:
+    def fetch(self, cache: Path, put: PutDirectory | None = None) -> Path:
         """Make the weights available as local safetensors files and index them.
 
-        A hub model is downloaded to the hub's own cache; a GGUF file is unpacked once into `cache`.
+        A hub model is downloaded to the hub's own cache; a GGUF file is unpacked once into `cache`, where `put` makes
+        the directory of a name (None: atomic_directory).
         """
         if self.gguf:
-            self.directory = unpack_gguf(self, cache)
+            self.directory = unpack_gguf(self, cache, put or (lambda name: atomic_directory(cache / name)))
         elif Path(self.where).is_dir():
             self.directory = Path(self.where)
         else:
@@ -257,20 +260,18 @@ class Source:
         ]
 
 
-def unpack_gguf(source: Source, cache: Path) -> Path:
+def unpack_gguf(source: Source, cache: Path, put: PutDirectory) -> Path:
     """Dequantise a GGUF model into `cache/original` as safetensors, once, with its tokenizer."""
     import io
 
     from transformers import AutoTokenizer, GgufConfig
 
-    from lillama.base.files import atomic_directory
-
-    directory = cache / "original"
+    directory = cache / ORIGINAL
     if directory.exists():
         return directory
     with (
         explained(f"the GGUF file '{source.gguf}'", "model.gguf_file"),
-        atomic_directory(directory) as temporary,
+        put(ORIGINAL) as temporary,
         contextlib.redirect_stderr(io.StringIO()),  # transformers' bars, which nothing else turns off
     ):
         model = source.auto_class.from_pretrained(

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lillama.run.prepare import Prepared
+from lillama.version import __version__
+
 # Settings of a run that change nothing in its result.
 NOT_IN_THE_NUMBERS = {
     "out",
@@ -13,3 +23,38 @@ NOT_IN_THE_NUMBERS = {
     "curve_tokens",
     "track",
 }
+
+
+def of(prepared: Prepared, data: str) -> dict[str, Any]:
+    """The fingerprint of a run; `data` is that of its batches. Where the model lies is no part of it."""
+    import transformers
+
+    unimportant: Any = {"evaluate": True, "finetune": True, "run": NOT_IN_THE_NUMBERS, "model": {"id"}}
+    plugin = prepared.plugin
+    return {
+        "recipe": prepared.recipe.model_dump(mode="json", exclude=unimportant),
+        "data": data,
+        "model": prepared.source.identity(),
+        "plugin": f"{plugin.name} of {plugin.distribution} {plugin.version}",
+        "compute": str(prepared.device.compute).removeprefix("torch."),
+        "lillama": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def like(new: dict[str, Any], held: dict[str, Any], place: Path) -> dict[str, Any]:
+    """`new` in the form that a run of an earlier version has it in, to be compared with that one's, `held`.
+
+    Earlier versions knew the model at `place` by its name and the sizes and dates of its files, of which a date decides
+    nothing, and did not note the plugin.
+    """
+    if "plugin" in held:
+        return new
+    compared = copy.deepcopy({key: value for key, value in new.items() if key != "plugin"})
+    with contextlib.suppress(KeyError, TypeError, ValueError, OSError):  # of whatever form: then it is another model
+        compared["recipe"]["model"]["id"] = held["recipe"]["model"]["id"]
+        sizes = {name: about[0] for name, about in held["model"].items() if name not in ("id", "commit")}
+        if sizes and all((place / name).stat().st_size == size for name, size in sizes.items()):
+            compared["model"] = held["model"]
+    return compared

@@ -38,10 +38,8 @@ from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Finetune, Recipe
 from lillama.report import html, track
 from lillama.report.record import IN_TURN, STAGES
-from lillama.run import curve
-from lillama.run.fingerprint import NOT_IN_THE_NUMBERS
+from lillama.run import curve, fingerprint
 from lillama.run.prepare import Prepared, prepare
-from lillama.version import __version__
 
 PLAN = "plan.json"
 
@@ -99,7 +97,10 @@ class Run:
         batches = self.batches()
         points = self.curve(batches)
         track.modules(self.recipe)
-        self.directory.open(self.fingerprint(batches), self.restart)
+        new, held = self.fingerprint(batches), self.directory.held()
+        self.directory.open(new if held is None else fingerprint.like(new, held, Path(self.source.where)), self.restart)
+        for remark in self.directory.remarks:
+            self.progress.say(remark)
         with contextlib.closing(self.directory), track.tracked(self.recipe, self.directory, self.progress):
             return self.phases(batches, points)
 
@@ -110,7 +111,7 @@ class Run:
         # Before anything large is allocated.
         (memory.return_large_blocks if self.recipe.run.low_memory else memory.keep_large_blocks)()
         with self.progress.timed("fetch"):
-            self.source.fetch(self.directory.path)
+            self.source.fetch(self.directory.path, self.directory.put_directory)
         measured = {"before": self.measure("before")}
         if not self.directory.has(f"{MODEL}/config.json"):
             self.distill(batches, points)
@@ -134,7 +135,7 @@ class Run:
             sensitivity.measure_spectra(walk, self.directory, batches, self.recipe)  # unless that was just done
         distill(job, points)
         with progress.timed("write"):
-            self.write(job, self.directory.path / MODEL)
+            self.write(job)
         sensitivity.forget(self.directory, self.plan.layers)
 
     def decided(self) -> Plan:
@@ -180,20 +181,8 @@ class Run:
 
     def fingerprint(self, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
         """What must be the same for a stored layer to be of use: all that decides its numbers."""
-        import transformers
-
-        recipe = self.recipe.model_dump(
-            mode="json", exclude={"evaluate": True, "finetune": True, "run": NOT_IN_THE_NUMBERS}
-        )
-        return {
-            "recipe": recipe,
-            "data": data_batches.fingerprint(batches),
-            "model": self.source.identity(),
-            "compute": str(self.prepared.device.compute).removeprefix("torch."),
-            "lillama": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+        with self.progress.timed("read data"):
+            return fingerprint.of(self.prepared, data_batches.fingerprint(batches))
 
     def describe(self) -> None:
         """Write what the run is about to do."""
@@ -270,15 +259,11 @@ class Run:
             metrics |= held["stages"][stage]["metrics"]
             self.details[stage] = self.details.get(stage, {}) | held["stages"][stage]["details"]
 
-    def write(self, job: Job, target: Path) -> None:
+    def write(self, job: Job) -> None:
         """Write the checkpoint from the finished layers."""
-        import shutil
-
-        if target.exists():  # a checkpoint that the manifest does not know was not finished
-            shutil.rmtree(target)
         files = [job.file(layer) for layer in job.layers if self.plan.planned(layer)]
-        checkpoint.write(self.source, self.plan, self.directory, files, target, self.card())
-        self.directory.record(*(f"{MODEL}/{file.name}" for file in sorted(target.iterdir())))
+        with self.directory.put_directory(MODEL) as target:
+            checkpoint.write(self.source, self.plan, self.directory, files, target, self.card())
 
     def finetune(self, section: Finetune) -> None:
         """Train the compressed model as a whole, unless that was done before; leaves `finetuned/`."""
