@@ -13,6 +13,8 @@ from lillama.base import tensorfile
 from lillama.base.rundir import RunDirectory
 from lillama.base.tensorfile import Entry, TensorFile
 from lillama.checkpoint import quantizer
+from lillama.checkpoint.seal import NAME as SEAL
+from lillama.checkpoint.seal import seal
 from lillama.lowrank import swap as factors
 from lillama.plan.plan import Plan
 from lillama.pretrained.identity import BESIDE
@@ -20,7 +22,7 @@ from lillama.pretrained.source import Source
 
 SHARD_BYTES = 5_000_000_000
 # Written anew, or weights in formats that would shadow ours.
-NOT_COPIED = ("config.json", "model.safetensors.index.json", "README.md", "lillama.manifest.json")
+NOT_COPIED = ("config.json", "model.safetensors.index.json", "README.md", SEAL)
 
 
 def write(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str], target: Path, card: str) -> None:
@@ -38,6 +40,7 @@ def write(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str],
     assert source.directory is not None
     copy_beside(source.directory, target)
     (target / "README.md").write_text(card, encoding="utf-8")
+    seal(target)
 
 
 def _entries(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str]) -> list[Entry]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lillama.base import stop
 from lillama.errors import LillamaError
 from lillama.version import __version__
 
@@ -301,17 +303,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv, argparse.Namespace(debug=False))
     # Threads that spin while they wait starve whatever shares the machine; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    verb: Verb = args.verb
+    advice = stop.GO_ON if verb in (run, sweep) else ""
     try:
-        verb: Verb = args.verb
-        return verb(args)
+        with stop.signals(advice):
+            return verb(args)
     except LillamaError as error:
         if args.debug:
             raise
         sys.stderr.write(f"lillama: {error}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("lillama: stopped; the same command continues where it was\n")
-        return 130
+    except KeyboardInterrupt as stopped:
+        number = stopped.signal if isinstance(stopped, stop.Stopped) else signal.SIGINT
+        sys.stderr.write(stop.message(number, advice))
+        return stop.CODES[number]
     except BrokenPipeError:
         return 141
 

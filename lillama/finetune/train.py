@@ -9,28 +9,34 @@ from __future__ import annotations
 import fnmatch
 import math
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lillama.base.rundir import FINETUNED, RunDirectory
+from lillama.base import stop
+from lillama.base.files import write_json
+from lillama.base.rundir import FINETUNED, MODEL, RunDirectory
 from lillama.checkpoint import write as checkpoint
+from lillama.checkpoint.seal import seal
 from lillama.errors import DistillationError, LillamaError
-from lillama.finetune import adapters
+from lillama.finetune import adapters, resume
 from lillama.finetune.data import Examples, split, updates
 from lillama.finetune.trainer import SLOWER, WORK, Setting, build_trainer
 from lillama.lowrank import swap as factors
 from lillama.recipe.schema import Finetune
 
-SETTINGS = "finetune.json"
+SETTINGS = "finetune.json"  # in the checkpoint: the section of the recipe that made it
 
 
 def finished(directory: RunDirectory, section: Finetune) -> bool:
     """Whether this fine-tuning is done; a result of other settings is an error that says so."""
     if not directory.has(f"{FINETUNED}/config.json"):
         return False
-    held, wanted = directory.json(SETTINGS), section.model_dump(mode="json")
+    # Earlier versions kept the settings beside the checkpoint.
+    name = next((one for one in (f"{FINETUNED}/{SETTINGS}", SETTINGS) if directory.has(one)), None)
+    if name is None:
+        return False
+    held, wanted = directory.json(name), section.model_dump(mode="json")
     if held != wanted:
         keys = sorted(key for key in held.keys() | wanted.keys() if held.get(key) != wanted.get(key))
         raise LillamaError(
@@ -45,24 +51,23 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
     """Train `model` (float32, on the CPU) in place to the state with the best held-out loss.
 
     With `lora`, adapters are trained and merged into it. `teacher` is the original where the section wants its
-    predictions, else None. Continues from the trainer's last checkpoint in the run directory. Raises
+    predictions, else None. Continues from the last whole checkpoint of the trainer in the run directory. Raises
     DistillationError when a loss is not finite.
     """
     if not examples:
         raise LillamaError("the data gives no example", where="finetune.dataset")
     section, directory = setting.section, setting.directory
-    said = section.model_dump(mode="json")
-    if not directory.has(SETTINGS) or directory.json(SETTINGS) != said:
-        shutil.rmtree(setting.work, ignore_errors=True)  # of other settings, and not finished
-        directory.put_json(SETTINGS, said)
+    last = resume.last_checkpoint(setting.work, section)
+    if last is not None:
+        directory.event("resumed", finetune=True, step=resume.step_of(last))
+    torch.manual_seed(section.seed)  # of adapters, which are drawn
     kept = factors.use_trainable_storage(model)
     freeze(model, section.freeze)
     learner = model if section.lora is None else adapters.attach(model, section.lora)
     parts = split(examples, section.holdout, torch.Generator().manual_seed(section.seed))
     total = section.steps or updates(len(parts[0]), section)
-    with setting.progress.phase("finetune", total) as bar:
+    with setting.progress.phase("finetune", total) as bar, stop.at_a_good_moment():
         trainer = build_trainer(learner, teacher, parts, setting, bar)
-        last = last_checkpoint(setting.work)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if parts[1] and not math.isfinite(trainer.state.best_metric or math.nan):
         raise DistillationError("no held-out loss was finite", where="finetune", hint=SLOWER)
@@ -92,16 +97,12 @@ def freeze(model: Any, globs: list[str] | None) -> None:
         raise LillamaError("everything is frozen", where="finetune.freeze", hint="Freeze less.")
 
 
-def last_checkpoint(work: Path) -> Path | None:
-    """The trainer's last whole checkpoint: its state file is written last."""
-    found = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def save(model: Any, dtype: torch.dtype, original: Path, directory: RunDirectory, card: str) -> None:
-    """Write the fine-tuned checkpoint, with what stands beside the weights of the compressed one (`original`)."""
+def save(model: Any, dtype: torch.dtype, section: Finetune, directory: RunDirectory, card: str) -> None:
+    """Write the fine-tuned checkpoint, with what stands beside the weights of the compressed one."""
     with directory.put_directory(FINETUNED) as target:
         model.to(device="cpu", dtype=dtype).save_pretrained(target)
-        checkpoint.copy_beside(original, target)
+        checkpoint.copy_beside(directory.path / MODEL, target)
         (target / "README.md").write_text(card, encoding="utf-8")
+        write_json(target / SETTINGS, section.model_dump(mode="json"))
+        seal(target)
     shutil.rmtree(directory.path / WORK, ignore_errors=True)

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from lillama.base import stop
 from lillama.base.device import Device
 from lillama.base.progress import Bar, Progress
 from lillama.base.rundir import RunDirectory
 from lillama.errors import DistillationError
 from lillama.finetune.data import Collator, Examples
 from lillama.finetune.loss import loss_of
+from lillama.finetune.resume import seal_checkpoint
 from lillama.recipe.schema import Finetune
 from lillama.report import track
 
@@ -65,7 +67,7 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
         train_dataset=learned,
         eval_dataset=held or None,
         data_collator=Collator(learner.config.get_text_config().pad_token_id or 0),
-        callbacks=[_watcher(bar, setting.directory)],
+        callbacks=[_watcher(bar, setting)],
     )
     trainer.teacher = None if teacher is None else teacher.to(device.device).eval().requires_grad_(False)
     trainer.model_accepts_loss_kwargs = True  # compute_loss divides by the number of labels of the whole update
@@ -102,7 +104,7 @@ def arguments(setting: Setting, updates: int, held: bool, shifted: bool) -> Any:
         max_grad_norm=section.clip_norm,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
+        save_total_limit=3,  # the newest, the one before it, and the best that this one names
         logging_steps=1,
         logging_nan_inf_filter=False,
         seed=section.seed,
@@ -133,17 +135,25 @@ def _keep_on(device: torch.device, made: Any) -> Any:
     return made
 
 
-def _watcher(bar: Bar, directory: RunDirectory) -> Any:
+def _watcher(bar: Bar, setting: Setting) -> Any:
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):
-        """Shows what the trainer does, and stops it when a loss is not finite."""
+        """Shows what the trainer does, seals what it saves, and stops it when a loss is not finite."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             bar.skip(state.global_step)
+            if state.best_model_checkpoint is not None:  # the run directory may have been moved since
+                state.best_model_checkpoint = str(setting.work / Path(state.best_model_checkpoint).name)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             bar.advance()
+            if stop.is_wanted():
+                control.should_save = True
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seal_checkpoint(setting.work, state.global_step, setting.section)
+            stop.now()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             loss, held = (logs or {}).get("loss"), (logs or {}).get("eval_loss")
@@ -154,6 +164,6 @@ def _watcher(bar: Bar, directory: RunDirectory) -> Any:
                     )
                 bar.advance(0, loss=loss)
             if held is not None:
-                directory.event("check", finetune=True, step=state.global_step, held_out_loss=held)
+                setting.directory.event("check", finetune=True, step=state.global_step, held_out_loss=held)
 
     return Watcher()

@@ -295,7 +295,7 @@ class Run:
         trackers = (tuple(self.recipe.run.track), track.name(self.recipe))
         setting = Setting(section, prepared.device, self.directory, self.progress, *trackers)
         finetune.finetune(model, teacher, examples, setting)
-        finetune.save(model, self.source.dtype, compressed, self.directory, self.card())
+        finetune.save(model, self.source.dtype, section, self.directory, self.card())
         # Of an earlier one that was removed.
         self.directory.forget(*filter(self.directory.has, ("evaluation.finetuned.json", IN_TURN)))
 

@@ -1,0 +1,57 @@
+"""Going on with a fine-tuning that was stopped: from the last of the trainer's checkpoints that is whole.
+
+A checkpoint is sealed once the trainer has written all of it, with the settings it was made under. What is not sealed,
+or not as it was sealed, was cut short or damaged: it is removed, and the one before it serves.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lillama.base.files import write_json
+from lillama.checkpoint.seal import damaged, seal
+from lillama.recipe.schema import Finetune
+
+SETTINGS = "lillama.finetune.json"
+STATE = "trainer_state.json"  # of the trainer; names the best checkpoint so far
+
+
+def seal_checkpoint(work: Path, step: int, section: Finetune) -> None:
+    """Mark the trainer's checkpoint of `step` as whole."""
+    directory = work / f"checkpoint-{step}"
+    write_json(directory / SETTINGS, section.model_dump(mode="json"))
+    seal(directory)
+
+
+def last_checkpoint(work: Path, section: Finetune) -> Path | None:
+    """The newest checkpoint below `work` that can be continued from under these settings; others are removed.
+
+    The best checkpoint that it names must be whole too, since the trainer goes back to that one in the end.
+    """
+    found = sorted((path for path in work.glob("checkpoint-*") if path.is_dir()), key=step_of)
+    whole = [path for path in found if _is_whole(path, section)]
+    for path in found:
+        if path not in whole:
+            shutil.rmtree(path)
+    for path in reversed(whole):
+        best = json.loads((path / STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
+        if best is None or (work / Path(best).name) in whole:
+            return path
+        shutil.rmtree(path)
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """After which step a checkpoint was written; -1 for what is none."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _is_whole(checkpoint: Path, section: Finetune) -> bool:
+    if damaged(checkpoint) != []:
+        return False
+    held: Any = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
+    return bool(held == section.model_dump(mode="json"))
