@@ -1,10 +1,10 @@
-# make run · make test · make lint · make bench          (all of them make .venv first)
+# make run · make test · make lint · make bench · make storm          (all of them make .venv first)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test lint bench install clean
+.PHONY: run test lint bench storm install clean
 
 run: install
 	$(BIN)/lillama run recipes/quickstart.yaml
@@ -17,6 +17,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Kills, damages, full disks and mutations, whole: an hour. Small versions are among the tests.
+storm: install
+	$(BIN)/python tests/faults/storm.py 200
+	$(BIN)/python tests/faults/damages.py 300
+	$(BIN)/python tests/faults/full_disk.py 200
+	$(BIN)/python tests/faults/mutate_recipes.py 10000
+	$(BIN)/python tests/faults/mutate_checkpoints.py 500
 
 # What measures something in a minute or two; others make models, or want data and an hour, and are run by hand.
 BENCHMARKS := $(filter-out benchmarks/train_% benchmarks/make_% benchmarks/quality.py, $(wildcard benchmarks/*.py))

@@ -79,6 +79,24 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(without_infinities(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_checked(path: Path, data: dict[str, Any]) -> None:
+    """Write a JSON file that carries a hash of what it says, for `read_checked`."""
+    write_json(path, {**data, "check": checksum(data)})
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """What `write_checked` wrote. Raises ValueError where the content does not fit its hash, or is none; OSError."""
+    data = json.loads(path.read_bytes())
+    if not isinstance(data, dict) or data.pop("check", None) != checksum(data):
+        raise ValueError("its content does not fit its hash")
+    return data
+
+
+def checksum(data: Any) -> str:
+    """The sha256 of what JSON would say of `data`."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 def without_infinities(data: Any) -> Any:
     """JSON knows no infinity (a perplexity may be) and no NaN (null then)."""
     if isinstance(data, dict):

@@ -6,14 +6,13 @@ is noticed and the copy takes its place. A file of that name that is not ours is
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lillama.base.files import write_json
+from lillama.base.files import checksum, write_checked
 from lillama.errors import LillamaError
 
 NAME = "MANIFEST.json"
@@ -34,9 +33,8 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Write the manifest and its copy, the one after the other, so that one of them is always whole."""
         data = {"version": VERSION, "fingerprint": self.fingerprint, "files": self.files, "also": list(self.also)}
-        data["check"] = _checksum(data)
         for name in (NAME, COPY):
-            write_json(directory / name, data)
+            write_checked(directory / name, data)
 
 
 def is_there(directory: Path) -> bool:
@@ -78,13 +76,9 @@ def _parse(text: bytes) -> Manifest:
     for name, digest in files.items():
         if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise ValueError(f"it has no hash of {name}")
-    if "check" in data and data.pop("check") != _checksum(data):
+    if "check" in data and data.pop("check") != checksum(data):  # earlier versions wrote none
         raise ValueError("its content does not fit its hash")
     return Manifest(fingerprint, files, tuple(also))
-
-
-def _checksum(data: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def is_inside(name: Any) -> bool:

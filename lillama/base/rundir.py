@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from lillama.base import manifest
+from lillama.base import disk, manifest
 from lillama.base.files import (
     flush,
     sha256,
@@ -73,7 +73,7 @@ class RunDirectory:
         The directory is this process' own until `close`. Raises LillamaError, writing nothing, when the directory holds
         another run (the differences are named) or files that are not a run's, and when another process works here.
         """
-        with _explained(self.path):
+        with disk.explained(self.path):
             restart = restart and self.path.exists() and not self._is_empty()
             if restart:
                 manifest.read(self.path)  # refuses what is no run's
@@ -280,19 +280,6 @@ class RunDirectory:
             handle.write(json.dumps(without_infinities({"time": round(time.time(), 3), "event": kind, **data})) + "\n")
         for listen in list(self.listeners):
             listen(kind, data)
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Say what keeps a run from beginning at `path`: no right to write there, a file in the way, a full disk."""
-    try:
-        yield
-    except OSError as error:
-        raise LillamaError(
-            f"the run directory cannot be written: {error.strerror or error}",
-            where=str(error.filename or path),
-            hint="Make room there, or give another run.out.",
-        ) from error
 
 
 def _differences(held: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lillama.base import stop
+from lillama.base import disk, stop
 from lillama.errors import LillamaError
 from lillama.version import __version__
 
@@ -319,6 +319,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.CODES[number]
     except BrokenPipeError:
         return 141
+    except OSError as error:
+        found = disk.trouble(error, Path.cwd())
+        if args.debug or found is None:
+            raise
+        sys.stderr.write(f"lillama: {found}\n")
+        return 2
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ layer boundary instead of replaying the layers before it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lillama.base import tensorfile
 from lillama.base.device import free_memory
-from lillama.base.files import write_json
+from lillama.base.files import read_checked, write_checked
 
 Place = Literal["device", "host", "file"]
 BOUNDARY = "boundary.json"
@@ -67,7 +67,7 @@ class Stream:
         self.place, self.device, self.path = place, device, path
         self._tensors: list[Tensor] = []
         self._entries: list[tuple[int, tuple[int, ...], torch.dtype]] = []
-        self._end = 0
+        self._end = self._sum = 0  # bytes of the file, and their CRC
         self._handle: BinaryIO | None = None
 
     def append(self, tensor: Tensor) -> None:
@@ -83,6 +83,7 @@ class Stream:
         view = tensorfile.raw(tensor)
         self._handle.seek(self._end)
         self._end += len(view)
+        self._sum = zlib.crc32(view, self._sum)
         while view:
             view = view[self._handle.write(view) :]
 
@@ -121,19 +122,28 @@ class Stream:
     def describe(self) -> dict[str, object]:
         """What `restore` needs to know."""
         entries = [[start, list(shape), str(dtype).removeprefix("torch.")] for start, shape, dtype in self._entries]
-        return {"file": self.path.name, "bytes": self._end, "entries": entries}
+        return {"file": self.path.name, "bytes": self._end, "crc": self._sum, "entries": entries}
 
     @classmethod
     def restore(cls, directory: Path, device: torch.device, said: dict[str, object]) -> Stream | None:
         """A stream left by an earlier process; None where its file is not what `describe` said."""
-        path = directory / str(said["file"])
-        if not path.is_file() or path.stat().st_size != said["bytes"]:
+        path = directory / Path(str(said["file"])).name
+        if not path.is_file() or path.stat().st_size != said["bytes"] or _crc(path) != said["crc"]:
             return None
         stream = cls("file", device, path)
         entries: list[tuple[int, list[int], str]] = said["entries"]  # type: ignore[assignment]
         stream._entries = [(start, tuple(shape), getattr(torch, dtype)) for start, shape, dtype in entries]
-        stream._end = int(str(said["bytes"]))
+        stream._end, stream._sum = int(str(said["bytes"])), int(str(said["crc"]))
         return stream
+
+
+def _crc(path: Path) -> int:
+    """The CRC of a file's content."""
+    found = 0
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 24):
+            found = zlib.crc32(block, found)
+    return found
 
 
 class Shelf:
@@ -153,12 +163,12 @@ class Shelf:
         for stream in streams.values():
             stream.flush()
         said = {name: stream.describe() for name, stream in streams.items()}
-        write_json(self.directory / BOUNDARY, {"position": position, "streams": said})
+        write_checked(self.directory / BOUNDARY, {"position": position, "streams": said})
 
     def marked(self) -> tuple[int, dict[str, Stream]] | None:
         """(position, streams) of the last mark; None where there is none, or its files are not whole."""
         try:
-            said = json.loads((self.directory / BOUNDARY).read_text())
+            said = read_checked(self.directory / BOUNDARY)
             found: dict[str, Stream | None] = {}
             by_file: dict[str, Stream | None] = {}
             for name, one in said["streams"].items():

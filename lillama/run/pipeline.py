@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lillama import host
-from lillama.base import device, memory
+from lillama.base import device, disk, memory
 from lillama.base.files import write_text
 from lillama.base.progress import Progress
 from lillama.base.rundir import FINETUNED, MODEL, RunDirectory
@@ -101,7 +101,11 @@ class Run:
         self.directory.open(new if held is None else fingerprint.like(new, held, Path(self.source.where)), self.restart)
         for remark in self.directory.remarks:
             self.progress.say(remark)
-        with contextlib.closing(self.directory), track.tracked(self.recipe, self.directory, self.progress):
+        with (
+            contextlib.closing(self.directory),
+            disk.explained(self.directory.path),
+            track.tracked(self.recipe, self.directory, self.progress),
+        ):
             return self.phases(batches, points)
 
     def phases(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> Result:

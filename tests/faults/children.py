@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import mmap
 import os
 import signal
@@ -23,11 +24,6 @@ import matplotlib.pyplot  # noqa: F401
 import torch
 import transformers
 
-import lillama.cli.show
-import lillama.data.audio  # noqa: F401
-import lillama.evaluate.perplexity
-import lillama.evaluate.sample
-import lillama.evaluate.speech
 import lillama.finetune.train as finetune_train
 import lillama.run.pipeline as pipeline
 from lillama import host
@@ -38,6 +34,8 @@ from lillama.distill.job import Job
 from lillama.factorise.start import Initialiser
 from lillama.report import html
 
+for _name in ("cli.show", "data.audio", "evaluate.perplexity", "evaluate.sample", "evaluate.speech"):
+    importlib.import_module(f"lillama.{_name}")
 torch.set_num_threads(1)
 host.get()
 _ = transformers.Seq2SeqTrainer, transformers.AutoProcessor, transformers.AutoModelForCausalLM

@@ -48,7 +48,8 @@ finetune: {{steps: 6, batch_size: 2, sequence_length: 16, tokens: 256, checks: 3
 evaluate: {{{evaluate}}}
 run: {{out: {home}/run, device: cpu, compute: float32, snapshot_seconds: 0.05, stream_memory: {stream_memory}}}
 """
-TEXT = "perplexity: {{dataset: {home}/data.txt, sequence_length: 16, tokens: 64}}, sample: {{new_tokens: 4, prompt: the cat}}"
+PERPLEXITY = "perplexity: {{dataset: {home}/data.txt, sequence_length: 16, tokens: 64}}"
+TEXT = PERPLEXITY + ", sample: {{new_tokens: 4, prompt: the cat}}"
 SPEECH = "wer: {{dataset: {home}/data, new_tokens: 4, speed_tokens: 0}}"
 
 

@@ -55,10 +55,10 @@ class Found:
     troubles: list[str] = field(default_factory=list)
 
 
-def prepare(home: Path, family: str, schedule: str) -> Case:
-    """Run a case to its end."""
+def prepare(home: Path, family: str, schedule: str, **changes: object) -> Case:
+    """Run a case to its end; `changes` are of its recipe (families.py)."""
     name = f"{family}-{schedule}"
-    recipe = families.prepare(home / name, family, schedule)
+    recipe = families.prepare(home / name, family, schedule, **changes)
     phases = children.durations(children.run(recipe, home / name / "log.txt"))
     case = Case(name, recipe, children.results(home / name / "run"), phases)
     if len(case.expected) != 2:
