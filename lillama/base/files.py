@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -13,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,9 +58,13 @@ def flush(directory: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """The same for a directory, which must not exist yet."""
+    """The same for a directory, which must not exist yet. What a process that was killed left of it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if not _is_running(old.name.split(".")[-3]):
+            shutil.rmtree(old, ignore_errors=True)
+    prefix = f".{path.name}.{os.getpid()}."
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=path.parent))
     try:
         yield temporary
         flush(temporary)
@@ -66,6 +73,11 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process of this number runs here; what is no number is left alone."""
+    return not process.isdecimal() or psutil.pid_exists(int(process))
 
 
 def write_text(path: Path, text: str) -> None:

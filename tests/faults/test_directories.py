@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from conftest import tiny
 
 from lillama import LillamaError
 from lillama.base import manifest
+from lillama.base.files import atomic_directory
 from lillama.base.rundir import RunDirectory
 from lillama.finetune import resume
 from lillama.recipe.schema import Finetune
@@ -242,3 +245,49 @@ def test_a_checkpoint_whose_best_is_gone_or_of_other_settings_does_not_serve(tmp
     assert resume.last_checkpoint(tmp_path, section) is None and not last.exists()
     checkpoint(tmp_path, 30, 30, section)
     assert resume.last_checkpoint(tmp_path, Finetune.model_validate({"seed": 1})) is None
+
+
+def test_a_run_directory_that_vanishes_is_one_message_and_the_same_command_begins_again(run, tmp_path, monkeypatch):
+    recipe, batches = run
+    whole = (pipeline.compress(recipe, batches=batches).path / "model.safetensors").read_bytes()
+    for when in ("write", "measure"):
+        shutil.rmtree(tmp_path / "run")
+        with monkeypatch.context() as patch:
+            function = getattr(pipeline.Run, when)
+
+            def vanish(self, *arguments, function=function):
+                shutil.rmtree(tmp_path / "run")
+                return function(self, *arguments)
+
+            patch.setattr(pipeline.Run, when, vanish)
+            try:
+                pipeline.compress(recipe, batches=batches)
+            except LillamaError as error:
+                assert error.hint and str(tmp_path) in str(error)
+        assert (pipeline.compress(recipe, batches=batches).path / "model.safetensors").read_bytes() == whole
+
+
+def test_a_line_of_events_that_was_cut_short_takes_no_other_with_it(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.open({})
+    directory.event("one")
+    directory.close()
+    with (tmp_path / "run" / "events.jsonl").open("a") as handle:
+        handle.write('{"event": "cut')
+    again = RunDirectory(tmp_path / "run")
+    again.open({})
+    again.event("two")
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["event"] == "one" and json.loads(lines[-1])["event"] == "two"
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    dead, alive = tmp_path / f".out.{process.pid}.x1.part", tmp_path / f".out.{os.getpid()}.x2.part"
+    for path in (dead, alive):
+        path.mkdir()
+        (path / "model.safetensors").write_text("half")
+    with atomic_directory(tmp_path / "out") as directory:
+        (directory / "a").write_text("a")
+    assert not dead.exists() and alive.exists(), "of a process that works there now nothing is taken"
