@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from lillama import registry
-from lillama.errors import LillamaError, did_you_mean
+from lillama.errors import LillamaError, did_you_mean, distance, nearest, quoted
 from lillama.recipe import yamlfile
 from lillama.registry import Registry
 
@@ -50,15 +50,17 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _nearest_key(path: Path_, top: type[BaseModel], schema: type[BaseModel]) -> str:
-    """A hint for the unknown key `path`: the same key of another section of the recipe, or the nearest of its own."""
-    key, sections = str(path[-1]), {name: section_of(field) for name, field in top.model_fields.items()}
+    """A hint for the unknown key `path`: one of its section an edit away, the same of another, or the nearest."""
+    key, others = str(path[-1]), []
     if schema is top:
-        others = [f"'{name}.{key}'" for name, section in sections.items() if section and key in section.model_fields]
-        if others:
-            return f"Did you mean {' or '.join(others)}?"
+        sections = {name: section_of(field) for name, field in top.model_fields.items()}
+        others = [f"{name}.{key}" for name, section in sections.items() if section and key in section.model_fields]
         for part in path[:-1]:
             field = schema.model_fields.get(str(part))
             schema = (field and section_of(field)) or schema
+    near = [name for name in nearest(key, schema.model_fields) if not others or distance(key, name) <= 1]
+    if near or others:
+        return f"Did you mean {quoted(near + others)}?"
     return did_you_mean(key, schema.model_fields)
 
 
