@@ -44,10 +44,10 @@ def quoted(names: Iterable[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """The words that `word` was probably meant to be: all that are one edit away, else the most alike one, if any is."""
+    """What `word` was probably meant to be: the known words one edit away, else the most alike one, if any is."""
     wanted = word[:LONGEST].casefold()
     folded = {name.casefold(): name for name in known}
-    edits = {name: distance(wanted, name) for name in folded}
+    edits = {name: distance(wanted, name) for name in folded if abs(len(name) - len(wanted)) <= 1}
     # A word of one letter is one edit from every other: that says nothing.
     close = [name for name, edit in edits.items() if edit <= 1 and edit < max(len(name), len(wanted))]
     if close:

@@ -72,6 +72,19 @@ _HINTS = {
 _MAPPING_TYPES = ("model_type", "dict_type", "model_attributes_type")
 
 
+MOST = 20  # complaints that are told of one recipe: a hint takes longer than most people read
+
+
+def explained(
+    error: ValidationError, prefix: Path_, origin: Origin, top: type[BaseModel], schema: type[BaseModel]
+) -> list[LillamaError]:
+    """The complaints of pydantic's about what stands at `prefix`, the first of them where they are many."""
+    problems = error.errors()
+    told = [explain(problem, prefix, origin, top, schema) for problem in problems[:MOST]]
+    rest = len(problems) - len(told)
+    return [*told, LillamaError(f"and {rest} more")] if rest else told
+
+
 def explain(
     problem: ErrorDetails, prefix: Path_, origin: Origin, top: type[BaseModel], schema: type[BaseModel]
 ) -> LillamaError:
@@ -130,7 +143,7 @@ def check_names(recipe: BaseModel, origin: Origin) -> dict[str, dict[str, Any]]:
             schema = registry.EVALUATORS.options(name)
             options[key] = schema.model_validate(given).model_dump(exclude_unset=True)
         except ValidationError as error:
-            errors += [explain(problem, ("evaluate", key), origin, type(recipe), schema) for problem in error.errors()]
+            errors += explained(error, ("evaluate", key), origin, type(recipe), schema)
         except LillamaError as error:
             errors.append(error)
     if errors:

@@ -49,6 +49,7 @@ class Place:
     word: str
     known: frozenset[str]
     with_typo: Callable[[str], dict[str, Any]] = field(repr=False)
+    numeric: bool = False  # whether it takes a number
 
     def named(self, typo: str) -> list[str]:
         """The words that the hint names, the likeliest first; none where it lists all."""
@@ -76,9 +77,14 @@ def _keys(schema: type[Any], path: tuple[str, ...]) -> Iterator[Place]:
     """The keys of a section of the recipe and of those below it."""
     known = frozenset(schema.model_fields)
     for name, option in schema.model_fields.items():
-        yield Place(".".join((*path, name)), name, known, lambda typo: _nested(path, typo))
+        yield Place(".".join((*path, name)), name, known, lambda typo: _nested(path, typo), _numeric(option))
         if section := section_of(option):
             yield from _keys(section, (*path, name))
+
+
+def _numeric(option: Any) -> bool:
+    kinds = re.findall(r"\w+", repr(option.annotation))
+    return bool({"int", "float"} & set(kinds))
 
 
 def _nested(path: tuple[str, ...], typo: str) -> dict[str, Any]:
@@ -100,10 +106,10 @@ def places() -> Iterator[Place]:
     evaluators = frozenset(registry.EVALUATORS)
     for name in sorted(evaluators):
         yield Place(f"evaluate.{name}", name, evaluators, lambda typo: DATA | {"evaluate": {typo: {}}})
-        options = frozenset(registry.EVALUATORS.options(name).model_fields)
-        for option in sorted(options):
+        options = registry.EVALUATORS.options(name).model_fields
+        for option, held in options.items():
             with_typo = lambda typo, name=name: DATA | {"evaluate": {name: {typo: 1}}}  # noqa: E731
-            yield Place(f"evaluate.{name}.{option}", option, options, with_typo)
+            yield Place(f"evaluate.{name}.{option}", option, frozenset(options), with_typo, _numeric(held))
 
 
 @dataclass
