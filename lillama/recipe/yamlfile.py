@@ -45,18 +45,19 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """The next node; a document that is too large, or would be with its aliases written out, is an error."""
         event = self.peek_event()
+        mark: Any = event.start_mark
         before, outer, self._deepest = self._values, self._deepest, self._level + 1
         self._level += 1
         self._values += 1
-        self._bounded(event.start_mark)
+        self._bounded(mark)
         node = super().compose_node(parent, index)
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._anchored:
-                raise _TooMuch(None, None, f"the alias '*{event.anchor}' contains itself", event.start_mark)
+                raise _TooMuch(None, None, f"the alias '*{event.anchor}' contains itself", mark)
             values, levels = self._anchored[id(node)]
             self._values += values - 1
             self._deepest += levels
-            self._bounded(event.start_mark)
+            self._bounded(mark)
         elif event.anchor is not None:
             self._anchored[id(node)] = (self._values - before, self._deepest - self._level)
         self._level -= 1

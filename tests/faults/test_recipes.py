@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import time
 import tracemalloc
 
+import mutate_recipes
 import pytest
 import typos
 
@@ -151,3 +154,60 @@ def test_a_seed_is_one_that_every_generator_takes():
     for seed in (-1, 2**32):
         with pytest.raises(LillamaError, match=r"run.seed"):
             Recipe.parse(typos.DATA, [f"run.seed={seed}"])
+
+
+def test_recipes_with_things_gone_wrong_are_refused_without_a_traceback():
+    found = mutate_recipes.try_recipes(500, seed=2)
+    assert found.tracebacks == []
+    assert found.touched == []
+    assert found.imports == []
+    assert 20 < found.valid < 250
+    assert found.slowest < 2
+
+
+def test_what_the_mutations_look_for_would_be_found(monkeypatch, tmp_path):
+    validate = mutate_recipes.validate
+
+    def careless(path, overrides):
+        validate(path, overrides)
+        if path.name == "mutated.yaml":
+            (tmp_path / "left").write_text("x")
+            sys.modules.pop("this", None)
+            importlib.import_module("this")
+            raise ValueError
+
+    monkeypatch.setattr(mutate_recipes, "validate", careless)
+    monkeypatch.setattr(mutate_recipes, "mutated", lambda rng, text, data: text + b"\n# this")
+    found = mutate_recipes.try_recipes(2)
+    assert len(found.tracebacks) == len(found.touched) == 2
+    assert found.imports
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: b\nout: o\naxes:\n  run.seed: []\n", "s.yaml:4: axes.run.seed: the axis has no values"),
+        (
+            "base: b\nout: o\naxes:\n" + "".join(f"  a{i}: [1, 2, 3, 4]\n" for i in range(12)),
+            "s.yaml:3: axes: the axes make 16,777,216 runs, more than 1,000",
+        ),
+        ("base: b\nouts: o\naxes:\n  run.seed: [1]\n", "unknown key 'outs'\n  Did you mean 'out'?"),
+    ],
+)
+def test_a_sweep_that_nobody_would_wait_for_is_refused(text, message, tmp_path):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(LillamaError) as caught:
+        sweepfile.load(tmp_path / "s.yaml")
+    assert message in str(caught.value)
+
+
+def test_a_run_of_a_sweep_has_a_name_that_can_be_a_folder(tmp_path):
+    (tmp_path / "s.yaml").write_text(f"base: b\nout: o\naxes:\n  evaluate.sample.prompt: [{'long ' * 60}]\n")
+    found, _ = sweepfile.load(tmp_path / "s.yaml")
+    with pytest.raises(LillamaError, match="name is too long"):
+        list(sweepfile.rows(found))
+
+
+def test_the_base_of_a_sweep_may_have_any_name(tmp_path):
+    (tmp_path / "s.yaml").write_text(f"base: {'b' * 3000}\nout: o\naxes:\n  run.seed: [1]\n")
+    assert sweepfile.load(tmp_path / "s.yaml")[1].name == "b" * 3000
