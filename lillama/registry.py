@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Generic, Protocol, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Strict, create_model, field_validator
+from pydantic_core import PydanticCustomError
 
 from lillama.errors import LillamaError, did_you_mean
 from lillama.signature import Call, parameters
@@ -23,15 +24,21 @@ Target = TypeVar("Target", bound=Callable[..., Any])  # a function, or a class
 
 
 class Options(BaseModel):
-    """Frozen settings that refuse keys they do not know and numbers that are not finite."""
+    """Frozen settings that refuse keys they do not know and numbers that are not finite, or beyond 64 bits."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @field_validator("*", mode="before")
     @classmethod
-    def _whole_number(cls, value: Any) -> Any:
+    def _sane(cls, value: Any) -> Any:
         # 1e6 is a float in YAML, and what people write for a million.
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+            value = int(value)
+        if any(isinstance(one, int) and abs(one) >= 2**63 for one in (value if isinstance(value, list) else [value])):
+            raise PydanticCustomError("number_too_large", "A whole number should fit into 64 bits")
+        if isinstance(value, str) and "\0" in value:  # no file name and no terminal takes it
+            raise PydanticCustomError("text_with_nul", "A text without NUL characters is wanted")
+        return value
 
 
 class _Discovery:

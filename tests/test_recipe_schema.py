@@ -61,7 +61,9 @@ def test_data_with_paths_and_tuples(tmp_path: Path) -> None:
     assert Recipe.parse(read.to_yaml()) == read
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+WHOLE = st.integers(-(2**63) + 1, 2**63 - 1)
+COUNT = st.integers(1, 2**63 - 1)
 WORDS = st.one_of(TEXT, st.sampled_from(["no", "1e5", "08", "null", "~", "2024-01-01", "1_0", " x ", "a: b", "#"]))
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 RECIPES = st.fixed_dictionaries(
@@ -78,22 +80,22 @@ RECIPES = st.fixed_dictionaries(
             {"reduction": st.floats(0, 1, exclude_min=True, exclude_max=True)},
             optional={
                 "strategy": st.sampled_from(list(registry.STRATEGIES)),
-                "min_rank": st.integers(min_value=1),
+                "min_rank": COUNT,
                 "storage": st.sampled_from(["factors", "pivoted"]),
                 "skip": st.lists(WORDS, max_size=3),
             },
         ),
         "calibration": st.fixed_dictionaries(
-            {"dataset": WORDS}, optional={"tokens": st.none() | st.integers(min_value=1), "column": st.none() | WORDS}
+            {"dataset": WORDS}, optional={"tokens": st.none() | COUNT, "column": st.none() | WORDS}
         ),
-        "run": st.fixed_dictionaries({"out": WORDS}, optional={"seed": st.integers()}),
+        "run": st.fixed_dictionaries({"out": WORDS}, optional={"seed": st.integers(0, 2**32 - 1)}),
     },
     optional={
         "distill": st.none()
         | st.fixed_dictionaries({}, optional={"learning_rate": POSITIVE, "clip_norm": st.none() | POSITIVE}),
         "evaluate": st.dictionaries(
             WORDS.map(lambda label: f"measure/{label}"),
-            st.none() | st.fixed_dictionaries({}, optional={"dataset": WORDS, "lengths": st.lists(st.integers())}),
+            st.none() | st.fixed_dictionaries({}, optional={"dataset": WORDS, "lengths": st.lists(WHOLE)}),
             max_size=2,
         ),
     },

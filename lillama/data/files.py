@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePath
@@ -39,8 +40,21 @@ def _kind(path: PurePath) -> str | None:
 
 def _local_path(dataset: str) -> Path | None:
     """The path if `dataset` is one; a hub id never starts with . / or ~ nor ends like a data file."""
-    path = Path(dataset).expanduser()
-    return path if path.exists() or dataset.startswith((".", "/", "~")) or _kind(path) else None
+    path = Path(os.path.expanduser(dataset))  # noqa: PTH111  # Path's own fails where ~NAME is nobody
+    return path if _exists(path) or dataset.startswith((".", "/", "~")) or _kind(path) else None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long a name, or a folder that may not be read
+        return False
+
+
+def missing(dataset: str) -> Path | None:
+    """The path that `dataset` is, if it is one of this machine and nothing is there; no file is opened."""
+    path = _local_path(dataset)
+    return path if path is not None and not _exists(path) else None
 
 
 def _files(path: Path, config: str | None, where: str) -> tuple[Path, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from lillama import registry
-from lillama.errors import LillamaError, did_you_mean
+from lillama.errors import LillamaError, did_you_mean, distance, nearest, quoted
 from lillama.recipe import yamlfile
 from lillama.registry import Registry
 
@@ -50,15 +50,17 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _nearest_key(path: Path_, top: type[BaseModel], schema: type[BaseModel]) -> str:
-    """A hint for the unknown key `path`: the same key of another section of the recipe, or the nearest of its own."""
-    key, sections = str(path[-1]), {name: section_of(field) for name, field in top.model_fields.items()}
+    """A hint for the unknown key `path`: one of its section an edit away, the same of another, or the nearest."""
+    key, others = str(path[-1]), []
     if schema is top:
-        others = [f"'{name}.{key}'" for name, section in sections.items() if section and key in section.model_fields]
-        if others:
-            return f"Did you mean {' or '.join(others)}?"
+        sections = {name: section_of(field) for name, field in top.model_fields.items()}
+        others = [f"{name}.{key}" for name, section in sections.items() if section and key in section.model_fields]
         for part in path[:-1]:
             field = schema.model_fields.get(str(part))
             schema = (field and section_of(field)) or schema
+    near = [name for name in nearest(key, schema.model_fields) if not others or distance(key, name) <= 1]
+    if near or others:
+        return f"Did you mean {quoted(near + others)}?"
     return did_you_mean(key, schema.model_fields)
 
 
@@ -68,6 +70,19 @@ _HINTS = {
     "list_type": "Write a list: [a, b].",
 }
 _MAPPING_TYPES = ("model_type", "dict_type", "model_attributes_type")
+
+
+MOST = 20  # complaints that are told of one recipe: a hint takes longer than most people read
+
+
+def explained(
+    error: ValidationError, prefix: Path_, origin: Origin, top: type[BaseModel], schema: type[BaseModel]
+) -> list[LillamaError]:
+    """The complaints of pydantic's about what stands at `prefix`, the first of them where they are many."""
+    problems = error.errors()
+    told = [explain(problem, prefix, origin, top, schema) for problem in problems[:MOST]]
+    rest = len(problems) - len(told)
+    return [*told, LillamaError(f"and {rest} more")] if rest else told
 
 
 def explain(
@@ -128,7 +143,7 @@ def check_names(recipe: BaseModel, origin: Origin) -> dict[str, dict[str, Any]]:
             schema = registry.EVALUATORS.options(name)
             options[key] = schema.model_validate(given).model_dump(exclude_unset=True)
         except ValidationError as error:
-            errors += [explain(problem, ("evaluate", key), origin, type(recipe), schema) for problem in error.errors()]
+            errors += explained(error, ("evaluate", key), origin, type(recipe), schema)
         except LillamaError as error:
             errors.append(error)
     if errors:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lillama.errors import LillamaError
 from lillama.recipe import yamlfile
+from lillama.recipe.yamlfile import MOST_LEVELS
 
 
 def plain_copy(value: Any) -> Any:
@@ -25,6 +26,8 @@ def apply_override(data: dict[str, Any], override: str) -> tuple[str, ...]:
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
         raise LillamaError(f"'{override}' is not KEY=VALUE", where="--set", hint="For example run.out=runs/mine.")
+    if len(path) > MOST_LEVELS:
+        raise LillamaError(f"'{override[:60]} ...' has more than {MOST_LEVELS} levels", where="--set")
     *parents, last = path
     for i, part in enumerate(parents):
         child = data.get(part)

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_vali
 
 from lillama.errors import LillamaError
 from lillama.recipe import yamlfile
-from lillama.recipe.explain import Origin, check_names, explain, together
+from lillama.recipe.explain import Origin, check_names, explained, together
 from lillama.recipe.overrides import apply_override, plain_copy
 from lillama.registry import Options
 
@@ -133,7 +133,7 @@ class Calibration(Section):
         description="Speech: altered copies of every clip (parts of it, another speed, noise), which the original "
         "transcribes.",
     )
-    seed: int = Field(0, description="Seed of the order of rows.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of rows.")
 
 
 class Lora(Section):
@@ -184,14 +184,14 @@ class Finetune(Section):
     )
     holdout: float = Field(0.05, ge=0, lt=1, description="Share of the examples kept out to choose the best state.")
     checks: int = Field(4, ge=1, description="How often the held-out loss is measured and the state stored.")
-    seed: int = Field(0, description="Seed of the order of the data.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of the data.")
 
 
 class Run(Section):
     """Where and how the run happens."""
 
     out: str = Field(description="Run directory: everything the run leaves.")
-    seed: int = Field(0, description="Seed of initialisation and of the order of batches.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of initialisation and of the order of batches.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
     compute: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -274,7 +274,7 @@ class Readable(Section):
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:
-            raise together(explain(problem, (), origin, cls, cls) for problem in error.errors()) from error
+            raise together(explained(error, (), origin, cls, cls)) from error
         recipe = recipe.model_copy(update={"evaluate": check_names(recipe, origin)})
         recipe._written = document.text
         return recipe
@@ -319,7 +319,7 @@ class Recipe(Readable):
 class Seeded(Section):
     """How an evaluation happens."""
 
-    seed: int = Field(0, description="Seed of what evaluators draw.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of what evaluators draw.")
 
 
 class Evaluation(Readable):

@@ -16,6 +16,7 @@ from lillama.plan.plan import Plan, choose_ranks
 from lillama.pretrained import locate
 from lillama.pretrained.source import Source, weights_dtype
 from lillama.recipe.schema import Recipe
+from lillama.run import check
 
 
 @dataclass
@@ -42,6 +43,10 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
     source.share(hosts.shared_modules(plugin, source.model, recipe))
     if not any(layer.weights for layer in layers):
         raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
+    check.check_lengths(recipe, source.config)
+    check.check_skip(recipe.compress.skip, layers, source.model)
+    if config is None:  # where the model is not at hand, the data need not be
+        check.check_data(recipe)
     plan = choose_ranks(layers, source.parameters, recipe.compress)
     refit.check_refits(plan, recipe)
     _check_layers(layers, source)

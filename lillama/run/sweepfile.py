@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,9 +13,12 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from lillama.errors import LillamaError
+from lillama.errors import LillamaError, did_you_mean
 from lillama.recipe import yamlfile
 from lillama.recipe.schema import Section
+
+MOST_RUNS = 1000
+MOST_NAME = 200  # bytes; file systems take 255, and logs are named after it
 
 
 class Sweep(Section):
@@ -57,13 +61,32 @@ def load(path: str | Path) -> tuple[Sweep, Path]:
     try:
         sweep = Sweep.model_validate(document.data)
     except ValidationError as error:
-        problem = error.errors()[0]
+        # A key that is misspelt is missing as well.
+        problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         place = tuple(part for part in problem["loc"] if not str(part).startswith(("list[", "dict[")))
         where = f"{document.where(place)}: {'.'.join(map(str, place))}"
-        known = f"Known: {', '.join(Sweep.model_fields)}."
-        raise LillamaError(problem["msg"], where=where, hint=known) from error
+        unknown = problem["type"] == "extra_forbidden"
+        hint = did_you_mean(str(place[-1]), Sweep.model_fields) if unknown else None
+        what = f"unknown key '{place[-1]}'" if unknown else problem["msg"]
+        raise LillamaError(what, where=where, hint=hint) from error
+    _check_axes(sweep, document)
     base = Path(path).parent / sweep.base
-    return sweep, base if base.is_file() else Path(sweep.base)
+    try:
+        beside = base.is_file()
+    except OSError:  # too long a name
+        beside = False
+    return sweep, base if beside else Path(sweep.base)
+
+
+def _check_axes(sweep: Sweep, document: yamlfile.Document) -> None:
+    """LillamaError for axes that make no run, or more than anybody waits for."""
+    for axis, values in sweep.axes.items():
+        if not values:
+            raise LillamaError("the axis has no values", where=f"{document.where(('axes', axis))}: axes.{axis}")
+    count = math.prod(len(values) for values in sweep.axes.values())
+    if count > MOST_RUNS:
+        where = f"{document.where(('axes',))}: axes"
+        raise LillamaError(f"the axes make {count:,} runs, more than {MOST_RUNS:,}", where=where, hint="Divide it.")
 
 
 def is_sweep(path: str | Path) -> bool:
@@ -79,6 +102,8 @@ def rows(sweep: Sweep, overrides: list[str] | None = None) -> Iterator[Row]:
         values = {axis: label for axis, (label, _) in zip(sweep.axes, combination)}
         name = ",".join(re.sub(r"[^\w.+=-]+", "_", f"{axis.rpartition('.')[2]}={v}") for axis, v in values.items())
         own = [f"{key}={json.dumps(value)}" for _, keys in combination for key, value in keys.items()]
+        if len(name.encode()) > MOST_NAME:
+            raise LillamaError(f"a run's name is too long: {name[:60]} ...", where="axes", hint="Name the values.")
         directory = Path(sweep.out) / name
         out = f"run.out={json.dumps(str(directory))}"
         yield Row(name, values, [*sweep.set, *(overrides or []), *own, out], directory)

@@ -1,0 +1,101 @@
+"""What of a recipe cannot be, seen from the model and this machine: told before anything is written."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lillama.contract import Layer
+from lillama.data.files import missing
+from lillama.errors import LillamaError, did_you_mean
+from lillama.recipe.schema import Calibration, Finetune, Recipe
+from lillama.registry import EVALUATORS
+
+# What configurations call the number of positions; later names are those of models that lack the first.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
+
+
+def positions(config: Any) -> int | None:
+    """How many positions a model of this configuration has, where that is limited."""
+    text = config.get_text_config()
+    found = next((value for name in POSITIONS if (value := getattr(text, name, None))), None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def check_lengths(recipe: Recipe, config: Any) -> None:
+    """LillamaError for sequences of text that are longer than the model's positions.
+
+    Of evaluators, those that are written in the recipe: left out, such an option is the model's positions at most.
+    """
+    most = None if config.is_encoder_decoder else positions(config)
+    if most is None:
+        return
+    for where, length in _lengths(recipe):
+        if length > most:
+            raise LillamaError(
+                f"sequences of {length} tokens are longer than the {most} positions of the model",
+                where=where,
+                hint=f"Give {most} or less.",
+            )
+
+
+def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
+    sections: list[tuple[str, Calibration | Finetune | None]] = [
+        ("calibration", recipe.calibration),
+        ("finetune", recipe.finetune),
+    ]
+    for name, section in sections:
+        # Nobody chose the default: it stands in the recipe of a model with fewer positions whose batches are given.
+        if section and section.sequence_length != type(section).model_fields["sequence_length"].default:
+            yield f"{name}.sequence_length", section.sequence_length
+    for key, options in recipe.evaluate.items():
+        if isinstance(length := options.get("sequence_length"), int):
+            yield f"evaluate.{key}.sequence_length", length
+
+
+def check_skip(globs: Sequence[str], layers: Sequence[Layer], model: Any) -> None:
+    """LillamaError for a glob under compress.skip that nothing in the model is called; dense things may be named too."""
+    weights = {weight.name for layer in layers for weight in layer.weights}
+    names = weights | {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    for glob in globs:
+        if fnmatch.filter(names, glob):
+            continue
+        # Weights are known by their last names: model.layers.0.mlp.down_proj by down_proj.
+        lasts = {name.rpartition(".")[2] for name in weights}
+        hint = did_you_mean(glob.strip("*.?").rpartition(".")[2], lasts)
+        ends = f"A glob stands for whole names: '*{glob}' for all that end so. " if _ends(glob, names) else ""
+        raise LillamaError(f"no weight is called '{glob}'", where="compress.skip", hint=f"{ends}{hint}")
+
+
+def _ends(glob: str, names: set[str]) -> bool:
+    return bool(fnmatch.filter(names, f"*{glob}"))
+
+
+def check_data(recipe: Recipe) -> None:
+    """LillamaError for a local file or folder that fine-tuning or an evaluation needs and that does not exist."""
+    needed = [(f"evaluate.{key}.{option}", value) for key, option, value in _data_options(recipe)]
+    if recipe.finetune is not None and recipe.finetune.dataset is not None:
+        needed.insert(0, ("finetune.dataset", recipe.finetune.dataset))
+    for where, value in needed:
+        if (path := missing(value)) is not None:
+            raise LillamaError(f"there is no file '{path}'", where=where, hint="Check the path.")
+
+
+def _data_options(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """(evaluator, option, text) of all options that name data: `dataset`, and those described by a file or folder."""
+    for key, given in recipe.evaluate.items():
+        fields = EVALUATORS.options(key.partition("/")[0]).model_fields
+        for option, value in given.items():
+            said = (fields[option].description or "").lower()
+            if option == "dataset" or "file" in said or "folder" in said:
+                for text in _texts(value):
+                    yield key, option, text
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | Sequence):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)
