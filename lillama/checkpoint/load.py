@@ -30,7 +30,7 @@ def load(path: str | Path, *, trust_remote_code: bool = False, verify: bool = Fa
     config = read_object(where)
     check_config(config, str(where), trust_remote_code)
     _check_method(config, str(where))
-    model, info = _read(path, _class_of(config, where, trust_remote_code), trust_remote_code, options)
+    model, info = _read(path, class_of(config, where, trust_remote_code), trust_remote_code, options)
     troubles = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
     if troubles:
         kind, names = next(iter(troubles.items()))
@@ -85,7 +85,7 @@ def _check_method(config: dict[str, Any], where: str) -> None:
         )
 
 
-def _class_of(config: dict[str, Any], where: Path, trust: bool) -> Any:
+def class_of(config: dict[str, Any], where: Path, trust: bool) -> Any:
     """What opens a checkpoint: the class of transformers that it names, or, trusted, the one its own code has."""
     import transformers
 

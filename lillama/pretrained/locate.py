@@ -90,7 +90,10 @@ def explained(what: str, where: str, hint: str | None = None) -> Iterator[None]:
         reason = text[0] if text and isinstance(error, _USUAL) else ": ".join([type(error).__name__, *text[:1]])
         offline = any(word in str(error).lower() for word in ("connect", "offline", "resolve host", "reach"))
         if "trust_remote_code" in str(error):
-            hint = "It comes with code of its own, which runs where model.trust_remote_code: true says so."
+            hint = (
+                "It comes with code of its own, which runs where model.trust_remote_code: true says so "
+                "(eval, bench, export: --trust-remote-code)."
+            )
         elif offline:
             hint = "The hub cannot be reached: give a local directory, or run once with a connection."
         else:

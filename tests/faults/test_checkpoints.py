@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import lillama
 from lillama import LillamaError
 from lillama.base.tensorfile import TensorFile
 from lillama.checkpoint import seal
+from lillama.cli import main as cli
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 Q = "model.layers.0.self_attn.q_proj"
@@ -238,3 +241,146 @@ def test_an_index_names_tensors_that_are_there_and_nothing_else(checkpoint: Path
     (checkpoint / "model.safetensors").rename(checkpoint / "part.safetensors")
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(checkpoint, said)
+
+
+def verb(*arguments: Any) -> int:
+    return cli.main([str(one) for one in arguments])
+
+
+def test_verify_names_what_is_damaged_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(GOLDEN / "run", run)
+    assert verb("verify", run) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    names = sorted(json.loads((run / "MANIFEST.json").read_text())["files"])
+    (run / names[0]).unlink()
+    (run / names[1]).write_bytes((run / names[1]).read_bytes()[:-1] + b"\1")
+    outside = tmp_path / "outside"
+    shutil.copy(run / names[2], outside)
+    (run / names[2]).unlink()
+    (run / names[2]).symlink_to(outside)
+    change(run, lambda held: held["files"].update({"../outside": "0" * 64}), "MANIFEST.json")
+    assert verb("verify", run) == 1
+    said = capsys.readouterr().out
+    assert f"{names[0]}: missing" in said and f"{names[1]}: other content" in said
+    assert f"{names[2]}: is not a file in this directory" in said and "../outside: is not a file" in said
+    assert not any(name in said for name in names[3:])
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", '{"files": []}', '{"files": {"a": 1}}', "", "null", "[" * 100_000])
+def test_verify_of_a_damaged_manifest(tmp_path: Path, manifest: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "MANIFEST.json").write_text(manifest)
+    assert verb("verify", tmp_path) == 2
+    assert "the manifest is damaged" in capsys.readouterr().err
+
+
+def test_verify_of_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verb("verify", checkpoint) == 0
+    assert "no hash is known" in capsys.readouterr().out
+    change(checkpoint, _set("intermediate_size", 40))
+    assert verb("verify", checkpoint) == 1
+    assert "model.safetensors: " in capsys.readouterr().out
+    shutil.rmtree(checkpoint)
+    copy_of("linear-pivoted", checkpoint.parent)
+    seal.seal(checkpoint)
+    assert verb("verify", checkpoint) == 0
+    assert "all as they were written" in capsys.readouterr().out
+    (checkpoint / "generation_config.json").unlink()
+    assert verb("verify", checkpoint) == 1
+    assert "generation_config.json: missing" in capsys.readouterr().out
+    assert verb("verify", checkpoint.parent) == 2
+    assert "neither a run directory nor a checkpoint" in capsys.readouterr().err
+
+
+WITHOUT_TORCH = """
+import sys
+from lillama.cli.main import main
+code = main(["verify", sys.argv[1]])
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+sys.exit(code)
+"""
+
+
+def test_verify_needs_no_torch(checkpoint: Path) -> None:
+    seal.seal(checkpoint)
+    for place in (GOLDEN / "run", checkpoint):
+        subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(place)], check=True)
+
+
+@pytest.mark.parametrize("case", [path.parent.name for path in GOLDEN.glob("*/expected.safetensors")])
+def test_verify_takes_every_kind_of_checkpoint_for_whole(case: str) -> None:
+    assert verb("verify", GOLDEN / case / "model") == 0
+
+
+WRONG: list[Any] = [
+    [],
+    None,
+    3,
+    "x",
+    {"a": []},
+    {"parameters": 1, "bytes": [], "before": 3},
+    {"weights": {}, "parameters": {}, "reduction": "x"},
+    {"weights": [3], "parameters": {"before": 1, "after": 1}, "reduction": 0.5},
+    {"details": []},
+    {"details": {"harness": {"tasks": {"a": 3}}, "sample": {"completion": 3}}},
+    {"details": {"x": {"ratio": {"y": 3}}}},
+    {"stages": {"after": {}}},
+    {"rows": [{"length": 3, "prefill": {"ratio": [1]}}]},
+    {"fingerprint": [1]},
+    {"architectures": [3]},
+]
+
+
+@pytest.mark.report
+@pytest.mark.parametrize("name", ["plan", "metrics", "evaluation.after", "evaluation.speed", "bench", "MANIFEST"])
+def test_a_report_of_files_of_any_shape(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lillama.report.html.charts", lambda record: {})
+    run = tmp_path / "run"
+    shutil.copytree(GOLDEN / "run", run)
+    for wrong in WRONG:
+        (run / f"{name}.json").write_text(json.dumps(wrong))
+        code, said = verb("report", run), capsys.readouterr().err
+        assert code == 0 or (code == 2 and f"{name}.json" in said)
+
+
+@pytest.mark.report
+def test_a_report_of_every_value_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lillama.report.html.charts", lambda record: {})  # each is drawn or not for itself
+    run = tmp_path / "run"
+    shutil.copytree(GOLDEN / "run", run)
+    refusals = 0
+    for name in ("plan.json", "metrics.json"):
+        whole = (run / name).read_text()
+        held = json.loads(whole)
+        for key in held:
+            for wrong in (None, [], {}, "x", -1, 0, 10**400, {"before": 0, "after": 0}, [[]], {"a": None}):
+                (run / name).write_text(json.dumps({**held, key: wrong}))
+                code, said = verb("report", run), capsys.readouterr().err
+                assert code == 0 or (code == 2 and name in said)
+                refusals += code == 2
+        (run / name).write_text(whole)
+    assert refusals > 20
+    assert verb("report", run) == 0
+
+
+@pytest.mark.report
+def test_a_report_of_events_and_a_recipe_of_any_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(GOLDEN / "run", run)
+    lines = ["3", "[]", "{}", '{"event": 3}', '{"event": "layer"}', '{"event": "layer", "layer": []}', "[" * 100_000]
+    lines += ['{"event": "check", "step": [], "held_out_loss": "x", "layer": {}}', '{"event": "curve"}', "\0", "{"]
+    (run / "events.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
+    assert verb("report", run) == 0
+    (run / "recipe.yaml").write_bytes(b"\xff\xfe")
+    assert verb("report", run) == 0
+    for text in ("", "[]", "3", "model: 3", "model: {id: [1]}", "{", "model: {id: a}\ncompress: []\ndistill: {}"):
+        (run / "recipe.resolved.yaml").write_text(text)
+        capsys.readouterr()
+        assert verb("report", run) == 2
+        assert "recipe.resolved.yaml" in capsys.readouterr().err
+    (run / "recipe.resolved.yaml").write_bytes(b"\xff\xfe")
+    assert verb("report", run) == 2
