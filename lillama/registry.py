@@ -297,7 +297,7 @@ READERS: Registry[Callable[..., Any]] = Registry(
 EXPORTS: Registry[Callable[..., Any]] = Registry(
     "export",
     {"dense": "lillama.checkpoint.export:export_dense"},
-    Call(2),  # directory of the checkpoint, directory to write
+    Call(2, frozenset({"trust_remote_code"})),  # directory of the checkpoint, directory to write
 )
 FIGURES: Registry[Callable[..., Any]] = Registry(
     "report figure",

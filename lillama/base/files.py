@@ -38,6 +38,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)  # a link that somebody put there would be written through
     try:
         yield temporary
         with temporary.open("rb") as handle:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,7 +26,10 @@ DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER = 100_000_000  # bytes; the format allows no more
 BLOCK = 1 << 24  # bytes read or written at a time where no tensor is made of them
+
+_Place = tuple[torch.dtype, tuple[int, ...], int, tuple[int, int]]  # type, shape, first byte, extent in the data
 
 
 @dataclass(frozen=True)
@@ -66,17 +70,18 @@ class TensorFile:
         """Read the header; LillamaError where it is none."""
         self.path = path
         try:
+            size = path.stat().st_size
             with path.open("rb") as handle:
                 (length,) = struct.unpack("<Q", handle.read(8))
-                header = json.loads(handle.read(min(length, 1 << 28)))
+                if length > min(size - 8, HEADER):
+                    raise ValueError(f"its header would be {length:,} bytes long, of a file of {size:,}")
+                header = json.loads(handle.read(length), object_pairs_hook=_once)
             header.pop("__metadata__", None)
-            self._entries = {
-                name: (DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0], e["data_offsets"])
-                for name, e in header.items()
-            }
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._entries = _entries(header, 8 + length, size)
+        except (struct.error, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise LillamaError(
-                f"this is no safetensors file, or a damaged one: {error}",
+                f"this is no safetensors file, or a damaged one: {reason}",
                 where=str(path),
                 hint="Download or write it again.",
             ) from error
@@ -120,6 +125,37 @@ class TensorFile:
                 left = last - first
                 while left > 0 and (count := handle.readinto(block[: min(BLOCK, left)])):
                     left -= count
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands in its header twice")
+    return found
+
+
+def _entries(header: dict[str, Any], start: int, size: int) -> dict[str, _Place]:
+    """The tensors of a header whose data begin at `start`; ValueError unless they fill the file in turn."""
+    found: dict[str, _Place] = {}
+    for name, entry in header.items():
+        kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if kind not in DTYPES:
+            raise ValueError(f"'{name}' is of the unknown type {kind!r}")
+        numbers = [*shape, first, last]
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+            raise ValueError(f"the shape or place of '{name}' is none: {numbers}")
+        width = torch.empty((), dtype=DTYPES[kind]).element_size()
+        if last - first != math.prod(shape) * width or math.prod(n for n in shape if n) >= 1 << 63:
+            raise ValueError(f"'{name}' of shape {shape}, type {kind} has {last - first:,} bytes")
+        found[name] = (DTYPES[kind], tuple(shape), start + first, (first, last))
+    place = 0
+    for name, (_, _, _, (first, last)) in sorted(found.items(), key=lambda item: item[1][3]):
+        if first != place:
+            raise ValueError(f"'{name}' begins at byte {first:,} of the data, where {place:,} is next")
+        place = last
+    if start + place != size:
+        raise ValueError(f"its tensors end at byte {start + place:,}, the file at {size:,}")
+    return found
 
 
 def read_into(handle: BinaryIO, buffer: Tensor, where: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +22,15 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lillama.base.tensorfile import TensorFile
+from lillama.checkpoint import described
 from lillama.errors import LillamaError
 from lillama.factorise.initialisers import svd
 from lillama.lowrank import swap as factors
 from lillama.lowrank.storage import Factors
 from lillama.plan.plan import Plan
 from lillama.pretrained import sharing
+from lillama.pretrained.headers import check_size
 
 Modules = Mapping[str, Mapping[str, Any]]  # name -> kind, storage, rank, and tied where it is
 METHOD = "lillama"
@@ -46,16 +50,13 @@ class LillamaConfig(QuantizationConfigMixin):
         shared: list[list[str]] | None = None,
         **ignored: Any,
     ):
+        described.check_version(version, VERSION)
+        described.check_modules({} if modules is None else modules, shared)
         self.quant_method = METHOD
         self.version = version
         self.modules = modules or {}
         if shared:
             self.shared = shared
-        if version > VERSION:
-            raise LillamaError(
-                f"the checkpoint is of format version {version}, this lillama reads up to {VERSION}",
-                hint="Upgrade lillama.",
-            )
 
 
 class LillamaQuantizer(HfQuantizer):
@@ -64,7 +65,11 @@ class LillamaQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: LillamaConfig
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        if type(model).__name__ in (model.config.architectures or ()):  # a base model lacks what the whole one has
+            described.check_all_there(missing_modules(model, self.quantization_config))
         groups = local_groups(model, self.quantization_config)
         sharing.share(model, groups)
         sharing.tell(model, sharing.aliases(model, groups))
@@ -72,7 +77,11 @@ class LillamaQuantizer(HfQuantizer):
         gone = [dense for name, how in here.items() for dense in factors.dense_names(name, how["kind"])]
         ignored = {rf"(^|\.){re.escape(dense)}$" for dense in gone}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
-        return place_factors(model, here)
+        place_factors(model, here)
+        files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        if files:
+            check_size(model, map(TensorFile, files), str(files[0].parent))
+        return model
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         # Not super(), and unmarked again: factors are plain floating-point parameters, while transformers lets a model
@@ -110,6 +119,7 @@ class LillamaQuantizer(HfQuantizer):
 
 def place_factors(model: Any, modules: Modules) -> Any:
     """Put empty factor modules into `model` where `modules` (names as the model has them) says; what is tied is one."""
+    described.check_places(model, modules)
     for name, how in modules.items():
         factors.replace(model, name, kind=how["kind"], storage=how["storage"], rank=how["rank"])
     for name, how in modules.items():
@@ -180,6 +190,13 @@ def local_modules(model: Any, modules: Modules) -> dict[str, dict[str, Any]]:
         if here is not None and (tied is not None or not how.get("tied")):
             found[here + name.removeprefix(module)] = {**how, "tied": tied}
     return found
+
+
+def missing_modules(model: Any, config: LillamaConfig) -> list[str]:
+    """The modules that a checkpoint speaks of and `model` lacks."""
+    names = [factors.module_of(name, how["kind"]) for name, how in config.modules.items()]
+    named = [*names, *(name for group in getattr(config, "shared", []) for name in group)]
+    return [name for name in named if local_name(model, name) is None]
 
 
 def local_groups(model: Any, config: LillamaConfig) -> list[list[str]]:

@@ -1,28 +1,94 @@
-"""The manifest that a checkpoint carries: hash and size of each of its files."""
+"""What a checkpoint was when it was written: the size and hash of each of its files, in a file beside them.
+
+Any damage shows (an incomplete download, a disk that forgets), and any change; a seal says nothing of who wrote it.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lillama.base.files import sha256, write_json
 
 NAME = "lillama.manifest.json"
+VERSION = 1
+# What a library may read when the directory is opened: such a file that was put in later is a change as well.
+READ = (".json", ".safetensors", ".bin", ".py", ".txt", ".model", ".jinja", ".tiktoken", ".pt", ".pth", ".gguf")
+
+Files = dict[str, tuple[int, str]]  # name -> bytes, sha256
 
 
 def seal(directory: Path) -> None:
-    """Write the manifest of all files in `directory`."""
-    files = [path for path in sorted(directory.iterdir()) if path.is_file() and path.name != NAME]
-    entries = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files}
-    write_json(directory / NAME, {"version": 1, "files": entries})
+    """Write the manifest of every file in `directory`, the manifest itself and hidden files aside."""
+    files = sorted(f for f in directory.iterdir() if f.is_file() and f.name != NAME and not f.name.startswith("."))
+    held = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
+    write_json(directory / NAME, {"version": VERSION, "files": held})
 
 
-def damaged(directory: Path) -> list[str] | None:
-    """What is not as it was sealed; None without a manifest."""
-    try:
-        files = json.loads((directory / NAME).read_bytes())["files"]
-    except FileNotFoundError:
+def damaged(directory: Path, done: Callable[[int], None] | None = None) -> list[str] | None:
+    """What is not as it was sealed, a line for each file; None where there is no manifest.
+
+    Sizes come first: hashes are computed only where all of them are right. `done` hears of the bytes that were hashed.
+    """
+    if not _there(directory):
         return None
-    except (ValueError, KeyError):
-        return [NAME]
-    return [n for n, e in files.items() if not (directory / n).is_file() or sha256(directory / n) != e["sha256"]]
+    files = read(directory)
+    if files is None:
+        return [f"{NAME}: the manifest itself is damaged"]
+    known = {NAME, *files}
+    extra = [f.name for f in sorted(directory.iterdir()) if f.suffix in READ and f.is_file() and f.name not in known]
+    found = [*_of_another_size(directory, files), *(f"{name}: is not in the manifest" for name in extra)]
+    if found:
+        return found
+    for name, (size, digest) in files.items():
+        if sha256(directory / name) != digest:
+            found.append(f"{name}: other content than was written")
+        if done is not None:
+            done(size)
+    return found
+
+
+def cut_short(directory: Path) -> list[str]:
+    """The weights that are missing or of another size than was sealed: cheap, and what a broken download leaves."""
+    files = read(directory) or {}
+    return _of_another_size(directory, {n: held for n, held in files.items() if n.endswith(".safetensors")})
+
+
+def _of_another_size(directory: Path, files: Files) -> list[str]:
+    found = []
+    for name, (size, _) in files.items():
+        file = directory / name
+        if not file.is_file():
+            found.append(f"{name}: missing")
+        elif (now := file.stat().st_size) != size:
+            found.append(f"{name}: {now:,} bytes, not {size:,}")
+    return found
+
+
+def _there(directory: Path) -> bool:
+    return (directory / NAME).exists() or (directory / NAME).is_symlink()
+
+
+def read(directory: Path) -> Files | None:
+    """The manifest of a directory; None where there is none, or it cannot be one."""
+    try:
+        held = json.loads((directory / NAME).read_text(encoding="utf-8"))
+        if held["version"] != VERSION or not held["files"]:
+            return None
+        files = {name: (one["bytes"], one["sha256"]) for name, one in held["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return files if all(is_plain_name(name) and _is_entry(*one) for name, one in files.items()) else None
+
+
+def _is_entry(size: Any, digest: Any) -> bool:
+    whole = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+    return whole and isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether `name` is that of a file in a directory: it leads nowhere else, under any system."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")

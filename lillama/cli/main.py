@@ -94,6 +94,8 @@ def evaluate(args: argparse.Namespace) -> int:
         options = {"tasks": names, "files": args.files, "limit": args.limit, "batch_size": args.batch_size}
         options = {name: value for name, value in options.items() if value is not None}
         overrides = [f"evaluate={json.dumps({'harness': options})}", *overrides]
+    if args.trust_remote_code:
+        overrides = ["model.trust_remote_code=true", *overrides]
     found = measure.evaluate_directory(Path(args.directory), args.recipe, overrides, args.device)
     if args.json:
         sys.stdout.write(json.dumps(found.metrics, indent=2) + "\n")
@@ -203,10 +205,19 @@ def export(args: argparse.Namespace) -> int:
         raise LillamaError("say which form", where="export", hint=f"--dense multiplies the factors back. {known}")
     EXPORTS.check(name, "export")
     quiet.quiet_libraries()
-    EXPORTS.get(name)(Path(args.directory), Path(args.out))
+    trust = {"trust_remote_code": args.trust_remote_code} if "trust_remote_code" in EXPORTS.needs(name) else {}
+    EXPORTS.get(name)(Path(args.directory), Path(args.out), **trust)
     said = ": loads with plain transformers, and is as large as the original" if name == "dense" else ""
     sys.stdout.write(f"wrote {args.out}{said}\n")
     return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """compare every file of a run or a checkpoint with the hash it was written with"""
+    from lillama.base.progress import Progress
+    from lillama.cli import verify
+
+    return verify.verify(Path(args.directory), Progress(_console(stderr=True)))
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -265,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--recipe", help="take the `evaluate:` section of this recipe")
     sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a key, such as evaluate.speed={}")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run code that came with the model or its recipe")
     sub.add_argument("--json", action="store_true", help="print the metrics as JSON")
     sub = verb(bench)
     sub.add_argument("models", nargs="+", metavar="DIR", help="a run directory, or ORIGINAL COMPRESSED")
@@ -290,9 +302,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(export)
     sub.add_argument("directory", help="a compressed checkpoint")
     sub.add_argument("out", help="the directory to write")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run modelling code that came with the model")
     forms = sub.add_mutually_exclusive_group()
     forms.add_argument("--as", dest="form", metavar="NAME", help="the form: dense, or a plugin's")
     forms.add_argument("--dense", action="store_true", help="multiply the factors back: short for --as dense")
+    sub = verb(verify)
+    sub.add_argument("directory", help="a run directory, or a checkpoint directory")
     sub = verb(doctor)
     sub.add_argument("recipes", nargs="*", help="recipes to check (default: recipes/*.yaml)")
     return parser

@@ -15,7 +15,7 @@ from typing import Any
 from lillama import host
 from lillama.base.rundir import MODEL, RESOLVED
 from lillama.errors import LillamaError
-from lillama.evaluate import speed
+from lillama.evaluate import speed, strangers
 from lillama.evaluate.perplexity import positions
 from lillama.evaluate.speed import Timing, median
 from lillama.evaluate.turns import Turns, alternating, give_back, is_out_of_memory, ratio
@@ -66,6 +66,7 @@ def models_of(given: Sequence[str], trust: bool = False) -> Models:
             f"'{given[0]}' is not a finished run", where="bench", hint="Give a run directory, or ORIGINAL COMPRESSED."
         )
     recipe = Recipe.load(run / RESOLVED, [f"model.trust_remote_code={json.dumps(trust)}"])
+    strangers.check_model(recipe, run / RESOLVED)
     unpacked = run / "original"  # from a GGUF file
     original = str(unpacked) if unpacked.is_dir() else resolve(recipe.model)[0]
     return Models(original, str(run / MODEL), run, recipe, trust)

@@ -13,6 +13,7 @@ from lillama import host
 from lillama.base.rundir import MODEL, RESOLVED
 from lillama.checkpoint.open import find_plugin, open_model
 from lillama.errors import LillamaError
+from lillama.evaluate import strangers
 from lillama.evaluate.context import Context, evaluate
 from lillama.evaluate.speed import weight_bytes
 from lillama.recipe.schema import Evaluation, Recipe
@@ -93,8 +94,11 @@ def asked_of(directory: Path, place: Path, path: str | None, overrides: Sequence
     data = [f"model.id={json.dumps(str(place))}", *overrides]
     if path:
         return Recipe.load(path, data)
-    if (directory / RESOLVED).is_file():
-        return Recipe.load(directory / RESOLVED, [UNTRUSTED, *data])
+    own = directory / RESOLVED
+    if own.is_file():
+        recipe = Recipe.load(own, [UNTRUSTED, *data])
+        strangers.check(recipe, overrides, own)
+        return recipe
     return Evaluation.parse({}, data)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from lillama import host
 from lillama.errors import LillamaError
+from lillama.pretrained.vetted import check_config, shards_of
 from lillama.recipe.schema import Model
 
 PACKAGE = "package:"
@@ -71,31 +71,50 @@ def _only_gguf(path: Path) -> str:
     )
 
 
+_USUAL = (OSError, ValueError, ImportError)  # whose messages are sentences
+
+
 @contextlib.contextmanager
-def explained(what: str, where: str) -> Iterator[None]:
-    """Turn what transformers and the hub raise about `what` into one error a person can act on."""
+def explained(what: str, where: str, hint: str | None = None) -> Iterator[None]:
+    """Turn what transformers and the hub raise about `what` into one error a person can act on.
+
+    Only for blocks that read what somebody wrote: of damaged files and strange configurations libraries raise whatever
+    they stumble over. `hint` is for what has no better one.
+    """
     try:
         yield
-    except LillamaError:
+    except (LillamaError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
         text = str(error).strip().splitlines()
-        reason = text[0] if text else type(error).__name__
+        reason = text[0] if text and isinstance(error, _USUAL) else ": ".join([type(error).__name__, *text[:1]])
         offline = any(word in str(error).lower() for word in ("connect", "offline", "resolve host", "reach"))
         if "trust_remote_code" in str(error):
-            hint = "It comes with code of its own, which runs where model.trust_remote_code: true says so."
+            hint = (
+                "It comes with code of its own, which runs where model.trust_remote_code: true says so "
+                "(eval, bench, export: --trust-remote-code)."
+            )
         elif offline:
             hint = "The hub cannot be reached: give a local directory, or run once with a connection."
         else:
-            hint = "Check the id; a private or gated model needs `hf auth login`."
+            hint = hint or "Check the id; a private or gated model needs `hf auth login`."
         raise LillamaError(f"cannot open {what}: {reason}", where=where, hint=hint) from error
 
 
 def own_configuration(where: str | os.PathLike[str], *, revision: str | None = None) -> Any | None:
     """The configuration that a plugin makes for a model, whose own code is not to be run then; or None."""
+    return _made_by_plugin(_raw_configuration(where, revision))
+
+
+def _raw_configuration(where: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
+    """What a model's config.json holds; transformers finds it, by whatever name."""
     from transformers import PreTrainedConfig
 
     raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision)
+    return raw
+
+
+def _made_by_plugin(raw: dict[str, Any]) -> Any | None:
     return None if "quantization_config" in raw else host.get().configuration(raw)
 
 
@@ -104,15 +123,23 @@ def read_configuration(
 ) -> Any:
     """The configuration of a model (directory, config.json or hub id): a plugin's, else as transformers reads it.
 
-    Raises what transformers raises. A compressed checkpoint, or the GGUF file `gguf`, is always read by transformers.
+    Raises what transformers raises, and LillamaError for what no model has, or would run code unless `trust`. A
+    compressed checkpoint, or the GGUF file `gguf`, is always read by transformers.
     """
     from transformers import AutoConfig
 
-    made = None if gguf else own_configuration(where, revision=revision)
-    if made is not None:
-        return made
     options = {"gguf_file": gguf} if gguf else {}
+    if not gguf:
+        raw = _raw_configuration(where, revision)
+        check_config(raw, _config_file(where), trust)
+        if (made := _made_by_plugin(raw)) is not None:
+            return made
     return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust, **options)
+
+
+def _config_file(where: str | os.PathLike[str]) -> str:
+    path = Path(where)
+    return str(path / "config.json" if path.is_dir() else path)
 
 
 def read_tokenizer(model: Model, where: str, gguf: str | None, unpacked: Path) -> Any:
@@ -135,11 +162,8 @@ def weight_files(directory: Path) -> list[Path]:
     files = sorted(p for p in directory.glob("*.safetensors") if not p.name.startswith("adapter"))
     if (directory / "model.safetensors").exists():
         return [directory / "model.safetensors"]
-    if (index := directory / "model.safetensors.index.json").exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if gone := [name for name in names if not (directory / name).exists()]:
-            raise LillamaError(f"the shard {gone[0]} is missing", where=str(directory), hint="Download it again.")
-        return [directory / name for name in names]
+    if (shards := shards_of(directory)) is not None:
+        return [directory / name for name in sorted(shards)]
     if files:
         return files
     pickled = sorted(p.name for p in directory.glob("*.bin"))
@@ -160,9 +184,7 @@ def download(repo: str, revision: str | None) -> Path:
     with explained(f"the model '{repo}'", "model.id"):
         beside = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
         directory = Path(snapshot_download(repo, revision=revision, allow_patterns=beside))
-        index = directory / "model.safetensors.index.json"
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
-        weights = shards or ["model.safetensors"]
+        weights = sorted(shards_of(directory, whole=False) or ["model.safetensors"])
         return Path(snapshot_download(repo, revision=revision, allow_patterns=[*beside, *weights]))
 
 
@@ -179,4 +201,5 @@ def read_processor(place: str | Path, trust: bool = False) -> Any:
     """The processor or tokenizer of the model in a directory, read with a plugin's configuration where one makes it."""
     with explained(f"the tokenizer of '{place}'", "directory"):
         own = own_configuration(place)
-        return processor(Path(place), **({"trust_remote_code": trust} if own is None else {"config": own}))
+        options = {"trust_remote_code": trust} if own is None else {"trust_remote_code": False, "config": own}
+        return processor(Path(place), **options)

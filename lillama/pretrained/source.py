@@ -23,7 +23,8 @@ from lillama.base.rundir import ORIGINAL
 from lillama.base.tensorfile import Lazy, TensorFile
 from lillama.errors import LillamaError
 from lillama.pretrained import identity, sharing
-from lillama.pretrained.locate import Place, download, explained, weight_files
+from lillama.pretrained.headers import index_of, open_files
+from lillama.pretrained.locate import Place, download, explained
 from lillama.recipe.schema import Model
 
 PutDirectory = Callable[[str], AbstractContextManager[Path]]  # makes a directory of that name, whole or not at all
@@ -135,28 +136,8 @@ class Source:
 
     def _index(self, directory: Path) -> dict[str, list[tuple[Path, str]]]:
         """Model key -> the file tensors it is made of."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        files = weight_files(directory)
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in mapping if isinstance(m, WeightConverter)]
-        state = self.model.state_dict()
-        index: dict[str, list[tuple[Path, str]]] = {}
-        for file in files:
-            self._files[file] = TensorFile(file)
-            for key in self._files[file]:
-                name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
-                index.setdefault(name, []).append((file, key))
-        tied = {*(getattr(self.model, "all_tied_weights_keys", None) or {}), *self.aliases}
-        if missing := [k for k, t in state.items() if t.is_meta and k not in index and k not in tied]:
-            raise LillamaError(
-                f"the checkpoint lacks {len(missing)} tensors of {type(self.model).__name__}, such as {missing[0]}",
-                where=str(directory),
-                hint="The download may be incomplete, or the configuration belongs to another model.",
-            )
-        return index
+        self._files = open_files(directory)
+        return index_of(self.model, self._files, directory, self.aliases)
 
     def tensors_below(self, prefixes: Iterable[str]) -> list[tuple[Path, str]]:
         """The file tensors that modules or parameters named by `prefixes` are made of."""

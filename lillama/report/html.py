@@ -13,6 +13,7 @@ from typing import Any
 
 from lillama.base.files import write_text
 from lillama.base.progress import clock
+from lillama.errors import LillamaError
 from lillama.registry import FIGURES
 from lillama.report.record import STAGES, RunRecord, finished_layers, layer_label, read
 from lillama.report.words import main_metrics, metric_name, millions, number, size, spread
@@ -35,7 +36,15 @@ PLACED = (
 
 def write(path: Path) -> Path:
     """Write the report into the run directory; returns the file. A chart that fails is left out and named there."""
-    write_text(path / NAME, render(read(path)))
+    text = render(read(path))
+    try:
+        write_text(path / NAME, text)
+    except OSError as error:
+        raise LillamaError(
+            f"the report cannot be written: {error.strerror or error}",
+            where=str(path / NAME),
+            hint="Is the disk full, or the directory somebody else's?",
+        ) from error
     return path / NAME
 
 

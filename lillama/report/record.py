@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lillama.errors import LillamaError
+from lillama.report import shapes
 
 BENCH = "bench.json"
 IN_TURN = "evaluation.speed.json"  # what was measured of all models in turn
@@ -44,42 +44,78 @@ def read(path: Path) -> RunRecord:
 
     if not (path / "plan.json").is_file() or not (path / "recipe.resolved.yaml").is_file():
         raise LillamaError("this is not a run directory", where=str(path), hint="Give the run.out of a recipe.")
-    events = []
-    if (path / "events.jsonl").is_file():
-        for line in (path / "events.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                events.append(json.loads(line))
-            except ValueError:  # the last line of a run that was killed
-                continue
-    stages = {stage: held for stage in STAGES if (held := read_json(path / f"evaluation.{stage}.json"))}
-    for stage, held in read_json(path / IN_TURN).get("stages", {}).items():
-        known = stages.setdefault(stage, {})
-        known["details"] = known.get("details", {}) | held["details"]
+    resolved = path / "recipe.resolved.yaml"
+    settings = yamlfile.load(resolved).data
+    shapes.check(settings, shapes.RECIPE, resolved)
     return RunRecord(
         path,
-        read_json(path / "metrics.json"),
-        read_json(path / "plan.json"),
+        _checked(path / "metrics.json", shapes.RESULT),
+        _checked(path / "plan.json", shapes.PLAN) or _no_plan(path / "plan.json"),
         read_text(path / "recipe.yaml"),
-        dict(yamlfile.load(path / "recipe.resolved.yaml").data),
-        events,
-        stages,
-        read_json(path / BENCH),
-        read_json(path / "MANIFEST.json").get("fingerprint", {}),
-        read_json(path / "model" / "config.json"),
+        settings,
+        _events(path / "events.jsonl"),
+        _stages(path),
+        _checked(path / BENCH, shapes.BENCH),
+        _checked(path / "MANIFEST.json", shapes.MANIFEST).get("fingerprint") or {},
+        _checked(path / "model" / "config.json", shapes.MODEL),
     )
 
 
+def _events(path: Path) -> list[dict[str, Any]]:
+    """The events of a run; a line that is none is left out, as the last one of a run that was killed."""
+    found = []
+    for line in read_text(path).splitlines():
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        named = isinstance(event, dict) and isinstance(event.get("event"), str)
+        if named and (event["event"] != "layer" or isinstance(event.get("layer"), str)):
+            found.append(event)
+    return found
+
+
+def _stages(path: Path) -> dict[str, dict[str, Any]]:
+    """What was measured at each stage, with what was measured of all models in turn."""
+    files = {stage: path / f"evaluation.{stage}.json" for stage in STAGES}
+    stages = {stage: held for stage, file in files.items() if (held := _checked(file, shapes.STAGE))}
+    for stage, held in (_checked(path / IN_TURN, shapes.IN_TURN).get("stages") or {}).items():
+        known = stages.setdefault(stage, {})
+        known["details"] = (known.get("details") or {}) | held["details"]
+    for stage, held in stages.items():
+        held["details"] = held.get("details") or {}
+        shapes.check_details(held["details"], files.get(stage, path / IN_TURN))
+    return stages
+
+
+def _checked(path: Path, shape: Any) -> dict[str, Any]:
+    """What a JSON file of a run holds, as `read_json`. Raises LillamaError where it looks otherwise than `shape`."""
+    held = read_json(path)
+    if held:
+        shapes.check(held, shape, path)
+    return held
+
+
+def _no_plan(path: Path) -> dict[str, Any]:
+    raise LillamaError("the plan was not written to its end", where=str(path), hint="Run the recipe again.")
+
+
 def read_text(path: Path) -> str:
-    """The text of a file, empty where there is none."""
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    """The text of a file, empty where there is none; what is no text in it is replaced."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds, empty where there is none or it was not written to its end."""
+    """What a JSON file holds, empty where there is none or it was not written to its end.
+
+    Raises LillamaError where it holds something else than an object.
+    """
     try:
-        return dict(json.loads(read_text(path) or "{}"))
-    except ValueError:
+        held = json.loads(read_text(path) or "{}")
+    except (ValueError, RecursionError):
         return {}
+    shapes.check(held, shapes.Each(shapes.anything), path)
+    return dict(held)
 
 
 def ratios_of(details: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -111,7 +147,7 @@ def finished_layers(record: RunRecord) -> list[dict[str, Any]]:
 
 def is_finite_number(value: Any) -> bool:
     """Whether `value` is a number that a chart can show; what overflowed on the way is none."""
-    return isinstance(value, int | float) and math.isfinite(value) and abs(value) < 1e300
+    return shapes.number(value)
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
