@@ -53,7 +53,7 @@ def read(path: Path) -> RunRecord:
         _checked(path / "plan.json", shapes.PLAN) or _no_plan(path / "plan.json"),
         read_text(path / "recipe.yaml"),
         settings,
-        _events(path / "events.jsonl"),
+        read_events(path / "events.jsonl"),
         _stages(path),
         _checked(path / BENCH, shapes.BENCH),
         _checked(path / "MANIFEST.json", shapes.MANIFEST).get("fingerprint") or {},
@@ -61,7 +61,7 @@ def read(path: Path) -> RunRecord:
     )
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
+def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a run; a line that is none is left out, as the last one of a run that was killed."""
     found = []
     for line in read_text(path).splitlines():

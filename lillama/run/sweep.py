@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Recipe
+from lillama.report.record import read_events
 from lillama.run.sweepfile import Row, Sweep, rows
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _finished(row: Row, recipe: Recipe) -> bool:
 def _collect(row: Row) -> None:
     """Read a finished run's numbers."""
     row.metrics = json.loads((row.directory / "metrics.json").read_text())
-    events = map(json.loads, (row.directory / "events.jsonl").read_text().splitlines())
+    events = read_events(row.directory / "events.jsonl")
     row.curve = [event for event in events if event["event"] == "curve"]
 
 
