@@ -15,7 +15,7 @@ from lillama.errors import LillamaError
 from lillama.recipe.schema import Recipe
 from lillama.report.record import by_kind, ratios_of
 from lillama.report.words import millions, number, size, spread
-from lillama.run.estimate import estimate
+from lillama.run.estimate import check_disk, estimate
 from lillama.run.pipeline import Result
 from lillama.run.prepare import Prepared
 
@@ -55,6 +55,11 @@ def plan(prepared: Prepared) -> RenderableType:
         f"estimated: memory {size(e.memory)}, disk {size(e.disk)}, "
         + (f"about {clock(e.seconds)} for {e.tokens:,} tokens" if e.seconds else "time depends on calibration.tokens"),
     ]
+    try:
+        warning = check_disk(prepared, e)
+    except LillamaError as error:  # the plan is of use elsewhere; a run is refused
+        warning = f"not enough room: {error.what}"
+    lines += [warning] if warning else []
     return Group(*(Text(line) for line in lines), Text(), table, Text())
 
 

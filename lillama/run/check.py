@@ -55,7 +55,7 @@ def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
 
 
 def check_skip(globs: Sequence[str], layers: Sequence[Layer], model: Any) -> None:
-    """LillamaError for a glob under compress.skip that nothing in the model is called; dense ones may be named."""
+    """LillamaError for a glob under compress.skip that nothing in the model is called; what is dense may be named."""
     weights = {weight.name for layer in layers for weight in layer.weights}
     names = weights | {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     for glob in globs:

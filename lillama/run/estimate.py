@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from lillama.base.device import Device
-from lillama.contract import Layer, Weight
+from lillama.contract import Weight
 from lillama.factorise.grams import choose_gram
-from lillama.factorise.start import find_needs
-from lillama.lowrank.counts import stored
-from lillama.plan.plan import Plan, observable, wants_spectra
+from lillama.plan.plan import Plan
 from lillama.pretrained.source import Source
-from lillama.pretrained.streams import Place, budgets, choose
 from lillama.recipe.schema import Recipe
+from lillama.run import disk
+from lillama.run.counts import Counts
+from lillama.run.prepare import Prepared
 
 SINGLE = 3  # times that a product in float32 takes longer than one in the compute type, about
 PROCESS_BYTES = 700_000_000  # Python, torch and transformers themselves, on a CPU
@@ -32,69 +33,35 @@ class Estimate:
     tokens: int | None
 
 
+def check_disk(prepared: Prepared, estimated: Estimate | None = None) -> str | None:
+    """A warning where the disk has little more room than the run needs; LillamaError where it has less."""
+    if estimated is None:
+        parts = (prepared.source, prepared.plan, prepared.recipe, prepared.device)
+        wanted = disk.needed(Counts(*parts))
+    else:
+        wanted = estimated.disk
+    return disk.check(wanted, Path(prepared.recipe.run.out))
+
+
 def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Estimate:
     """Estimate a run on this machine. The time rests on a matrix product measured now."""
-    run = _Run(source, plan, recipe, device)
-    if recipe.distill.schedule == "sequential":
-        place, stream_bytes = _streams(run)
+    run = Counts(source, plan, recipe, device)
+    if run.sequential:
+        copies = 3 if "student" in run.streams else 2
+        place, stream_bytes = disk.streams(run, copies, recipe.calibration.tokens or 0)
         own = place == ("host" if device.device.type == "cpu" else "device")
         memory = _one_by_one(run) + (stream_bytes if own else 0)
-        kept = stream_bytes if place == "file" else 0
     else:
         memory = _all_at_once(run)
-        kept = 16 * sum(run.trained.values())  # snapshots
     memory = max(memory, _evaluation_bytes(source, recipe), _finetuning_bytes(source, plan, recipe))
     if device.device.type == "cpu":
         memory += PROCESS_BYTES
     tokens = recipe.calibration.tokens
     seconds = _operations(run, tokens) / _throughput(device, run.batch) if tokens else None
-    return Estimate(int(memory), int(_disk(run) + kept), seconds, tokens)
+    return Estimate(int(memory), disk.needed(run), seconds, tokens)
 
 
-@dataclass
-class _Run:
-    """What every part of an estimate looks at, counted once. Numbers are of a layer, by its name."""
-
-    source: Source
-    plan: Plan
-    recipe: Recipe
-    device: Device
-
-    def __post_init__(self) -> None:
-        plan, recipe, text = self.plan, self.recipe, self.source.config.get_text_config()
-        self.layers = plan.work
-        self.planned = [layer for layer in plan.work if plan.planned(layer)]
-        widest = max((w.shape[1] for layer in plan.work for w in layer.weights), default=0)
-        self.width: int = getattr(text, "hidden_size", widest)
-        self.batch = recipe.distill.batch_size * recipe.calibration.sequence_length  # tokens
-        self.streams, self.grams, self.fisher = find_needs(recipe)
-        self.numbers = {layer.name: _numbers(self.source, layer.name) for layer in plan.work}
-        self.factors = {
-            layer.name: sum(stored(w, plan.ranks[w.name], "factors") for w in plan.planned(layer))
-            for layer in self.planned
-        }
-        self.rest = {layer.name: self.numbers[layer.name] - _replaced(plan, layer) for layer in self.planned}
-        whole = recipe.distill.train != "factors"
-        self.trained = {name: count + (self.rest[name] if whole else 0) for name, count in self.factors.items()}
-        # Of a layer's experts, a token passes through a few.
-        self.chosen: int = getattr(text, "num_experts_per_tok", None) or 1
-
-    @property
-    def measured(self) -> bool:
-        """Whether the predictions' sensitivity is measured before anything is distilled."""
-        return wants_spectra(self.recipe.compress) or bool(self.fisher)
-
-
-def _streams(run: _Run) -> tuple[Place, int]:
-    """Where the sequential schedule's streams are, and their bytes."""
-    count = 3 if "student" in run.streams else 2
-    needed = run.source.working.itemsize * run.width * (run.recipe.calibration.tokens or 0) * count
-    section = run.recipe.run
-    room = budgets(section.stream_device_memory, section.stream_memory, run.device.device)
-    return choose(needed, *room), needed
-
-
-def _students(run: _Run) -> dict[str, int]:
+def _students(run: Counts) -> dict[str, int]:
     """Bytes of every student: its weights, two moments of what trains, and on a CPU the best state so far.
 
     The best state is on the host, and in files where memory is low.
@@ -103,13 +70,13 @@ def _students(run: _Run) -> dict[str, int]:
     return {n: 4 * (run.rest[n] + run.factors[n]) + (8 + best) * run.trained[n] for n in run.factors}
 
 
-def _step(run: _Run) -> tuple[int, int]:
+def _step(run: Counts) -> tuple[int, int]:
     """Bytes of a step's activations, and of one layer's gradient (there is one at a time)."""
     outputs = max((sum(_through(w, run.chosen) for w in layer.weights) for layer in run.layers), default=0)
     return run.batch * outputs * 4 * (2 if len(run.streams) == 1 else 3), 4 * max(run.trained.values(), default=0)
 
 
-def _one_by_one(run: _Run) -> int:
+def _one_by_one(run: Counts) -> int:
     """Memory of the sequential schedule, streams left out."""
     teacher, students = run.source.working.itemsize, _students(run)
     layer = max((teacher * run.numbers[name] + students[name] for name in students), default=0)
@@ -119,7 +86,7 @@ def _one_by_one(run: _Run) -> int:
     return layer + activations + max(gradient, 3 * grams)
 
 
-def _all_at_once(run: _Run) -> int:
+def _all_at_once(run: Counts) -> int:
     """Memory of the concurrent schedule."""
     teachers = [run.source.working.itemsize * count for count in run.numbers.values()]
     held = max(teachers, default=0) if run.recipe.run.low_memory else sum(teachers)
@@ -128,19 +95,7 @@ def _all_at_once(run: _Run) -> int:
     return held + sum(_students(run).values()) + sum(_step(run)) + run.source.working.itemsize * around
 
 
-def _disk(run: _Run) -> int:
-    """Bytes of files: the checkpoint, finished layers, what is measured, an unpacked original."""
-    out = run.source.dtype.itemsize
-    unpacked = out * run.plan.before if run.source.gguf else 0
-    return out * run.plan.after + 4 * sum(run.trained.values()) + unpacked + 8 * _squares(run) * run.measured
-
-
-def _squares(run: _Run) -> int:
-    """Numbers of all factors of the Fisher information, each on its weight's smaller side."""
-    return sum(w.copies * min(w.shape) ** 2 for layer in run.plan.layers for w in observable(layer))
-
-
-def _operations(run: _Run, tokens: int) -> float:
+def _operations(run: Counts, tokens: int) -> float:
     """Floating-point operations of the run on so many tokens of calibration."""
     compress, epochs = run.recipe.compress, run.recipe.distill.epochs
     seen = tokens if epochs else min(tokens, compress.gram_tokens) if run.grams else 0
@@ -148,7 +103,7 @@ def _operations(run: _Run, tokens: int) -> float:
     train = sum(6 * (run.rest[name] + run.factors[name]) for name in run.factors)
     # The teacher, and the student stream moving on.
     flops = seen * (2 * once + train * len(run.streams) * epochs)
-    sums = 4 * _squares(run) * SINGLE  # of both factors, in float32
+    sums = 4 * disk.squares(run) * SINGLE  # of both factors, in float32
     flops += min(tokens, compress.fisher_tokens) * (3 * once + sums) * run.measured
     return flops + _finetuning(run.source, run.plan, run.recipe)
 
@@ -200,14 +155,6 @@ def _gram_bytes(weights: Sequence[Weight], wanted: Iterable[str]) -> int:
         key = weight.name if output else weight.group or weight.name
         sizes[key] = 4 * weight.copies * weight.shape[0 if output else 1] ** 2
     return sum(sizes.values())
-
-
-def _numbers(source: Source, name: str) -> int:
-    return sum(p.numel() for p in source.model.get_submodule(name).parameters())
-
-
-def _replaced(plan: Plan, layer: Layer) -> int:
-    return sum(w.shape[0] * w.shape[1] * w.copies for w in plan.planned(layer))  # a tied one's too
 
 
 def _throughput(device: Device, tokens: int) -> float:

@@ -1,0 +1,143 @@
+"""What a run writes at its peak, and whether there is room for it. All figures are bytes."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+from pathlib import Path
+
+from lillama.errors import LillamaError
+from lillama.lowrank.counts import stored
+from lillama.plan.plan import observable
+from lillama.pretrained.streams import Place, budgets, choose
+from lillama.report.words import size
+from lillama.run.counts import Counts
+
+SINGLE = 4  # bytes of a number while it is learned: float32
+MOMENTS = 2 * SINGLE  # of AdamW
+BESIDE = 8_000_000  # tokenizers, events, tables, the report
+TIGHT = 1.2  # times what is needed: below, a warning
+
+
+def streams(counts: Counts, copies: int, tokens: int) -> tuple[Place, int]:
+    """Where so many streams of so many tokens are, and what they take."""
+    needed = counts.source.working.itemsize * counts.width * tokens * copies
+    section = counts.recipe.run
+    room = budgets(section.stream_device_memory, section.stream_memory, counts.device.device)
+    return choose(needed, *room), needed
+
+
+def needed(counts: Counts) -> int:
+    """What the run directory holds at its peak. What is written anew stands beside the old until it is whole."""
+    source, plan = counts.source, counts.plan
+    unpacked = source.dtype.itemsize * plan.before if source.gguf else 0
+    fisher = 2 * SINGLE * squares(counts) if counts.measured else 0
+    layers, model = SINGLE * sum(counts.kept.values()), source.dtype.itemsize * plan.after
+    distilling = _one_by_one(counts, layers) if counts.sequential else _all_at_once(counts, layers)
+    peaks = (
+        _measuring(counts, fisher),
+        fisher + distilling,
+        fisher + layers + model,
+        layers + model + finetuning(counts),
+    )
+    return BESIDE + unpacked + max(peaks)
+
+
+def squares(counts: Counts) -> int:
+    """Numbers of one of the two factors of the Fisher information of all weights, each on its weight's smaller side."""
+    return sum(w.copies * min(w.shape) ** 2 for layer in counts.plan.layers for w in observable(layer))
+
+
+def _measuring(counts: Counts, fisher: int) -> int:
+    """All streams of the original's layers at once, where they are in files, or the factors that take their place."""
+    if not counts.measured:
+        return 0
+    blocks = sum(layer.kind == "block" for layer in counts.plan.layers)
+    tokens = min(counts.recipe.calibration.tokens or 0, counts.recipe.compress.fisher_tokens)
+    place, every = streams(counts, blocks + 2, tokens)
+    if place != "file":
+        return fisher
+    # Each stream goes as its layer's factors come.
+    return max(every, fisher) + 3 * every // (blocks + 2)
+
+
+def _one_by_one(counts: Counts, layers: int) -> int:
+    """The finished layers, the streams that are in files, and the best state of the layer that learns."""
+    count = 3 if "student" in counts.streams else 2
+    place, flowing = streams(counts, count, counts.recipe.calibration.tokens or 0)
+    best = 2 * SINGLE * max(counts.trained.values(), default=0) if counts.recipe.run.low_memory else 0
+    return layers + best + (flowing if place == "file" else 0)
+
+
+def _all_at_once(counts: Counts, layers: int) -> int:
+    """Starting factors, and two snapshots while one takes the other's place, or one and the finished layers."""
+    trained, low = sum(counts.trained.values()), counts.recipe.run.low_memory
+    init = SINGLE * sum(counts.factors.values())
+    snapshot = (2 * SINGLE + MOMENTS) * trained
+    best = SINGLE * (trained + max(counts.trained.values(), default=0)) if low else 0
+    tokens = min(counts.recipe.calibration.tokens or 0, counts.recipe.compress.gram_tokens) if counts.grams else 0
+    place, flowing = streams(counts, 2, tokens)
+    starting = init + (flowing if place == "file" else 0)
+    return max(starting, init + max(2 * snapshot + best, snapshot + layers))
+
+
+def finetuning(counts: Counts) -> int:
+    """The trainer's checkpoints (two, and one that is being written), or two and the result."""
+    section, plan = counts.recipe.finetune, counts.plan
+    if section is None:
+        return 0
+    # It trains two factors, whatever the storage.
+    numbers = {storage: _numbers(counts, storage) for storage in ("factors", plan.storage)}
+    whole = plan.after + numbers["factors"] - numbers[plan.storage]
+    trained = whole - _frozen(counts, section.freeze)
+    if section.lora is not None:
+        whole = trained = section.lora.rank * sum(
+            w.copies * sum(w.shape) for layer in plan.layers for w in layer.weights
+        )
+    one = SINGLE * whole + MOMENTS * trained
+    held = min(section.checks, 2)
+    return max(min(section.checks, 3) * one, held * one + counts.source.dtype.itemsize * plan.after)
+
+
+def _numbers(counts: Counts, storage: str) -> int:
+    weights = counts.plan.weights
+    return sum(stored(weights[name], rank, storage) for name, rank in counts.plan.ranks.items())
+
+
+def _frozen(counts: Counts, globs: list[str] | None) -> int:
+    """Parameters of the compressed model that fine-tuning leaves as they are."""
+    plan = counts.plan
+    if globs is None:
+        globs = ["*encoder.*"] if counts.source.config.is_encoder_decoder else []
+    replaced = tuple(f"{name}." for name in plan.ranks)
+    numbers = {f"{n}.weight": stored(plan.weights[n], rank, "factors") for n, rank in plan.ranks.items()}
+    numbers |= {n: p.numel() for n, p in counts.source.model.named_parameters() if not n.startswith(replaced)}
+    return sum(count for n, count in numbers.items() if any(fnmatch.fnmatchcase(n, glob) for glob in globs))
+
+
+def available(out: Path) -> int:
+    """What a run in the directory `out` may fill: what is free, and what an earlier process left there."""
+    place = out.expanduser().absolute()
+    held = 0
+    for folder, _, names in os.walk(place):
+        held += sum(_bytes(Path(folder) / name) for name in names)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free + held
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:  # gone meanwhile
+        return 0
+
+
+def check(wanted: int, out: Path) -> str | None:
+    """A warning where the room for `wanted` bytes is tight; LillamaError where there is less. None: there is enough."""
+    free = available(out)
+    said = f"the run needs {size(wanted)} of disk, and {size(free)} are free for {out}"
+    if free < wanted:
+        raise LillamaError(said, where="run.out", hint="Make room, or give a run.out on another disk.")
+    return f"little room: {said}" if free < TIGHT * wanted else None
