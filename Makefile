@@ -17,6 +17,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+# Known vulnerabilities of what constraints.txt pins are asked of a service on the network, so not here:
+# pip install pip-audit && pip-audit -r constraints.txt --no-deps --disable-pip
 
 # What measures something in a minute or two; others make models, or want data and an hour, and are run by hand.
 BENCHMARKS := $(filter-out benchmarks/train_% benchmarks/make_% benchmarks/quality.py, $(wildcard benchmarks/*.py))
