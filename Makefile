@@ -17,6 +17,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+# Known vulnerabilities of what constraints.txt pins are asked of a service on the network, so not here:
+# pip install pip-audit && pip-audit -r constraints.txt --no-deps --disable-pip
 
 # Kills, damages, full disks and mutations, whole: an hour. Small versions are among the tests.
 storm: install

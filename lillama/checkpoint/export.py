@@ -12,6 +12,7 @@ from lillama.base.files import atomic_directory
 from lillama.checkpoint.load import load
 from lillama.checkpoint.write import copy_beside
 from lillama.errors import LillamaError
+from lillama.pretrained.locate import explained
 
 
 def export_dense(path: str | Path, target: str | Path, *, trust_remote_code: bool = False) -> None:
@@ -25,6 +26,7 @@ def export_dense(path: str | Path, target: str | Path, *, trust_remote_code: boo
     model.dequantize()
     if target.exists():
         target.rmdir()
-    with atomic_directory(target) as directory:
+    damaged = "The configuration, or a file beside it, is damaged."
+    with explained("the checkpoint to write it dense", str(path), damaged), atomic_directory(target) as directory:
         model.save_pretrained(directory)
         copy_beside(path, directory)
