@@ -83,7 +83,7 @@ def _all_at_once(counts: Counts, layers: int) -> int:
 
 
 def finetuning(counts: Counts) -> int:
-    """The trainer's checkpoints (two, and one that is being written), or two and the result."""
+    """The trainer's checkpoints (three, and one that is being written), or three and the result."""
     section, plan = counts.recipe.finetune, counts.plan
     if section is None:
         return 0
@@ -96,8 +96,8 @@ def finetuning(counts: Counts) -> int:
             w.copies * sum(w.shape) for layer in plan.layers for w in layer.weights
         )
     one = SINGLE * whole + MOMENTS * trained
-    held = min(section.checks, 2)
-    return max(min(section.checks, 3) * one, held * one + counts.source.dtype.itemsize * plan.after)
+    held = min(section.checks, 3)
+    return max(min(section.checks, 4) * one, held * one + counts.source.dtype.itemsize * plan.after)
 
 
 def _numbers(counts: Counts, storage: str) -> int:
