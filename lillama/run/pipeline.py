@@ -39,6 +39,7 @@ from lillama.recipe.schema import Finetune, Recipe
 from lillama.report import html, track
 from lillama.report.record import IN_TURN, STAGES
 from lillama.run import curve, fingerprint
+from lillama.run.estimate import check_disk
 from lillama.run.prepare import Prepared, prepare
 
 PLAN = "plan.json"
@@ -97,6 +98,7 @@ class Run:
         batches = self.batches()
         points = self.curve(batches)
         track.modules(self.recipe)
+        check_disk(self.prepared)
         new, held = self.fingerprint(batches), self.directory.held()
         self.directory.open(new if held is None else fingerprint.like(new, held, Path(self.source.where)), self.restart)
         for remark in self.directory.remarks:
