@@ -296,6 +296,6 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
 def test_a_run_without_room_is_refused_before_anything_is_written(run, tmp_path, monkeypatch):
     recipe, batches = run
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(LillamaError, match="the run needs .* of disk, and .* are free"):
+    with pytest.raises(LillamaError, match=r"the run needs .* of disk, and .* are free"):
         pipeline.compress(recipe, batches=batches)
     assert not (tmp_path / "run").exists()
