@@ -98,7 +98,8 @@ class Run:
         batches = self.batches()
         points = self.curve(batches)
         track.modules(self.recipe)
-        check_disk(self.prepared)
+        if self.restart or not (self.directory.path / "metrics.json").is_file():
+            check_disk(self.prepared)
         new, held = self.fingerprint(batches), self.directory.held()
         self.directory.open(new if held is None else fingerprint.like(new, held, Path(self.source.where)), self.restart)
         for remark in self.directory.remarks:
