@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lillama.base.finite import how_many, is_finite
 from lillama.errors import LillamaError
 
 DTYPES = {
@@ -34,12 +35,16 @@ _Place = tuple[torch.dtype, tuple[int, ...], int, tuple[int, int]]  # type, shap
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: what the header says of it, and how to get it when its turn comes."""
+    """A tensor to be written: what the header says of it, and how to get it when its turn comes.
+
+    `anything`: its numbers need not be finite.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    anything: bool = False
 
     @property
     def bytes(self) -> int:
@@ -175,7 +180,10 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 def write(path: Path, entries: Iterable[Entry], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; one tensor is in memory at a time."""
+    """Write a safetensors file; one tensor is in memory at a time.
+
+    Raises LillamaError for a tensor that is not finite, unless its entry says that it may hold anything.
+    """
     # The largest types first, as the format wants them aligned; names make the order definite.
     ordered = sorted(entries, key=lambda e: (-torch.empty((), dtype=e.dtype).element_size(), e.name))
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
@@ -194,5 +202,11 @@ def write(path: Path, entries: Iterable[Entry], metadata: dict[str, str] | None 
                 raise LillamaError(
                     f"the tensor became {tuple(tensor.shape)} {tensor.dtype}, not {entry.shape} {entry.dtype}",
                     where=entry.name,
+                )
+            if not entry.anything and not is_finite(tensor):
+                raise LillamaError(
+                    f"{how_many(tensor)} not finite in {str(entry.dtype).removeprefix('torch.')}: it is not stored",
+                    where=f"{path.name}: {entry.name}",
+                    hint="Try model.dtype: bfloat16 or float32, whose numbers reach further than float16's.",
                 )
             handle.write(raw(tensor))

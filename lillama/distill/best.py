@@ -43,10 +43,14 @@ class Best:
         return [tensorfile.Entry.of(name, value) for name, value in self.kept.items()]
 
     @torch.no_grad()
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the state into the tensors of `state`, and drop it."""
+    def put_back(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the state into the tensors of `state`."""
         for entry in self.entries():
             state[entry.name].copy_(entry.read())
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the state into the tensors of `state`, and drop it."""
+        self.put_back(state)
         self.drop()
 
     def drop(self) -> None:

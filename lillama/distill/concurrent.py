@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lillama.base import memory
+from lillama.base.finite import unless_finite
 from lillama.contract import Layer
 from lillama.distill.job import Job, Watch
 from lillama.distill.snapshot import Snapshot
@@ -21,7 +23,7 @@ from lillama.distill.teachers import Teachers
 from lillama.factorise.grams import Grams
 from lillama.factorise.start import from_tensors, initial_factors, to_tensors
 from lillama.lowrank.storage import Factors
-from lillama.pretrained.calls import Batch, Capture, RawBatch
+from lillama.pretrained.calls import Batch, Capture
 from lillama.pretrained.streams import Shelf, Stream
 from lillama.pretrained.walk import LayerPass
 
@@ -38,16 +40,16 @@ def concurrent(job: Job, watch: Watch | None = None) -> None:
         snapshot = Snapshot(job.directory, students, job.recipe.run.snapshot_seconds)
         start = snapshot.restore()
         checks = job.check_steps()
-        if start == 0 and job.held:
-            _check(job, teachers, students, capture)
+        if start == 0 and (job.held or job.total_steps):
+            _begin(job, teachers, students, capture)
         if watch and start == 0:
             watch.after_step(job, 0, teachers.at, students)
         with job.progress.phase("distil", job.total_steps) as bar:
             bar.skip(start)
             for step in range(start + 1, job.total_steps + 1):
-                batch, hidden = _capture(job, capture, job.train[(step - 1) % len(job.train)])
-                losses = _pass(job, teachers, students, batch, hidden)
-                bar.advance(tokens=batch.tokens, loss=_mean(losses))
+                feed = _capture(job, capture, (step - 1) % len(job.train))
+                losses = _pass(job, teachers, students, feed)
+                bar.advance(tokens=feed.batch.tokens, loss=_mean(losses))
                 if step in checks and job.held:
                     _check(job, teachers, students, capture)
                 if watch:
@@ -55,14 +57,24 @@ def concurrent(job: Job, watch: Watch | None = None) -> None:
                 snapshot.maybe(step)
         job.store(*students.values())
         snapshot.remove()
-        job.directory.forget(*init.values())
+        _forget(job)
+
+
+class _Feed(NamedTuple):
+    """A batch as the layers see it, its number, and what enters the first of them."""
+
+    number: int
+    batch: Batch
+    hidden: Tensor
 
 
 @torch.no_grad()
-def _capture(job: Job, capture: Capture, raw: RawBatch) -> tuple[Batch, Tensor]:
-    """A batch as the layers see it, and what enters the first of them."""
+def _capture(job: Job, capture: Capture, number: int) -> _Feed:
+    """The batch of that number."""
     with job.device.autocast():
-        return capture(raw)
+        batch, hidden = capture(job.batches[number])
+    job.walk.originals.add(f"the input of {job.layers[0].name}", number, hidden)
+    return _Feed(number, batch, hidden)
 
 
 def _build_students(job: Job, teachers: Teachers, init: dict[str, str]) -> Students:
@@ -82,16 +94,16 @@ def _build_students(job: Job, teachers: Teachers, init: dict[str, str]) -> Stude
     return found
 
 
-def _pass(
-    job: Job, teachers: Teachers, students: Students, batch: Batch, hidden: Tensor, update: bool = True
-) -> dict[int, Tensor]:
+def _pass(job: Job, teachers: Teachers, students: Students, feed: _Feed, update: bool = True) -> dict[int, Tensor]:
     """One batch through all layers, bottom to top; the losses of the planned ones, on the device.
 
     With `update`, every planned layer takes a step on its own inputs. The student stream carries each layer's output
-    from before its step, so that nothing runs twice.
+    from before its step, so that nothing runs twice. Where that is not finite, the layers above get the original's, so
+    that nobody pays for another's mistake.
     """
     losses: dict[int, Tensor] = {}
-    x = {"teacher": hidden, "student": hidden}
+    batch = feed.batch
+    x = {"teacher": feed.hidden, "student": feed.hidden}
     for position in range(len(job.layers)):
         student = students.get(position)
         with teachers.at(position) as teacher, torch.no_grad(), job.device.autocast():
@@ -99,6 +111,7 @@ def _pass(
             after = target
             if student is None and "student" in job.needs.streams and x["student"] is not x["teacher"]:
                 after = batch.calls[position](teacher, x["student"])
+        job.walk.originals.add(job.layers[position].name, feed.number, target)
         if student is not None:
             if update:
                 losses[position], outputs = student.step(batch, target, x)
@@ -106,7 +119,7 @@ def _pass(
                 with torch.no_grad():
                     losses[position], outputs = student.measure(batch, target, x)
             after = outputs.get("student", target)
-        x = {"teacher": target, "student": after}
+        x = {"teacher": target, "student": after if after is target else unless_finite(after, target)}
     return losses
 
 
@@ -115,18 +128,40 @@ def _mean(losses: dict[int, Tensor]) -> Tensor:
     return torch.stack([*losses.values()]).mean() if losses else torch.zeros(())
 
 
+def _measure(job: Job, teachers: Teachers, students: Students, capture: Capture) -> dict[int, float]:
+    """The mean loss of every planned layer over the batches that layers are measured on."""
+    totals, tokens = dict.fromkeys(students, 0.0), 0
+    for number in job.first_batches:
+        feed = _capture(job, capture, number)
+        tokens += feed.batch.tokens
+        for position, measured in _pass(job, teachers, students, feed, update=False).items():
+            totals[position] += float(measured) * feed.batch.tokens
+    return {position: total / max(tokens, 1) for position, total in totals.items()}
+
+
+def _begin(job: Job, teachers: Teachers, students: Students, capture: Capture) -> None:
+    """Measure every planned layer before it learns; those whose loss is not finite stay dense."""
+    losses = _measure(job, teachers, students, capture)
+    for position, loss in losses.items():
+        student = students[position]
+        leader = student.owner or student
+        if job.plan.planned(leader.layer) and job.keep_unless_finite(leader.layer, loss):
+            leader.discard()
+    for position in [p for p, student in students.items() if not job.plan.planned(student.layer)]:
+        del students[position]
+    if students and len(students) < len(losses):
+        losses = _measure(job, teachers, students, capture)  # what is dense hands on something else
+    if job.held:
+        for position, student in students.items():
+            student.note_held_out(losses[position])
+
+
 def _check(job: Job, teachers: Teachers, students: Students, capture: Capture) -> None:
     """Measure the held-out loss of every planned layer and let each keep its best state."""
-    totals, tokens = dict.fromkeys(students, 0.0), 0
-    for raw in job.held:
-        batch, hidden = _capture(job, capture, raw)
-        tokens += batch.tokens
-        for position, measured in _pass(job, teachers, students, batch, hidden, update=False).items():
-            totals[position] += float(measured) * batch.tokens
+    losses = _measure(job, teachers, students, capture)
     for position, student in students.items():
-        loss = student.note_held_out(totals[position] / max(tokens, 1))
-        if student.steps:
-            job.directory.event("check", layer=student.layer.name, step=student.steps, held_out_loss=loss)
+        loss = student.note_held_out(losses[position])
+        job.directory.event("check", layer=student.layer.name, step=student.steps, held_out_loss=loss)
 
 
 def _start_layers(job: Job) -> dict[str, str]:
@@ -134,8 +169,8 @@ def _start_layers(job: Job) -> dict[str, str]:
 
     A resumed run starts from the same ones without computing them again.
     """
-    learn = [layer for layer in job.layers if any(not w.tied for w in job.plan.planned(layer))]
-    names = {layer.name: f"init/{job.file(layer).partition('/')[2]}" for layer in learn}
+    names = _names(job)
+    learn = [layer for layer in job.layers if layer.name in names]
     if all(job.directory.has(name) for name in names.values()):
         return names
     # At which position a layer's factors can be had. Those of an embedding with a tied head depend on the inputs of
@@ -159,7 +194,9 @@ def _start_layers(job: Job) -> dict[str, str]:
                     at = LayerPass(layer, position, teacher, batches, inputs)
                     if start is not None and wanted:
                         found = _start_at(job, at, start)
-                        job.directory.put_tensors(names[start.name], to_tensors(found))
+                        job.keep_refused(start)
+                        if found:
+                            job.directory.put_tensors(names[start.name], to_tensors(found))
                     if stream is not None and position + 1 < len(job.layers):
                         out = shelf.new(f"{position + 1:04d}-teacher")
                         before, stream = stream, job.walk.run_through(teacher, position, batches, stream, out)
@@ -167,7 +204,22 @@ def _start_layers(job: Job) -> dict[str, str]:
             memory.give_back()
             bar.advance()
     shelf.clear()
-    return names
+    return _names(job)  # less those of layers that are kept dense
+
+
+def _names(job: Job) -> dict[str, str]:
+    """Where the starting factors of every planned layer are kept, by its name."""
+    learn = (layer for layer in job.layers if any(not w.tied for w in job.plan.planned(layer)))
+    return {layer.name: _init_file(job, layer) for layer in learn}
+
+
+def _init_file(job: Job, layer: Layer) -> str:
+    return f"init/{job.file(layer).partition('/')[2]}"
+
+
+def _forget(job: Job) -> None:
+    """Drop the starting factors, those of layers that were kept dense afterwards too."""
+    job.directory.forget(*(name for layer in job.plan.layers if job.directory.has(name := _init_file(job, layer))))
 
 
 def _start_at(job: Job, at: LayerPass, layer: Layer) -> dict[str, Factors]:
@@ -180,7 +232,8 @@ def _start_at(job: Job, at: LayerPass, layer: Layer) -> dict[str, Factors]:
         limit = job.recipe.compress.gram_tokens
         # Of a tied head it is the Gram of its inputs that the embedding's factors depend on, whatever else is named.
         wanted = job.needs.grams if layer is at.layer else {"gram"}
-        listener = Grams(at.layer.name, at.teacher, job.plan.planned(at.layer), limit, wanted)
+        # Which matrices are summed must not depend on what was kept dense in the meantime.
+        listener = Grams(at.layer.name, at.teacher, job.plan.chosen(at.layer), limit, wanted)
         with job.device.autocast():
             grams = listener.add(at.batches, at.inputs["teacher"], at.position).close()
     known = job.statistics.complete(layer, grams)

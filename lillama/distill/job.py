@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from lillama.base.device import Device
+from lillama.base.files import write_json, write_tensors
 from lillama.base.progress import Progress
 from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
+from lillama.distill import kept
+from lillama.distill.build import without
 from lillama.distill.student import Student, Training
 from lillama.factorise.start import Initialiser, Needs, find_needs
 from lillama.factorise.statistics import Statistics
@@ -62,6 +66,7 @@ class Job:
     initialise: Initialiser = field(init=False)
 
     def __post_init__(self) -> None:
+        self.plan = kept.apply(self.plan, self.directory)
         recipe, plan = self.recipe, self.plan
         self.layers = plan.work
         # The last batches are held out: batches are in shuffled order already.
@@ -72,8 +77,11 @@ class Job:
         self.walk = Walk(self.source, self.layers, plan.layers, self.device, self.progress)
         floor, spare = recipe.compress.embedding_floor, recipe.run.low_memory
         self.statistics = Statistics(plan, self.directory, self.device, self.train, self.needs.fisher, floor)
-        self.training = Training(plan, recipe.distill, floor, self.device, self.total_steps, spare)
-        self.initialise = Initialiser.of(recipe)
+        self.training = Training(
+            plan, recipe.distill, floor, self.device, self.total_steps, spare,
+            self.source.dtype, bool(self.held), self.walk.originals, self.tell,
+        )  # fmt: skip
+        self.initialise = Initialiser.of(recipe, self.source.dtype)
 
     def _count_held(self) -> int:
         share, count = self.recipe.distill.holdout, len(self.batches)
@@ -83,6 +91,12 @@ class Job:
     def ordered(self) -> list[RawBatch]:
         """All batches, those to train on first."""
         return [*self.train, *self.held]
+
+    @property
+    def first_batches(self) -> range:
+        """The numbers, in `ordered`, of the batches on which layers are measured before they learn."""
+        n = len(self.train)
+        return range(n, len(self.batches)) if self.held else range(min(n, 1))
 
     def read_stored(self, layer: Layer) -> dict[str, Tensor]:
         """The tensors of a finished layer, on the device; those of a tied head with the embedding's factors."""
@@ -133,20 +147,93 @@ class Job:
         room = budgets(run.stream_device_memory, run.stream_memory, self.device.device)
         return self.walk.choose_place(self.batches, copies, room)
 
+    def tell(self, kind: str, line: str, **data: Any) -> None:
+        """Write an event, and say it to the user."""
+        self.directory.event(kind, **data)
+        self.progress.say(line)
+
+    def keep_dense(self, layer: Layer, reasons: Mapping[str, str]) -> None:
+        """Go on with a plan in which weights of `layer` stay dense, each for a reason.
+
+        That is on disk before anything depends on it.
+        """
+        self.directory.put_json(kept.next_file(self.plan, layer, self.directory), reasons)
+        self._take_over(reasons)
+
+    def keep_refused(self, layer: Layer) -> None:
+        """Keep the weights of `layer` dense that the initialiser had no use for."""
+        names = [weight.name for weight in self.plan.planned(layer) if weight.name in self.initialise.refused]
+        if names:
+            self.keep_dense(layer, {name: self.initialise.refused.pop(name) for name in names})
+
+    def keep_unless_finite(self, layer: Layer, loss: float) -> bool:
+        """Keep all weights of `layer` dense where its first loss is not finite; whether that is so."""
+        self.walk.originals.read()
+        if math.isfinite(loss):
+            return False
+        reason = f"with starting factors the layer's loss is {loss}"
+        self.keep_dense(layer, {weight.name: reason for weight in self.plan.planned(layer)})
+        return True
+
+    def _take_over(self, reasons: Mapping[str, str]) -> None:
+        before, self.plan = self.plan, self.plan.keep_dense(reasons)
+        self.statistics = replace(self.statistics, plan=self.plan)
+        self.training = replace(self.training, plan=self.plan)
+        for weight in self.plan.kept.keys() - before.kept.keys():
+            reason = self.plan.kept[weight]
+            self.tell("kept_dense", f"{weight} stays dense: {reason}", weight=weight, reason=reason)
+
+    @contextlib.contextmanager
+    def original(self, layer: Layer) -> Iterator[nn.Module]:
+        """The layer as pretrained, which is read where it is not in memory."""
+        module = self.source.model.get_submodule(layer.name)
+        if all(parameter.is_meta for parameter in module.parameters()):
+            with self.walk.open_layer(layer) as module:
+                yield module
+        else:
+            yield module
+
     def store(self, *students: Student) -> list[nn.Module]:
         """Store finished layers, all of them or none, and say how well each learned; the modules."""
         done = [(student, student.finish()) for student in students]
-        self.directory.put_tensor_files({self.file(student.layer): found.tensors for student, found in done})
+        reasons = {name: reason for _, found in done for name, reason in found.dense.items()}
+        plan = self.plan.keep_dense(reasons)
+        modules, files = [], {}
+        for student, found in done:
+            layer, module, tensors = student.layer, found.module, found.tensors
+            if plan.planned(layer) != self.plan.planned(layer):
+                with self.original(layer) as teacher:
+                    module, tensors = without(layer, teacher, plan, module, student.trained)
+            modules.append(module)
+            if plan.planned(layer):
+                files[self.file(layer)] = tensors
+        self._put(files, {student.layer: found.dense for student, found in done if found.dense})
+        if reasons:
+            self._take_over(reasons)
         for student in students:
-            self.directory.event(
-                "layer",
-                layer=student.layer.name,
-                steps=student.steps,
-                initial_loss=student.first_loss,
-                loss=student.best_loss if math.isfinite(student.best_loss) else None,  # none was measured
-            )
-            if student.vocabulary:
-                report = student.vocabulary.report(self.statistics.counts)
-                self.directory.put_json(EMBEDDING, report)
-                self.directory.event("embedding", layer=student.layer.name, **report)
-        return [found.module for _, found in done]
+            if self.plan.planned(student.layer):
+                self._tell_learned(student)
+        return modules
+
+    def _put(self, files: dict[str, dict[str, Tensor]], decided: Mapping[Layer, Mapping[str, str]]) -> None:
+        """Store finished layers, and what is kept dense of them, at once."""
+        names = []
+        for layer, reasons in decided.items():
+            names.append(kept.next_file(self.plan, layer, self.directory))
+            write_json(self.directory.path / names[-1], reasons)
+        for name, tensors in files.items():
+            write_tensors(self.directory.path / name, tensors)
+        self.directory.record(*files, *names)
+
+    def _tell_learned(self, student: Student) -> None:
+        self.directory.event(
+            "layer",
+            layer=student.layer.name,
+            steps=student.steps,
+            initial_loss=student.first_loss,
+            loss=student.best_loss if math.isfinite(student.best_loss) else None,  # none was measured
+        )
+        if student.vocabulary:
+            report = student.vocabulary.report(self.statistics.counts)
+            self.directory.put_json(EMBEDDING, report)
+            self.directory.event("embedding", layer=student.layer.name, **report)

@@ -6,14 +6,17 @@ weights and optimiser state are ever on the device. Streams are made and dropped
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lillama.base import memory
 from lillama.base.progress import Bar
+from lillama.distill.build import restore_layer
 from lillama.distill.job import Job, Watch
-from lillama.distill.student import Inputs, Student, restore_layer
-from lillama.distill.tied import distill_tied
+from lillama.distill.student import Student
+from lillama.distill.tied import Example, distill_tied
 from lillama.factorise.grams import Grams
 from lillama.factorise.refit import refit_layer
 from lillama.factorise.start import initial_factors
@@ -69,7 +72,7 @@ def _resume(job: Job, shelf: Shelf) -> tuple[int, Streams]:
         done = (layer for layer in job.layers[:position] if job.plan.planned(layer))
         whole = all(len(stream) == len(job.batches) for stream in streams.values())
         if whole and all(job.is_stored(layer) for layer in done):
-            job.directory.event("resumed", layer=job.layers[position].name)
+            job.directory.event("resumed", layer=job.plan.layers[position].name)
             return position, streams
     shelf.clear()
     return 0, {}
@@ -98,11 +101,11 @@ class _Step:
         job, layer = self.job, self.layer
         planned = job.plan.planned(layer)
         stored = bool(planned) and job.is_stored(layer)
-        if stored and self.is_last:
+        if self.is_last and (stored or not planned):  # the last is planned, unless it was kept dense just now
             self._skip()
             return {}
         if layer.kind == "head":
-            at.targets = HeadTargets(at, at.inputs["teacher"], job.device)
+            at.targets = HeadTargets(at, at.inputs["teacher"], job.walk)
             self._distill(at)
             return {}
         after = {"teacher": self._run(at.teacher, at.inputs["teacher"], "teacher")}
@@ -120,14 +123,16 @@ class _Step:
             if self.is_last:
                 after["teacher"].drop()
                 return {}
-            student = trained if needs_student else None
+            # Of a layer that is kept dense it is the original, as where none was planned.
+            if trained is not at.teacher:
+                student = trained if needs_student else None
         after["student"] = after["teacher"]
         if student is not None:
             after["student"] = self._run(student, at.inputs["student"], "student")
         return after
 
     def _skip(self) -> None:
-        """The layer was finished by an earlier process."""
+        """The layer was finished by an earlier process, or does not learn."""
         self.bar.skip(self.job.total_steps or 1)
 
     def _run(self, module: nn.Module, stream: Stream, name: str) -> Stream:
@@ -152,23 +157,42 @@ class _Step:
         return trained
 
     def _distill(self, at: LayerPass) -> nn.Module:
-        """Initialise, train and store the layer; returns it, finished."""
-        job, bar = self.job, self.bar
-        student = Student(at, job.training, start_layer(job, at), job.best_file(self.position))
+        """Initialise, train and store the layer; returns it, finished, or the original where that is kept."""
+        job = self.job
+        init = start_layer(job, at)
+        if not job.plan.planned(self.layer):
+            self._skip()
+            return at.teacher
+        student = Student(at, job.training, init, job.best_file(self.position))
         if job.recipe.run.low_memory:
             memory.give_back()
-        n, total = len(job.train), len(at.batches)
         targets = at.targets
         assert targets is not None
 
-        def example(i: int) -> tuple[Batch, Tensor, Inputs]:
+        def example(i: int) -> Example:
             return at.batches[i], targets[i], {name: at.inputs[name][i] for name in student.streams}
 
-        checks = job.check_steps()
+        if first := [
+            i for i in job.first_batches if i < len(at.batches)
+        ]:  # streams may be shorter where nothing learns
+            loss = student.average(map(example, first))
+            if job.keep_unless_finite(self.layer, loss):
+                student.discard()
+                self._skip()
+                return at.teacher
+            if job.held:
+                student.note_held_out(loss)
+        self._train(student, example)
+        return job.store(student)[0]
+
+    def _train(self, student: Student, example: Callable[[int], Example]) -> None:
+        job, bar = self.job, self.bar
+        n, total, checks = len(job.train), len(job.batches), job.check_steps()
         with torch.enable_grad():
-            if n < total:
-                student.check(map(example, range(n, total)))
             for step in range(1, job.total_steps + 1):
+                if student.stopped:
+                    bar.skip(job.total_steps - step + 1)
+                    break
                 batch, target, inputs = example((step - 1) % n)
                 loss, _ = student.step(batch, target, inputs)
                 bar.advance(tokens=batch.tokens, loss=loss)
@@ -177,18 +201,27 @@ class _Step:
                     job.directory.event("check", layer=self.layer.name, step=step, held_out_loss=held)
         if not job.total_steps:
             bar.advance()
-        return job.store(student)[0]
 
 
 def start_layer(job: Job, at: LayerPass) -> dict[str, Factors]:
-    """The starting factors of a layer, from the streams that enter it where they depend on them."""
+    """The starting factors of a layer, from the streams that enter it where they depend on them.
+
+    Weights that the initialiser has no use for are kept dense.
+    """
+    found = _start_layer(job, at)
+    job.keep_refused(at.layer)
+    return found
+
+
+def _start_layer(job: Job, at: LayerPass) -> dict[str, Factors]:
     limit = job.recipe.compress.gram_tokens
     if "cross" in job.needs.grams:
         with job.device.autocast():
             return refit_layer(at, job.plan, job.initialise, limit)
     grams = None
     if job.needs.grams:
-        listener = Grams(at.layer.name, at.teacher, job.plan.planned(at.layer), limit, job.needs.grams)
+        # Which matrices are summed must not depend on what was kept dense in the meantime.
+        listener = Grams(at.layer.name, at.teacher, job.plan.chosen(at.layer), limit, job.needs.grams)
         with job.device.autocast():
             for name in sorted(job.needs.streams):
                 listener.add(at.batches, at.inputs[name], at.position)

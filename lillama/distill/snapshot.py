@@ -32,7 +32,7 @@ class Snapshot:
     def save(self, step: int) -> None:
         """Store the state after `step`. Numbers and tensors go into one file, so that they cannot disagree."""
         for student in self.students.values():
-            student.log.read()  # a loss that waits to be looked at may be bad, and the state with it
+            student.look()  # a loss that waits to be looked at may be bad, and the state with it
         tensors: dict[str, Tensor] = {}
         entries: list[Entry] = []
         for position, student in self.students.items():
@@ -42,7 +42,9 @@ class Snapshot:
                     tensors[f"{position}/optimizer/{i}/{key}"] = value
             entries += [dataclasses.replace(e, name=f"{position}/best/{e.name}") for e in student.best.entries()]
             numbers = torch.tensor([student.best_loss, student.first_loss, student.best_together], dtype=torch.float64)
-            tensors[f"{position}/losses"] = numbers
+            # A loss that was not measured yet is no number.
+            entries.append(dataclasses.replace(Entry.of(f"{position}/losses", numbers), anything=True))
+            tensors[f"{position}/recoveries"] = torch.tensor(student.recoveries)
         tensors["step"] = torch.tensor(step)
         self.directory.put_entries(NAME, [*entries, *(Entry.of(*item) for item in tensors.items())])
         self.directory.event("snapshot", step=step)
@@ -77,6 +79,8 @@ class Snapshot:
             losses = file.read(f"{position}/losses").tolist()
             student.best_loss, student.first_loss, student.best_together = losses
             student.steps = step
+            recoveries = f"{position}/recoveries"  # which earlier versions did not store
+            student.recoveries = int(file.read(recoveries)) if recoveries in file else 0
         self.directory.event("resumed", step=step)
         return step
 

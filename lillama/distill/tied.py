@@ -34,8 +34,12 @@ def distill_tied(job: Job, low: LayerPass, head: int, final: Stream, bar: Bar) -
     assert vectors is not None
     with job.walk.open_layer(job.layers[head]) as head_teacher:
         high = LayerPass(job.layers[head], head, head_teacher, low.batches, {"teacher": final, "student": final})
-        targets = high.targets = HeadTargets(high, final, job.device)
+        targets = high.targets = HeadTargets(high, final, job.walk)
         init = initial_factors(low, job.plan, job.initialise, _gather_statistics(job, low, high, final))
+        job.keep_refused(low.layer)
+        if not job.plan.planned(low.layer):
+            bar.skip(job.total_steps or 1)
+            return low.teacher
         student = Student(low, job.training, init)
         follower = Student(high, job.training, {}, owner=student)
 
@@ -46,6 +50,9 @@ def distill_tied(job: Job, low: LayerPass, head: int, final: Stream, bar: Bar) -
                 (high.batches[i], targets[i], dict.fromkeys(follower.streams, there)),
             )
 
+        if job.total_steps and not _begin(job, student, follower, pair):
+            bar.skip(job.total_steps)
+            return low.teacher
         _train(job, student, follower, pair, bar)
         return job.store(student, follower)[0]
 
@@ -55,10 +62,24 @@ def _gather_statistics(job: Job, low: LayerPass, high: LayerPass, final: Stream)
     if not job.needs.grams:
         return job.statistics.complete(low.layer, None)
     limit = job.recipe.compress.gram_tokens
-    listener = Grams(high.layer.name, high.teacher, job.plan.planned(high.layer), limit, {"gram"})
+    listener = Grams(high.layer.name, high.teacher, job.plan.chosen(high.layer), limit, {"gram"})
     with job.device.autocast():
         listener.add(high.batches, final, high.position)
     return job.statistics.complete(low.layer, listener.close())
+
+
+def _begin(job: Job, student: Student, follower: Student, pair: Pair) -> bool:
+    """Measure the first losses; whether they are finite, so that there is something to learn from."""
+    first = job.first_batches
+    low = student.average(pair(i)[0] for i in first)
+    high = follower.average(pair(i)[1] for i in first)
+    if job.keep_unless_finite(student.layer, low + high):
+        student.discard()
+        return False
+    if job.held:
+        student.note_held_out(low)
+        follower.note_held_out(high)
+    return True
 
 
 def _train(job: Job, student: Student, follower: Student, pair: Pair, bar: Bar) -> None:
@@ -73,9 +94,10 @@ def _train(job: Job, student: Student, follower: Student, pair: Pair, bar: Bar) 
 
     checks = job.check_steps()
     with torch.enable_grad():
-        if n < total:
-            check()
         for step in range(1, job.total_steps + 1):
+            if student.stopped:
+                bar.skip(job.total_steps - step + 1)
+                break
             low, high = pair((step - 1) % n)
             loss = student.step(*low)[0] + follower.step(*high)[0]
             bar.advance(tokens=low[0].tokens, loss=loss)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lillama.contract import Weight
 from lillama.errors import LillamaError
-from lillama.factorise.known import Known, TokenSample, WeightStatistics
+from lillama.factorise.known import Known, TokenSample, WeightStatistics, refuse_unless_finite
 from lillama.lowrank.experts import dense_weight
 from lillama.lowrank.swap import module_of
 from lillama.pretrained.calls import Batch
@@ -127,12 +127,17 @@ class Grams:
 
     @torch.no_grad()
     def close(self) -> Known:
-        """Stop listening; for every weight the matrix found, under the argument it is meant for."""
+        """Stop listening; for every weight the matrix found, under the argument it is meant for.
+
+        Raises LillamaError for one that is not finite.
+        """
         for hook in self._hooks:
             hook.remove()
         found: Known = {name: WeightStatistics(**{key[0]: self._sums[key]}) for name, key in self._keys.items()}
         for experts in self._experts:
             found |= experts.close()
+        for name, about in found.items():
+            refuse_unless_finite(name, *about.known().values())
         return found
 
 

@@ -22,7 +22,7 @@ from lillama.contract import Layer, Weight, relative
 from lillama.errors import LillamaError
 from lillama.factorise.embedding import weighted_gram
 from lillama.factorise.initialisers import TINY, fisher_spectrum
-from lillama.factorise.known import FisherFactors, TokenSample
+from lillama.factorise.known import FisherFactors, TokenSample, refuse_unless_finite
 from lillama.lowrank.experts import PROJECTIONS, dense_weight
 from lillama.lowrank.swap import dense, module_of
 from lillama.plan.plan import observable
@@ -161,6 +161,7 @@ class Listener:
                 sums[0].count_every_token(self.floor)
             place = factorising(self.device.device)
             factors = [one.factors(tokens, (tied or {}).get(weight.name)) for one in sums]
+            refuse_unless_finite(weight.name, *(matrix for both in factors for matrix in both))
             spectra = [fisher_spectrum(*(t.to(place) for t in (one.W, *both))) for one, both in zip(sums, factors)]
             H, G = (torch.stack(each) if weight.kind == "experts" else each[0] for each in zip(*factors))
             found[weight.name] = FisherFactors(H, G, torch.stack(spectra).sum(0))

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lillama.base.finite import is_finite
+from lillama.errors import LillamaError
+
 SAMPLE = 4096  # tokens of a layer kept for experts that saw few
 
 
@@ -50,6 +53,16 @@ class WeightStatistics:
 
 
 Known = dict[str, WeightStatistics]  # by the name of the weight
+
+
+def refuse_unless_finite(weight: str, *matrices: Tensor) -> None:
+    """Raise LillamaError where what was summed for a weight is not finite: nothing can be factorised by it."""
+    if not is_finite(*matrices):
+        raise LillamaError(
+            "what was summed over the activations that reach this weight is not finite: they are too large",
+            where=weight,
+            hint="Try run.compute: float32, look at the calibration data, or list the weight under compress.skip.",
+        )
 
 
 class FisherFactors(NamedTuple):

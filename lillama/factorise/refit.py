@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lillama.contract import Weight, relative
 from lillama.errors import LillamaError
 from lillama.factorise.grams import counted
-from lillama.factorise.known import WeightStatistics
+from lillama.factorise.known import WeightStatistics, refuse_unless_finite
 from lillama.factorise.start import Initialiser, find_needs, initial_factors
 from lillama.lowrank import swap
 from lillama.lowrank.storage import Factors
@@ -62,9 +62,10 @@ def refit_layer(at: LayerPass, plan: Plan, initialise: Initialiser, limit: int) 
     found: dict[str, Factors] = {}
     for weights in groups.values():
         H, C = _moments(at, fitted, relative(weights[0], at.layer), limit)
+        refuse_unless_finite(weights[0].name, H, C)
         known = {weight.name: WeightStatistics(gram=H, cross=C) for weight in weights}
         found |= initial_factors(at, plan, initialise, known, weights)
-        for weight in weights:
+        for weight in (w for w in weights if w.name in found):  # the others stay dense
             W = swap.dense(fitted, relative(weight, at.layer), weight.kind)
             W.copy_(found[weight.name].A @ found[weight.name].B)
     return found

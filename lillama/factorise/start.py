@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from lillama.base.device import factorising
+from lillama.base.finite import is_finite
 from lillama.contract import Weight, relative
 from lillama.factorise import embedding
 from lillama.factorise.grams import GRAMS
 from lillama.factorise.known import Known, WeightStatistics
 from lillama.lowrank import swap
+from lillama.lowrank.fit import factors_fit, rescaled
 from lillama.lowrank.storage import Factors
 from lillama.plan.plan import Plan
 from lillama.pretrained.walk import LayerPass
@@ -43,17 +45,23 @@ def find_needs(recipe: Recipe) -> Needs:
 
 @dataclass(frozen=True)
 class Initialiser:
-    """A registered initialiser, given what it names: `seed` is that of what it draws."""
+    """A registered initialiser, given what it names: `seed` is that of what it draws.
+
+    `dtype` is the type that the checkpoint holds its factors in; `refused` says of weights whose factors are of no use
+    why they are not.
+    """
 
     function: Callable[..., tuple[Tensor, Tensor]]
     names: frozenset[str]
     seed: int
+    dtype: torch.dtype = torch.float32
+    refused: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Initialiser:
+    def of(cls, recipe: Recipe, dtype: torch.dtype = torch.float32) -> Initialiser:
         """The recipe's."""
         name = recipe.compress.init
-        return cls(INITIALISERS.get(name), INITIALISERS.needs(name), recipe.run.seed)
+        return cls(INITIALISERS.get(name), INITIALISERS.needs(name), recipe.run.seed, dtype)
 
     def __call__(self, weight: Weight, W: Tensor, rank: int, known: WeightStatistics | None) -> Factors:
         """Float32 factors of `weight`, whose matrix (or stack of them) is W; `known`: what was measured."""
@@ -69,6 +77,15 @@ class Initialiser:
         else:
             A, B = self._start(W, rank, known, generator)
         return Factors(A.float().to(device), B.float().to(device))
+
+    def usable(self, weight: Weight, factors: Factors, storage: str) -> bool:
+        """Whether factors stay finite in `storage` and in the checkpoint's type; where not, the reason is kept."""
+        if not is_finite(*factors):
+            self.refused[weight.name] = "its starting factors are not finite"
+        elif not (factors_fit(factors, storage, self.dtype) or factors_fit(rescaled(factors), storage, self.dtype)):
+            name = str(self.dtype).removeprefix("torch.")
+            self.refused[weight.name] = f"its starting factors are too large for {storage} in {name}"
+        return weight.name not in self.refused
 
     def _start(
         self, W: Tensor, rank: int, known: WeightStatistics, generator: Generator | None
@@ -87,14 +104,17 @@ def initial_factors(
 ) -> dict[str, Factors]:
     """The starting factors of a layer's planned weights, or of `weights`, by name, in float32.
 
-    Those of stacked weights have one more dimension, in front. A tied weight has none of its own.
+    Those of stacked weights have one more dimension, in front. A tied weight has none of its own. Factors that are not
+    finite, or would not be in the checkpoint, are left out (`Initialiser.refused`).
     """
     found: dict[str, Factors] = {}
     for weight in plan.planned(at.layer) if weights is None else weights:
         if not weight.tied:
             W = swap.dense(at.teacher, relative(weight, at.layer), weight.kind)
             about = None if known is None else known[weight.name]
-            found[weight.name] = initialise(weight, W, plan.ranks[weight.name], about)
+            both = initialise(weight, W, plan.ranks[weight.name], about)
+            if initialise.usable(weight, both, plan.storage):
+                found[weight.name] = both
     return found
 
 

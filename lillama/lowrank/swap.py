@@ -17,7 +17,7 @@ from lillama.lowrank.embedding import LowRankEmbedding
 from lillama.lowrank.experts import PROJECTIONS, LowRankExperts, dense_weight, is_fused, replaced_parameters
 from lillama.lowrank.linear import LowRankLinear
 from lillama.lowrank.module import FactorModule, OneMatrix
-from lillama.lowrank.storage import get_storage
+from lillama.lowrank.storage import Factors, get_storage
 
 KINDS: dict[str, tuple[type[nn.Module] | None, type[FactorModule]]] = {
     "linear": (nn.Linear, LowRankLinear),
@@ -116,6 +116,20 @@ def set_factors(root: nn.Module, name: str, kind: str, A: Tensor, B: Tensor) -> 
     where, inside = _split(name, kind)
     module = cast(FactorModule, root.get_submodule(where))
     module.matrices()[inside].set_factors(module, A, B)
+
+
+def factors(root: nn.Module, name: str, kind: str) -> Factors:
+    """Two factors of the replaced weight `name` below `root`, stacked for experts."""
+    where, inside = _split(name, kind)
+    module = cast(FactorModule, root.get_submodule(where))
+    return module.matrices()[inside].factors(module)
+
+
+def held(root: nn.Module, name: str, kind: str) -> dict[str, Tensor]:
+    """The tensors of the replaced weight `name` below `root`, by suffix."""
+    where, inside = _split(name, kind)
+    module = cast(FactorModule, root.get_submodule(where))
+    return module.matrices()[inside].tensors(module)
 
 
 def is_factorised(module: nn.Module) -> bool:

@@ -8,8 +8,8 @@ A strategy is a function (layers, remove, compress) -> {weight name: rank} that 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lillama.contract import Layer, Weight
@@ -25,6 +25,7 @@ class Plan:
     """Ranks and exact counts. `before` counts the unique parameters of the original model.
 
     `provisional`: uniform ranks stand for those that the run will choose by what it measures, for the same size.
+    `kept` are weights that had a rank and stay dense after all, each with the reason.
     """
 
     layers: tuple[Layer, ...]
@@ -33,6 +34,7 @@ class Plan:
     before: int
     strategy: str = "custom"
     provisional: bool = False
+    kept: Mapping[str, str] = field(default_factory=dict)
     weights: dict[str, Weight] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +62,21 @@ class Plan:
     def planned(self, layer: Layer) -> tuple[Weight, ...]:
         """The weights of `layer` that become low-rank."""
         return tuple(w for w in layer.weights if w.name in self.ranks)
+
+    def chosen(self, layer: Layer) -> tuple[Weight, ...]:
+        """Those that became low-rank or were to, before they were kept dense."""
+        return tuple(w for w in layer.weights if w.name in self.ranks or w.name in self.kept)
+
+    def keep_dense(self, reasons: Mapping[str, str]) -> Plan:
+        """The plan without the weights that `reasons` names; what is tied to one of them stays dense with it."""
+        more = dict(reasons)
+        for name in reasons:
+            for weight in self.weights.values():
+                if weight.tied and name in (weight.name, weight.tied):
+                    more = dict.fromkeys((weight.name, weight.tied), f"it is one with {name}") | more
+        more = {name: reason for name, reason in more.items() if name in self.ranks}
+        ranks = {name: rank for name, rank in self.ranks.items() if name not in more}
+        return replace(self, ranks=ranks, kept={**self.kept, **more})
 
     @property
     def work(self) -> list[Layer]:
@@ -105,6 +122,7 @@ class Plan:
                 after = w.parameters if rank is None else stored(w, rank, self.storage)
                 row = {"layer": layer.name, "weight": w.name, "shape": list(w.shape), "copies": w.copies}
                 row |= {"tied": w.tied} if w.tied else {}
+                row |= {"kept_dense": self.kept[w.name]} if w.name in self.kept else {}
                 weights.append(row | {"rank": rank, "parameters": w.parameters, "after": after})
         return {
             "strategy": self.strategy,

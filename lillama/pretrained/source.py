@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lillama.base.files import atomic_directory
+from lillama.base.finite import extremes, finite, how_many
 from lillama.base.rundir import ORIGINAL
 from lillama.base.tensorfile import Lazy, TensorFile
 from lillama.errors import LillamaError
@@ -72,6 +73,7 @@ class Source:
         self.directory: Path | None = None  # of safetensors files, once `fetch` was called
         self._keys: dict[str, list[tuple[Path, str]]] = {}
         self._files: dict[Path, TensorFile] = {}
+        self._checked: set[str] = set()  # parameters whose numbers were looked at
 
     def skeleton(self) -> PreTrainedModel:
         """A fresh model on the meta device (buffers are real), in eval mode, weights tied."""
@@ -177,6 +179,28 @@ class Source:
             if stored in absent and not stored.startswith(tuple(f"{p}." for p in prefixes)) and stored not in prefixes:
                 self.release_keys([stored])
         self.model.requires_grad_(False)
+        self._check_numbers(prefixes)
+
+    def _check_numbers(self, prefixes: tuple[str, ...]) -> None:
+        """LillamaError for the first parameter below `prefixes` whose numbers are not finite, once for each of them.
+
+        Nor may any be too large for the type that the model is saved in. A device is waited for once.
+        """
+        dotted = tuple(f"{p}." for p in prefixes)
+        named = self.model.named_parameters()
+        new = {k: p for k, p in named if (k in prefixes or k.startswith(dotted)) and k not in self._checked}
+        held = {k: p.detach() for k, p in new.items() if not p.is_meta}
+        self._checked.update(held)
+        good = [finite(extremes(tensor).to(self.dtype)) for tensor in held.values()]
+        for (name, tensor), fine in zip(held.items(), torch.stack(good).tolist() if good else []):
+            if not fine:
+                bad = how_many(tensor.to(self.dtype))
+                files = {str(file) for file, _ in self._keys.get(name, [])} or {str(self.directory)}
+                raise LillamaError(
+                    f"{bad} not finite in the original's weight '{name}', in {str(self.dtype).removeprefix('torch.')}",
+                    where=", ".join(sorted(files)),
+                    hint="The file may be damaged: download it again. Where model.dtype is float16, try float32.",
+                )
 
     def _tied_below(self, prefixes: tuple[str, ...]) -> dict[str, str]:
         """Parameters below `prefixes` that no file holds -> those they are tied to."""

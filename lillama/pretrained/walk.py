@@ -8,18 +8,57 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lillama.base.device import Device
+from lillama.base.finite import finite
 from lillama.base.progress import Progress
 from lillama.contract import Layer
+from lillama.errors import DistillationError, LillamaError
 from lillama.pretrained.calls import Batch, Batches, Capture, arguments
 from lillama.pretrained.source import Source
 from lillama.pretrained.streams import Place, Stream, choose
+
+
+class Originals:
+    """Watches what the original's layers put out, each batch once: from what is not finite nothing can be learned.
+
+    Reading a number from a GPU makes the host wait for it: there what is found stays until `read`.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, int]] = set()
+        self._waiting: list[tuple[str, int, Tensor]] = []
+
+    def add(self, layer: str, batch: int, out: Tensor) -> None:
+        """Look at a layer's output of a batch, by its number. Raises as `read` does, at once on a CPU."""
+        if (layer, batch) in self._seen:
+            return
+        self._seen.add((layer, batch))
+        self._waiting.append((layer, batch, finite(out)))
+        if out.device.type == "cpu":
+            self.read()
+
+    def knows(self, layer: str) -> bool:
+        """Whether the layer's output was looked at."""
+        return (layer, 0) in self._seen
+
+    def read(self) -> None:
+        """Raise LillamaError for the first that was not finite, which names the layer and the batch."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        for (layer, batch, _), good in zip(waiting, torch.stack([good for *_, good in waiting]).tolist()):
+            if not good:
+                raise LillamaError(
+                    f"what the original puts out here is not finite in calibration batch {batch + 1}",
+                    where=layer,
+                    hint="Nothing can be learned from it. Try run.compute: float32, or look at the data and the model.",
+                )
 
 
 @dataclass(frozen=True)
@@ -31,6 +70,7 @@ class Walk:
     every: Sequence[Layer]
     device: Device
     progress: Progress
+    originals: Originals = field(default_factory=Originals)
 
     @contextlib.contextmanager
     def hold_outside(self, predicts: bool = False) -> Iterator[Any]:
@@ -79,19 +119,40 @@ class Walk:
                 with self.device.autocast():
                     batch, hidden = capture(one)
                 batches.append(batch)
+                self.originals.add(f"the input of {self.layers[0].name}", len(batches) - 1, hidden)
                 if into is not None:
                     into.append(hidden)
                 bar.advance()
+            self.originals.read()
         return batches
 
     @torch.no_grad()
     def run_through(
         self, module: nn.Module, position: int, batches: Sequence[Batch], stream: Stream, out: Stream
     ) -> Stream:
-        """Fill `out` with what `module`, playing the layer at `position`, makes of a stream; returns `out`."""
+        """Fill `out` with what `module`, playing the layer at `position`, makes of a stream; returns `out`.
+
+        Raises LillamaError where that is not finite.
+        """
+        name = self.layers[position].name
+        good: list[Tensor] = []
+        # An original layer runs a second time on what the compressed layers before it put out.
+        original = module is self.source.model.get_submodule(name) and not self.originals.knows(name)
         with self.device.autocast():
-            for batch, hidden in zip(batches, stream):
-                out.append(batch.calls[position](module, hidden))
+            for i, (batch, hidden) in enumerate(zip(batches, stream)):
+                made = batch.calls[position](module, hidden)
+                if original:
+                    self.originals.add(name, i, made)
+                else:
+                    good.append(finite(made))
+                out.append(made)
+        self.originals.read()
+        if good and not bool(torch.stack(good).all()):
+            raise DistillationError(
+                "what the compressed model puts out here is not finite",
+                where=name,
+                hint="Lower distill.learning_rate, or set distill.holdout so that the best state is kept.",
+            )
         return out
 
     def choose_place(self, raw: Batches, copies: int, budgets: tuple[int, int]) -> Place:
@@ -129,11 +190,13 @@ class LayerPass:
 class HeadTargets:
     """What a head is to reproduce, computed when it is asked for: logits are too wide to be kept for all batches."""
 
-    def __init__(self, at: LayerPass, stream: Stream, device: Device) -> None:
+    def __init__(self, at: LayerPass, stream: Stream, walk: Walk) -> None:
         """`at` is the head's pass, `stream` the teacher's final hidden states."""
-        self.at, self.stream, self.device = at, stream, device
+        self.at, self.stream, self.walk = at, stream, walk
 
     @torch.no_grad()
     def __getitem__(self, index: int) -> Tensor:
-        with self.device.autocast():
-            return self.at.batches[index].calls[self.at.position](self.at.teacher, self.stream[index])
+        with self.walk.device.autocast():
+            target = self.at.batches[index].calls[self.at.position](self.at.teacher, self.stream[index])
+        self.walk.originals.add(self.at.layer.name, index, target)
+        return target

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lillama.distill.build import restore_layer
 from lillama.distill.job import Job, OpenAt
-from lillama.distill.student import Student, restore_layer
+from lillama.distill.student import Student
 from lillama.errors import LillamaError
 from lillama.evaluate import perplexity
 from lillama.pretrained.calls import play_by, stand_in

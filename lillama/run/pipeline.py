@@ -23,6 +23,7 @@ from lillama.checkpoint.load import load
 from lillama.checkpoint.open import open_model
 from lillama.data import batches as data_batches
 from lillama.data import text as calibration
+from lillama.distill import kept
 from lillama.distill.engine import distill
 from lillama.distill.job import EMBEDDING, Job
 from lillama.errors import LillamaError
@@ -113,7 +114,7 @@ class Run:
 
     def phases(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> Result:
         """What follows when the data is read and the directory open."""
-        self.plan = self.decided()
+        self.plan = kept.apply(self.decided(), self.directory)
         self.describe()
         # Before anything large is allocated.
         (memory.return_large_blocks if self.recipe.run.low_memory else memory.keep_large_blocks)()
@@ -141,6 +142,8 @@ class Run:
         if job.needs.fisher and not job.is_done:
             sensitivity.measure_spectra(walk, self.directory, batches, self.recipe)  # unless that was just done
         distill(job, points)
+        self.plan = job.plan  # less what was kept dense
+        self.directory.put_json(PLAN, self.plan.to_dict())
         with progress.timed("write"):
             self.write(job)
         sensitivity.forget(self.directory, self.plan.layers)
