@@ -47,7 +47,7 @@ LOCK = ".lock"
 OWNER = ".owner"  # who has the lock, for people
 BOOKKEEPING = frozenset((LOCK, OWNER, manifest.NAME, manifest.COPY))
 # What a process that was killed leaves: files and folders not yet renamed, best states of layers that were learning.
-LEFTOVERS = (".*.part", "*/.*.part", "best.[0-9][0-9][0-9][0-9].safetensors")
+LEFTOVERS = (".*.part", "*/.*.part", "best.[0-9]*.safetensors", "best.[0-9]*.initial")
 
 
 class RunDirectory:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lillama.base import memory
+from lillama.base import memory, stop
 from lillama.base.finite import unless_finite
 from lillama.contract import Layer
 from lillama.distill.job import Job, Watch
@@ -44,7 +44,7 @@ def concurrent(job: Job, watch: Watch | None = None) -> None:
             _begin(job, teachers, students, capture)
         if watch and start == 0:
             watch.after_step(job, 0, teachers.at, students)
-        with job.progress.phase("distil", job.total_steps) as bar:
+        with job.progress.phase("distil", job.total_steps) as bar, stop.at_a_good_moment():
             bar.skip(start)
             for step in range(start + 1, job.total_steps + 1):
                 feed = _capture(job, capture, (step - 1) % len(job.train))
@@ -55,6 +55,7 @@ def concurrent(job: Job, watch: Watch | None = None) -> None:
                 if watch:
                     watch.after_step(job, step, teachers.at, students)
                 snapshot.maybe(step)
+                stop.now()
         job.store(*students.values())
         snapshot.remove()
         _forget(job)

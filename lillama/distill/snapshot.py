@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lillama.base import stop
 from lillama.base.rundir import RunDirectory
 from lillama.base.tensorfile import Entry, TensorFile
 from lillama.distill.student import Student
@@ -17,15 +18,15 @@ NAME = "snapshot.safetensors"
 
 
 class Snapshot:
-    """Stores the state of `students` at most every `seconds`, and restores it bit for bit."""
+    """Stores the state of `students` at most every `seconds` and when a run is stopped; restores it bit for bit."""
 
     def __init__(self, directory: RunDirectory, students: dict[int, Student], seconds: float) -> None:
         self.directory, self.students, self.seconds = directory, students, seconds
         self._last = time.monotonic()
 
     def maybe(self, step: int) -> None:
-        """Store the state after `step` if the time has come."""
-        if time.monotonic() - self._last >= self.seconds:
+        """Store the state after `step` if the time has come, or the end."""
+        if stop.is_wanted() or time.monotonic() - self._last >= self.seconds:
             self.save(step)
             self._last = time.monotonic()
 
