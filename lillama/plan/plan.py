@@ -74,7 +74,7 @@ class Plan:
             for weight in self.weights.values():
                 if weight.tied and name in (weight.name, weight.tied):
                     more = dict.fromkeys((weight.name, weight.tied), f"it is one with {name}") | more
-        more = {name: reason for name, reason in more.items() if name in self.ranks}
+        more = {name: reason for name, reason in more.items() if name in self.weights}
         ranks = {name: rank for name, rank in self.ranks.items() if name not in more}
         return replace(self, ranks=ranks, kept={**self.kept, **more})
 

@@ -150,12 +150,18 @@ class Run:
 
     def decided(self) -> Plan:
         """The plan, with the ranks that an earlier process chose where it leaves them open."""
-        if not self.plan.provisional or not self.directory.has(PLAN):
+        if not self.plan.provisional:
             return self.plan
-        held = self.directory.json(PLAN)
-        if held.get("provisional"):
+        if self.directory.has(PLAN):
+            held = self.directory.json(PLAN)
+            if held.get("provisional"):
+                return self.plan
+            ranks = {row["weight"]: row["rank"] for row in held["weights"] if row["rank"] is not None}
+        elif self.directory.has(f"{MODEL}/config.json"):  # the plan was damaged since: the checkpoint knows its ranks
+            modules = self.directory.json(f"{MODEL}/config.json")["quantization_config"]["modules"]
+            ranks = {name: how["rank"] for name, how in modules.items()}
+        else:
             return self.plan
-        ranks = {row["weight"]: row["rank"] for row in held["weights"] if row["rank"] is not None}
         return replace(self.plan, ranks=ranks, provisional=False)
 
     def choose(self, spectra: dict[str, list[float]]) -> None:

@@ -132,12 +132,10 @@ def _mark_phases(said: mmap.mmap) -> None:
 
 
 def results(out: Path) -> dict[str, str]:
-    """sha256 of the weights that a finished run left."""
-    return {
-        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(out.glob("*/*.safetensors"))
-        if path.parent.name in ("model", "finetuned")
-    }
+    """sha256 of the weights that a finished run left, and of its plan."""
+    files = [path for path in sorted(out.glob("*/*.safetensors")) if path.parent.name in ("model", "finetuned")]
+    files += out.glob("plan.json")
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def durations(child: Child) -> dict[str, float]:

@@ -299,3 +299,15 @@ def test_a_run_without_room_is_refused_before_anything_is_written(run, tmp_path,
     with pytest.raises(LillamaError, match=r"the run needs .* of disk, and .* are free"):
         pipeline.compress(recipe, batches=batches)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_that_is_lost_is_taken_from_the_checkpoint(run, tmp_path):
+    recipe, batches = run
+    recipe = recipe.model_copy(update={"compress": recipe.compress.model_copy(update={"strategy": "fisher"})})
+    pipeline.compress(recipe, batches=batches)
+    plan = tmp_path / "run" / "plan.json"
+    chosen = plan.read_text()
+    assert len({row["rank"] for row in json.loads(chosen)["weights"]}) > 2, "ranks were chosen by what was measured"
+    plan.write_text(chosen.replace('"rank"', '"tank"'))
+    assert pipeline.compress(recipe, batches=batches).plan.to_dict() == json.loads(chosen)
+    assert plan.read_text() == chosen
