@@ -17,6 +17,8 @@ from lillama import LillamaError
 from lillama.base.tensorfile import TensorFile
 from lillama.checkpoint import seal
 from lillama.cli import main as cli
+from lillama.pretrained.locate import read_processor, read_tokenizer
+from lillama.recipe.schema import Model
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 Q = "model.layers.0.self_attn.q_proj"
@@ -52,6 +54,11 @@ def test_a_sealed_checkpoint_knows_every_byte(checkpoint: Path) -> None:
     seal.seal(checkpoint)
     assert seal.damaged(checkpoint) == []
     lillama.load(checkpoint, verify=True)
+    said = (checkpoint / seal.NAME).read_text()
+    for text in (said[:-1], f" {said}", said.replace('"files"', '"more": 1, "files"'), said.replace("1", "2", 1)):
+        (checkpoint / seal.NAME).write_text(text)
+        refused(checkpoint, seal.NAME, verify=True)
+    (checkpoint / seal.NAME).write_text(said)
     for file in sorted(checkpoint.iterdir()):
         if file.name == seal.NAME:
             continue
@@ -384,3 +391,11 @@ def test_a_report_of_events_and_a_recipe_of_any_shape(tmp_path: Path, capsys: py
         assert "recipe.resolved.yaml" in capsys.readouterr().err
     (run / "recipe.resolved.yaml").write_bytes(b"\xff\xfe")
     assert verb("report", run) == 2
+
+
+def test_the_tokenizer_of_an_endless_configuration_is_not_waited_for(checkpoint: Path) -> None:
+    change(checkpoint, _set("num_labels", 10**12))
+    with pytest.raises(LillamaError, match="more than any model has"):
+        read_processor(checkpoint)
+    with pytest.raises(LillamaError, match="more than any model has"):
+        read_tokenizer(Model.model_validate({"id": str(checkpoint)}), str(checkpoint), None, checkpoint / "none")
