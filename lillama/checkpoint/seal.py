@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lillama.base.files import sha256, write_json
+from lillama.base.files import sha256, write_text
 
 NAME = "lillama.manifest.json"
 VERSION = 1
@@ -23,9 +23,15 @@ Files = dict[str, tuple[int, str]]  # name -> bytes, sha256
 
 def seal(directory: Path) -> None:
     """Write the manifest of every file in `directory`, the manifest itself and hidden files aside."""
-    files = sorted(f for f in directory.iterdir() if f.is_file() and f.name != NAME and not f.name.startswith("."))
-    held = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-    write_json(directory / NAME, {"version": VERSION, "files": held})
+    named = (f for f in directory.iterdir() if is_plain_name(f.name) and f.name != NAME and not f.name.startswith("."))
+    files = {file.name: (file.stat().st_size, sha256(file)) for file in sorted(named) if file.is_file()}
+    write_text(directory / NAME, _text(files))
+
+
+def _text(files: Files) -> str:
+    """The manifest: there is one way to write it, so that a change to itself shows as well."""
+    held = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
+    return json.dumps({"version": VERSION, "files": held}, indent=2, ensure_ascii=False) + "\n"
 
 
 def damaged(directory: Path, done: Callable[[int], None] | None = None) -> list[str] | None:
@@ -75,13 +81,12 @@ def _there(directory: Path) -> bool:
 def read(directory: Path) -> Files | None:
     """The manifest of a directory; None where there is none, or it cannot be one."""
     try:
-        held = json.loads((directory / NAME).read_text(encoding="utf-8"))
-        if held["version"] != VERSION or not held["files"]:
-            return None
-        files = {name: (one["bytes"], one["sha256"]) for name, one in held["files"].items()}
+        text = (directory / NAME).read_text(encoding="utf-8")
+        files = {name: (one["bytes"], one["sha256"]) for name, one in json.loads(text)["files"].items()}
+        whole = bool(files) and all(is_plain_name(name) and _is_entry(*one) for name, one in files.items())
+        return files if whole and text == _text(files) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return files if all(is_plain_name(name) and _is_entry(*one) for name, one in files.items()) else None
 
 
 def _is_entry(size: Any, digest: Any) -> bool:
@@ -91,4 +96,4 @@ def _is_entry(size: Any, digest: Any) -> bool:
 
 def is_plain_name(name: Any) -> bool:
     """Whether `name` is that of a file in a directory: it leads nowhere else, under any system."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    return isinstance(name, str) and name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\")

@@ -101,20 +101,17 @@ def explained(what: str, where: str, hint: str | None = None) -> Iterator[None]:
         raise LillamaError(f"cannot open {what}: {reason}", where=where, hint=hint) from error
 
 
-def own_configuration(where: str | os.PathLike[str], *, revision: str | None = None) -> Any | None:
-    """The configuration that a plugin makes for a model, whose own code is not to be run then; or None."""
-    return _made_by_plugin(_raw_configuration(where, revision))
+def own_configuration(where: str | os.PathLike[str], *, revision: str | None = None, trust: bool = False) -> Any | None:
+    """The configuration that a plugin makes for a model, whose own code is not to be run then; or None.
 
-
-def _raw_configuration(where: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
-    """What a model's config.json holds; transformers finds it, by whatever name."""
+    Raises LillamaError for a config.json that no model has, or that would run code unless `trust`: whatever is read of
+    a model, transformers opens that as well.
+    """
     from transformers import PreTrainedConfig
 
     raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision)
-    return raw
-
-
-def _made_by_plugin(raw: dict[str, Any]) -> Any | None:
+    path = Path(where)
+    check_config(raw, str(path / "config.json" if path.is_dir() else path), trust)
     return None if "quantization_config" in raw else host.get().configuration(raw)
 
 
@@ -128,18 +125,11 @@ def read_configuration(
     """
     from transformers import AutoConfig
 
+    made = None if gguf else own_configuration(where, revision=revision, trust=trust)
+    if made is not None:
+        return made
     options = {"gguf_file": gguf} if gguf else {}
-    if not gguf:
-        raw = _raw_configuration(where, revision)
-        check_config(raw, _config_file(where), trust)
-        if (made := _made_by_plugin(raw)) is not None:
-            return made
     return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust, **options)
-
-
-def _config_file(where: str | os.PathLike[str]) -> str:
-    path = Path(where)
-    return str(path / "config.json" if path.is_dir() else path)
 
 
 def read_tokenizer(model: Model, where: str, gguf: str | None, unpacked: Path) -> Any:
@@ -152,7 +142,7 @@ def read_tokenizer(model: Model, where: str, gguf: str | None, unpacked: Path) -
         options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
         if gguf:
             options["gguf_file"] = gguf
-        elif (own := own_configuration(where, revision=model.revision)) is not None:
+        elif own := own_configuration(where, revision=model.revision, trust=model.trust_remote_code):
             options = {"trust_remote_code": False, "config": own}
         return AutoTokenizer.from_pretrained(where, revision=model.revision, **options)
 
@@ -200,6 +190,6 @@ def processor(directory: Path, **options: Any) -> Any:
 def read_processor(place: str | Path, trust: bool = False) -> Any:
     """The processor or tokenizer of the model in a directory, read with a plugin's configuration where one makes it."""
     with explained(f"the tokenizer of '{place}'", "directory"):
-        own = own_configuration(place)
+        own = own_configuration(place, trust=trust)
         options = {"trust_remote_code": trust} if own is None else {"trust_remote_code": False, "config": own}
         return processor(Path(place), **options)

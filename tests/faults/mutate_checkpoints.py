@@ -221,11 +221,20 @@ def ways(directory: Path, target: Path, chance: random.Random) -> dict[str, Call
         "find_plugin": lambda: find_plugin(directory, None),
         "read_processor": lambda: read_processor(directory),
         "verify": lambda: verify(directory, Progress()),
+        "plan": lambda: _planned(directory, target),
         "verify unsealed": lambda: verify(_unsealed(directory), Progress()),
     }
     if chance.random() < 0.3:
         found["export"] = lambda: export_dense(directory, target)
     return found
+
+
+def _planned(directory: Path, target: Path) -> None:
+    """What `run` does of a model before it reads a weight."""
+    from lillama.run.prepare import prepare
+    from lillama.testing import recipe_for
+
+    prepare(recipe_for(directory, target)).source.fetch(target)
 
 
 def _unsealed(directory: Path) -> Path:
