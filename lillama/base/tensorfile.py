@@ -204,9 +204,10 @@ def write(path: Path, entries: Iterable[Entry], metadata: dict[str, str] | None 
                     where=entry.name,
                 )
             if not entry.anything and not is_finite(tensor):
+                file = path.name.lstrip(".").partition(".safetensors")[0]  # it is written under another name first
                 raise LillamaError(
                     f"{how_many(tensor)} not finite in {str(entry.dtype).removeprefix('torch.')}: it is not stored",
-                    where=f"{path.name}: {entry.name}",
+                    where=f"{file}.safetensors: {entry.name}",
                     hint="Try model.dtype: bfloat16 or float32, whose numbers reach further than float16's.",
                 )
             handle.write(raw(tensor))

@@ -217,6 +217,9 @@ class Job:
 
     def _put(self, files: dict[str, dict[str, Tensor]], decided: Mapping[Layer, Mapping[str, str]]) -> None:
         """Store finished layers, and what is kept dense of them, at once."""
+        if not decided:
+            self.directory.put_tensor_files(files)
+            return
         names = []
         for layer, reasons in decided.items():
             names.append(kept.next_file(self.plan, layer, self.directory))

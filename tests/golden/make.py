@@ -1,16 +1,21 @@
 """Makes the checkpoints of this folder: one of every kind of weight and storage, as format version 1 has them.
 
     python tests/golden/make.py DIRECTORY
+    python tests/golden/make.py --curves tests/golden/curves.json
 
 They were made by the code before the package had rooms (commit b66e734) and are not made again: every later version has
 to load them (tests/test_golden.py). A new version of the format adds its own beside them. Every case leaves
 `NAME/model` and `NAME/expected.safetensors` (the model's arguments, and the logits in float32); `run` is a whole
 finished run directory, and `run/original-model` the model it compressed.
+
+`--curves` writes how the held-out losses of the layers of one tiny model of each family fall, which
+tests/faults/test_golden_curves.py compares with. Make it again only for a change that is meant to change them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import sys
 import tempfile
@@ -87,6 +92,8 @@ def heard(model):
     ]
 
 
+SCHEDULES = ("sequential", "concurrent")
+
 # name: (model, plugin, settings)
 CASES = {
     "linear-factors": (lambda: llama(attention_bias=True, mlp_bias=True), "decoder", {"compress.storage": "factors"}),
@@ -123,6 +130,52 @@ def make(model, plugin, settings, target: Path, keep_run: bool = False) -> None:
     save_file(batches[0] | {"logits": logits.contiguous()}, target / "expected.safetensors")
 
 
+# family: (model, plugin, settings)
+CURVES = {
+    "llama": (llama, "decoder", {"compress.init": "random", "compress.storage": "pivoted"}),
+    "inkuba": (inkuba, "inkuba", {"compress.init": "random", "compress.reduction": 0.4}),
+    "mixtral": (mixtral, "mixtral", {"compress.init": "random", "distill.clip_norm": 0.5}),
+    "mamba": (mamba, "mamba", {"compress.init": "random", "distill.objective": "normalised_mse"}),
+    "whisper": (whisper, "whisper", {"compress.init": "random", "distill.objective": "mse"}),
+}
+
+
+def filled(model):
+    """The model with weights that no version of transformers draws otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            gain = name.endswith("weight") and parameter.dim() == 1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + gain)
+    return model.float().eval()
+
+
+def curve(family: str, schedule: str) -> dict[str, list[float]]:
+    """The held-out losses of every layer of a short run: at the start, then after every step."""
+    build, plugin, settings = CURVES[family]
+    torch.manual_seed(0)
+    model = filled(build())
+    batches = heard(model) if model.config.is_encoder_decoder else token_batches(model, length=8)
+    steps = {"distill.epochs": 4, "distill.checks": 8, "distill.learning_rate": 1e-2, "compress.reduction": 0.3}
+    with tempfile.TemporaryDirectory() as work:
+        original, out = Path(work) / "model", Path(work) / "run"
+        model.save_pretrained(original)
+        changes = steps | {"distill.schedule": schedule} | settings
+        lillama.compress(recipe_for(original, out, plugin, changes), batches=batches)
+        events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    first = {event["layer"]: event["initial_loss"] for event in events if event["event"] == "layer"}
+    checks = [event for event in events if event["event"] == "check"]
+    return {
+        name: [float(f"{x:.6g}") for x in (loss, *(e["held_out_loss"] for e in checks if e["layer"] == name))]
+        for name, loss in first.items()
+    }
+
+
+def curves(file: Path) -> None:
+    found = {family: {schedule: curve(family, schedule) for schedule in SCHEDULES} for family in CURVES}
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def main(directory: Path) -> None:
     for name, (build, plugin, settings) in CASES.items():
         torch.manual_seed(0)
@@ -132,4 +185,7 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    if sys.argv[1] == "--curves":
+        curves(Path(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1]).resolve())
