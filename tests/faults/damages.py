@@ -64,11 +64,11 @@ def kind_of(name: str) -> str:
     return re.sub(r"\d+", "#", re.sub(r"(layers|init|sensitivity|streams)/.*(\.\w+)", r"\1/*\2", name))
 
 
-def states(case: storm.Case, work: Path) -> list[Path]:
-    """Copies of the case's run directory, finished and stopped half-way."""
+def states(case: storm.Case, work: Path, stops: int) -> list[Path]:
+    """Copies of the case's run directory, finished and stopped half-way, at the first `stops` of the STOPS."""
     found = [work / "finished"]
     shutil.copytree(case.out, found[0])
-    for phase, share in STOPS[case.name.rpartition("-")[2]]:
+    for phase, share in STOPS[case.name.rpartition("-")[2]][:stops]:
         for _ in range(3):
             shutil.rmtree(case.out)
             if storm.kill_in(case, phase, share) is not None:
@@ -103,13 +103,13 @@ def trial(case: storm.Case, state: Path, name: str, how: str, draw: random.Rando
         found.troubles.append(f"{what}: ended with {code}: {text[-700:]}")
 
 
-def damages(home: Path, count: int, cases: list[tuple[str, str]], seed: int = 0) -> Found:
+def damages(home: Path, count: int, cases: list[tuple[str, str]], seed: int = 0, stops: int = 9) -> Found:
     """`count` damages, spread over the cases, the states of their runs, and the kinds of files in them."""
     draw, found = random.Random(seed), Found()
     plan = []
     for case_name in cases:
         case = storm.prepare(home, *case_name)
-        for state in states(case, home / case.name):
+        for state in states(case, home / case.name, stops):
             by_kind: dict[str, list[str]] = {}
             for path in sorted(state.rglob("*")):
                 if path.is_file():
@@ -127,13 +127,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int, nargs="?", default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stops", type=int, default=9, help="at how many instants runs are stopped half-way")
     parser.add_argument("--families", nargs="*", default=("llama", "whisper"))
     parser.add_argument("--schedules", nargs="*", default=families.SCHEDULES)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lillama-damages-") as home:
         os.environ["LILLAMA_CACHE"] = f"{home}/cache"
         start = time.monotonic()
-        found = damages(Path(home), args.count, [(f, s) for f in args.families for s in args.schedules], args.seed)
+        cases = [(family, schedule) for family in args.families for schedule in args.schedules]
+        found = damages(Path(home), args.count, cases, args.seed, args.stops)
     sys.stdout.write(
         f"{found.harms.total()} damages to {len(found.kinds)} kinds of files: {found.same} ended with the weights of "
         f"the undamaged run, {found.refused} were refused in one message, {len(found.troubles)} troubles "

@@ -39,10 +39,9 @@ def room(monkeypatch):
     return free
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["one by one, streams in files", "all at once", "fine-tuned"])
-def test_a_run_holds_as_much_as_was_estimated(home, name):
-    estimated, most = disk_runs.peak(disk_runs.recipe(home, disk_runs.RUNS[name]))
+def test_a_run_holds_as_much_as_was_estimated(home):
+    """Others are measured by `python tests/faults/disk_runs.py`."""
+    estimated, most = disk_runs.peak(disk_runs.recipe(home, disk_runs.RUNS["one by one, streams in files"]))
     assert most <= estimated  # with what stands beside the weights
     assert 0.9 * most < estimated - disk.BESIDE < 1.25 * most
 

@@ -24,21 +24,20 @@ def harness(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("schedule", families.SCHEDULES)
-def test_a_run_that_is_killed_ends_with_the_same_weights(schedule):
-    said = harness("storm.py", "4", "--families", "llama", "--schedules", schedule)
+def test_a_run_that_is_killed_ends_with_the_same_weights():
+    said = harness("storm.py", "4", "--families", "llama")
     kills, trials, same, of = map(int, re.findall(r"\d+", said)[:4])
     assert kills >= 4 and trials == same == of
 
 
 def test_a_damaged_run_directory_gives_the_same_weights_or_a_message():
-    said = harness("damages.py", "8", "--families", "llama", "--schedules", "sequential")
-    assert said.startswith("8 damages") and " 0 troubles" in said
+    said = harness("damages.py", "6", "--families", "llama", "--schedules", "sequential", "--stops", "1")
+    assert said.startswith("6 damages") and " 0 troubles" in said
 
 
 @pytest.mark.skipif(full_disk.compiler() is None, reason="there is no C compiler, which the full disk is made with")
 def test_a_disk_that_fills_leaves_what_was_finished_and_a_message():
-    assert ": 0 troubles" in harness("full_disk.py", "120", "--every", "40")
+    assert ": 0 troubles" in harness("full_disk.py", "120", "--every", "60")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
