@@ -1,6 +1,7 @@
 """Kills runs at random instants of every phase, and looks whether the same command ends with the same weights.
 
     python tests/faults/storm.py 200
+    python tests/faults/storm.py 40 --signal TERM      # asked to end, which takes five seconds at most
 
 Runs of tiny models of every family, in both schedules, with training and fine-tuning. Each is run to its end once;
 then again and again it is killed (SIGKILL) in a phase chosen in turn, at a random instant of it, sometimes twice, and
@@ -15,6 +16,7 @@ import collections
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -28,6 +30,7 @@ from lillama.base import manifest
 from lillama.base.files import sha256
 
 SHORT = 0.002  # seconds: a phase that takes less is not waited for
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 TRIES = 6  # how often the same command is given after a kill
 
 
@@ -66,8 +69,11 @@ def prepare(home: Path, family: str, schedule: str, **changes: object) -> Case:
     return case
 
 
-def kill_in(case: Case, phase: str, share: float) -> str | None:
-    """Start the case and kill it when it has been in `phase` for `share` of that one's time; None: it finished."""
+def kill_in(case: Case, phase: str, share: float, number: int = signal.SIGKILL) -> str | None:
+    """Start the case and kill it when it has been in `phase` for `share` of that one's time; None: it finished.
+
+    Raises RuntimeError where a signal that asks is not obeyed in time, with its own exit status.
+    """
     child = children.run(case.recipe, case.recipe.parent / "killed.txt")
     wait, spent, before = share * case.phases.get(phase, 0.0), 0.0, time.monotonic()
     while child.poll() is None:
@@ -75,9 +81,11 @@ def kill_in(case: Case, phase: str, share: float) -> str | None:
         if child.phase == phase:
             spent += now - before
             if spent >= wait:
-                where = child.phase
-                child.kill()
-                child.wait()
+                where, sent = child.phase, time.monotonic()
+                child.kill(number)
+                code, took = child.wait(), time.monotonic() - sent
+                if code != CODES.get(number, -number) or took > 5:
+                    raise RuntimeError(f"{case.name}, {where}: ended with {code} after {took:.1f} s")
                 return where
         before = now
         time.sleep(0.0002)
@@ -93,15 +101,15 @@ def whole(out: Path) -> list[str]:
     return wrong + [f"{name} was left behind" for name in sorted(there - known)]
 
 
-def trial(case: Case, phase: str, draw: random.Random, found: Found) -> None:
+def trial(case: Case, phase: str, draw: random.Random, found: Found, number: int) -> None:
     """Kill a fresh run of the case, and let the same command finish it."""
     shutil.rmtree(case.out, ignore_errors=True)
-    where = kill_in(case, phase, draw.random())
+    where = kill_in(case, phase, draw.random(), number)
     if where is None:
         return  # the machine was faster this time
     found.trials += 1
     found.kills[where] += 1
-    if draw.random() < 0.25 and (again := kill_in(case, draw.choice([*case.phases]), draw.random())):
+    if draw.random() < 0.25 and (again := kill_in(case, draw.choice([*case.phases]), draw.random(), number)):
         found.kills[again] += 1
     log = case.recipe.parent / "again.txt"
     for _ in range(TRIES):
@@ -117,7 +125,7 @@ def trial(case: Case, phase: str, draw: random.Random, found: Found) -> None:
         found.same += 1
 
 
-def storm(home: Path, kills: int, cases: list[tuple[str, str]], seed: int = 0) -> Found:
+def storm(home: Path, kills: int, cases: list[tuple[str, str]], seed: int = 0, number: int = signal.SIGKILL) -> Found:
     """At least `kills` kills, spread over the cases and their phases."""
     draw, found = random.Random(seed), Found()
     ready = [prepare(home, *case) for case in cases]
@@ -127,7 +135,7 @@ def storm(home: Path, kills: int, cases: list[tuple[str, str]], seed: int = 0) -
         for case, phase in turns:
             if found.kills.total() >= kills:
                 break
-            trial(case, phase, draw, found)
+            trial(case, phase, draw, found, number)
     return found
 
 
@@ -135,13 +143,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kills", type=int, nargs="?", default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT"))
     parser.add_argument("--families", nargs="*", default=families.NAMES)
     parser.add_argument("--schedules", nargs="*", default=families.SCHEDULES)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lillama-storm-") as home:
         os.environ["LILLAMA_CACHE"] = f"{home}/cache"
         start = time.monotonic()
-        found = storm(Path(home), args.kills, [(f, s) for f in args.families for s in args.schedules], args.seed)
+        cases = [(family, schedule) for family in args.families for schedule in args.schedules]
+        found = storm(Path(home), args.kills, cases, args.seed, signal.Signals[f"SIG{args.signal}"])
     sys.stdout.write(
         f"{found.kills.total()} kills in {found.trials} runs: {found.same} of {found.trials} ended with the weights of "
         f"the uninterrupted run ({time.monotonic() - start:.0f} s)\n"
