@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,17 @@ def test_charts_take_their_colours_from_the_page() -> None:
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LillamaError, match="not a run directory"):
         report.write(tmp_path)
+
+
+def test_what_did_not_go_as_planned_is_said(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    assert "did not go as planned" not in report.render(record.read(tmp_path / "run"))
+    with (tmp_path / "run" / "events.jsonl").open("a") as events:
+        for event in (
+            {"event": "recovered", "layer": "model.layers.1", "reason": "the loss became nan at step 3", "rate": 0.1},
+            {"event": "kept_dense", "weight": "model.layers.2.mlp.<b>", "reason": "its factors are not finite"},
+        ):
+            events.write(json.dumps(event) + "\n")
+    page = report.render(record.read(tmp_path / "run"))
+    assert "model.layers.1: the loss became nan at step 3; it went back to an earlier state" in page
+    assert "model.layers.2.mlp.&lt;b&gt; stays dense: its factors are not finite." in page

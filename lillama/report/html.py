@@ -75,6 +75,7 @@ def render(record: RunRecord) -> str:
         in_turn=bool(record.bench or any(map(record.ratios, STAGES))),
         others=[name for name in drawn if name not in PLACED],
         worst=worst(record),
+        incidents=incidents(record),
         samples=samples(record),
         tasks=_harness_note(record),
         environment=environment_of(record),
@@ -163,6 +164,21 @@ def worst(record: RunRecord, most: int = 5) -> list[dict[str, str]]:
         }
         for row in rows
     ]
+
+
+def incidents(record: RunRecord) -> list[str]:
+    """What did not go as planned while layers learned, a sentence for each."""
+    said = []
+    for event in record.events:
+        about = {key: str(value) for key, value in event.items()}
+        where, reason = about.get("weight") or about.get("layer", ""), about.get("reason", "")
+        if event["event"] == "recovered":
+            said.append(f"{where}: {reason}; it went back to an earlier state and learned more slowly from there.")
+        elif event["event"] == "kept_initial":
+            said.append(f"{where}: {reason}; its starting factors were kept.")
+        elif event["event"] == "kept_dense":
+            said.append(f"{where} stays dense: {reason}.")
+    return said
 
 
 def samples(record: RunRecord) -> list[dict[str, Any]]:
