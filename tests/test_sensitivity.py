@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, MambaC
 import lillama
 from lillama.base import device
 from lillama.base.progress import Progress
+from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer, Weight
 from lillama.errors import LillamaError
 from lillama.factorise import initialisers as init
 from lillama.factorise import kfac, sensitivity
-from lillama.factorise.statistics import fisher_file
 from lillama.plan import fisher as allocate
 from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Compress, Recipe
@@ -52,14 +52,14 @@ def recipe(home, model=None, **compress) -> Recipe:
 def kept(monkeypatch) -> dict[str, torch.Tensor]:
     """What a run finds, before it is dropped."""
     found: dict[str, torch.Tensor] = {}
-    forget = sensitivity.forget
+    drop_work = RunDirectory.drop_work
 
-    def keep(directory, layers):
-        for name in map(fisher_file, layers):
-            found.update(directory.tensors(name) if directory.has(name) else {})
-        forget(directory, layers)
+    def keep(self):
+        for path in sorted((self.path / "sensitivity").glob("*.safetensors")):
+            found.update(self.tensors(f"sensitivity/{path.name}"))
+        drop_work(self)
 
-    monkeypatch.setattr(sensitivity, "forget", keep)
+    monkeypatch.setattr(RunDirectory, "drop_work", keep)
     return found
 
 

@@ -49,6 +49,10 @@ BOOKKEEPING = frozenset((LOCK, OWNER, manifest.NAME, manifest.COPY))
 # What a process that was killed leaves: files and folders not yet renamed, best states of layers that were learning.
 LEFTOVERS = (".*.part", "*/.*.part", "best.[0-9]*.safetensors", "best.[0-9]*.initial")
 
+# In progress until the checkpoint is there: finished files, and folders of what is not.
+WORK = ("init/", "sensitivity/", "snapshot.safetensors")
+WORK_FOLDERS = ("streams", "sensitivity/streams")
+
 
 class RunDirectory:
     """Everything a run leaves, and the memory that lets the same command continue it."""
@@ -137,7 +141,10 @@ class RunDirectory:
 
     def _is_empty(self) -> bool:
         """Whether nothing but an old lock is here."""
-        return self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {LOCK, OWNER}
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else {""}
+        # A process that was killed as it began may have left the first lines of a manifest.
+        begun = {name for name in names if name.endswith(".part") and name.startswith(f".{manifest.NAME}.")}
+        return names - begun <= {LOCK, OWNER}
 
     def _discard(self) -> None:
         """Remove what the manifest lists of the run that is here; what else there is stays, and is remarked on."""
@@ -249,6 +256,12 @@ class RunDirectory:
             self._write()
         for name in names:
             self._remove(name)
+
+    def drop_work(self) -> None:
+        """Remove what was in progress: the checkpoint is there."""
+        self.forget(*(name for name in self._manifest.files if name.startswith(WORK)))
+        for folder in WORK_FOLDERS:
+            self._remove(folder, whole=True)
 
     def put_json(self, name: str, data: Any) -> None:
         """Write and record a JSON file."""

@@ -15,7 +15,6 @@ layer: no more than one layer is in memory besides what stands outside them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +44,6 @@ def measure_spectra(walk: Walk, directory: RunDirectory, raw: Batches, recipe: R
     if not all(directory.has(fisher_file(layer)) for layer in layers):
         _Measurement.of(walk, directory, raw, recipe).run()
     return {name: factors.spectrum for layer in layers for name, factors in read_fisher(directory, layer).items()}
-
-
-def forget(directory: RunDirectory, layers: Sequence[Layer]) -> None:
-    """Drop what was measured: the ranks are chosen and the factors begun."""
-    directory.forget(*(fisher_file(layer) for layer in layers if directory.has(fisher_file(layer))))
-    with contextlib.suppress(OSError):  # it is not there
-        (directory.path / FISHER).rmdir()
 
 
 @dataclass

@@ -11,12 +11,39 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lillama.base.files import write_json
+import torch
+
+from lillama.base.files import write_json, write_tensors
+from lillama.base.tensorfile import TensorFile
 from lillama.checkpoint.seal import damaged, seal
+from lillama.errors import LillamaError
 from lillama.recipe.schema import Finetune
 
 SETTINGS = "lillama.finetune.json"
+LEARNED = "learned.safetensors"
 STATE = "trainer_state.json"  # of the trainer; names the best checkpoint so far
+
+
+def save_learned(model: Any, checkpoint: Path) -> None:
+    """Store every parameter that learns, under the name it has in `model`.
+
+    Not by `save_pretrained`, which writes the names of the hub's files: those of fused experts are others than the
+    module's, and the trainer would read back only those that are the same.
+    """
+    write_tensors(checkpoint / LEARNED, {name: p.data for name, p in model.named_parameters() if p.requires_grad})
+
+
+@torch.no_grad()
+def load_learned(model: Any, checkpoint: Path) -> None:
+    """Put back what `save_learned` stored, all of it."""
+    file = TensorFile(checkpoint / LEARNED)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if {*file} != parameters.keys():
+        raise LillamaError(
+            "the checkpoint is that of another model", where=str(checkpoint), hint="Remove it, and begin again."
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(file.read(name))
 
 
 def seal_checkpoint(work: Path, step: int, section: Finetune) -> None:

@@ -105,4 +105,9 @@ def save(model: Any, dtype: torch.dtype, section: Finetune, directory: RunDirect
         (target / "README.md").write_text(card, encoding="utf-8")
         write_json(target / SETTINGS, section.model_dump(mode="json"))
         seal(target)
+    clear(directory)
+
+
+def clear(directory: RunDirectory) -> None:
+    """Remove the trainer's checkpoints: the result is there."""
     shutil.rmtree(directory.path / WORK, ignore_errors=True)

@@ -16,7 +16,7 @@ from lillama.base.rundir import RunDirectory
 from lillama.errors import DistillationError
 from lillama.finetune.data import Collator, Examples
 from lillama.finetune.loss import loss_of
-from lillama.finetune.resume import seal_checkpoint
+from lillama.finetune.resume import load_learned, save_learned, seal_checkpoint
 from lillama.recipe.schema import Finetune
 from lillama.report import track
 
@@ -60,6 +60,16 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
             with device.autocast():
                 loss, outputs = loss_of(model, self.teacher, inputs, share, shifted, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
+
+        # What learned is stored under its own names (resume.py).
+        def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+            save_learned(self.model, Path(output_dir))
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            load_learned(self.model, Path(resume_from_checkpoint))
+
+        def _load_best_model(self) -> None:
+            load_learned(self.model, Path(self.state.best_model_checkpoint))
 
     trainer = Finetuner(
         model=learner,

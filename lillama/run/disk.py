@@ -92,10 +92,8 @@ def finetuning(counts: Counts) -> int:
     whole = plan.after + numbers["factors"] - numbers[plan.storage]
     trained = whole - _frozen(counts, section.freeze)
     if section.lora is not None:
-        whole = trained = section.lora.rank * sum(
-            w.copies * sum(w.shape) for layer in plan.layers for w in layer.weights
-        )
-    one = SINGLE * whole + MOMENTS * trained
+        trained = section.lora.rank * sum(w.copies * sum(w.shape) for layer in plan.layers for w in layer.weights)
+    one = (SINGLE + MOMENTS) * trained
     held = min(section.checks, 3)
     return max(min(section.checks, 4) * one, held * one + counts.source.dtype.itemsize * plan.after)
 

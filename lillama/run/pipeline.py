@@ -123,6 +123,7 @@ class Run:
         measured = {"before": self.measure("before")}
         if not self.directory.has(f"{MODEL}/config.json"):
             self.distill(batches, points)
+        self.directory.drop_work()
         measured["after"] = self.measure("after")
         if self.recipe.finetune is not None:
             self.finetune(self.recipe.finetune)
@@ -146,7 +147,6 @@ class Run:
         self.directory.put_json(PLAN, self.plan.to_dict())
         with progress.timed("write"):
             self.write(job)
-        sensitivity.forget(self.directory, self.plan.layers)
 
     def decided(self) -> Plan:
         """The plan, with the ranks that an earlier process chose where it leaves them open."""
@@ -284,6 +284,7 @@ class Run:
     def finetune(self, section: Finetune) -> None:
         """Train the compressed model as a whole, unless that was done before; leaves `finetuned/`."""
         if finetune.finished(self.directory, section):
+            finetune.clear(self.directory)  # of a process that was killed when all was done
             return
         prepared, hosts = self.prepared, host.get()
         with self.progress.timed("read data"):

@@ -311,3 +311,28 @@ def test_a_plan_that_is_lost_is_taken_from_the_checkpoint(run, tmp_path):
     plan.write_text(chosen.replace('"rank"', '"tank"'))
     assert pipeline.compress(recipe, batches=batches).plan.to_dict() == json.loads(chosen)
     assert plan.read_text() == chosen
+
+
+@pytest.mark.parametrize("name", [".MANIFEST.json.77.part", ".lock"])
+def test_a_run_that_was_killed_as_it_began_begins_again(name, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text('{"version"')
+    RunDirectory(tmp_path / "run").open({"a": 1})
+    assert names(tmp_path / "run") == {".lock", ".owner", manifest.NAME, manifest.COPY}
+
+
+def test_work_in_progress_goes_when_the_checkpoint_is_there(run, tmp_path, monkeypatch):
+    recipe, batches = run
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "drop_work", lambda self: None)  # killed just before
+        pipeline.compress(recipe, batches=batches)
+    directory = RunDirectory(tmp_path / "run")
+    directory.open(directory.held())
+    directory.put_json("sensitivity/a.json", [])
+    directory.put_json("snapshot.safetensors", [])
+    directory.close()
+    (tmp_path / "run" / "sensitivity" / "streams").mkdir()
+    (tmp_path / "run" / "sensitivity" / "streams" / "0.bin").write_text("half")
+    pipeline.compress(recipe, batches=batches)
+    assert not (tmp_path / "run" / "sensitivity").exists()
+    assert not (tmp_path / "run" / "snapshot.safetensors").exists()
