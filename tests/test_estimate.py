@@ -42,7 +42,7 @@ ESTIMATES: dict[str, tuple[str, dict[str, Any], tuple[int, int, float | None]]] 
     "fine-tuned": (
         "llama",
         {"finetune.teacher": 0.5, "finetune.steps": 3, "finetune.batch_size": 64},
-        (751_346_432, 9_045_504, 20.786970624),
+        (751_346_432, 9_334_272, 20.786970624),
     ),
     "of unknown length": ("llama", {"calibration.tokens": None}, (705_895_168, 8_179_200, None)),
 }
