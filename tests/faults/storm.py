@@ -84,6 +84,8 @@ def kill_in(case: Case, phase: str, share: float, number: int = signal.SIGKILL) 
                 where, sent = child.phase, time.monotonic()
                 child.kill(number)
                 code, took = child.wait(), time.monotonic() - sent
+                if code == 0:
+                    return None  # it had just finished
                 if code != CODES.get(number, -number) or took > 5:
                     raise RuntimeError(f"{case.name}, {where}: ended with {code} after {took:.1f} s")
                 return where
