@@ -9,7 +9,6 @@ Another model that is accepted, or a traceback, is a trouble.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import os
 import random
@@ -124,18 +123,13 @@ def damages(home: Path, count: int, cases: list[tuple[str, str]], seed: int = 0,
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", type=int, nargs="?", default=300)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = families.arguments(__doc__, "count", 300, ("llama", "mixtral", "whisper"))
     parser.add_argument("--stops", type=int, default=9, help="at how many instants runs are stopped half-way")
-    parser.add_argument("--families", nargs="*", default=("llama", "whisper"))
-    parser.add_argument("--schedules", nargs="*", default=families.SCHEDULES)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lillama-damages-") as home:
         os.environ["LILLAMA_CACHE"] = f"{home}/cache"
         start = time.monotonic()
-        cases = [(family, schedule) for family in args.families for schedule in args.schedules]
-        found = damages(Path(home), args.count, cases, args.seed, args.stops)
+        found = damages(Path(home), args.count, families.cases(args), args.seed, args.stops)
     sys.stdout.write(
         f"{found.harms.total()} damages to {len(found.kinds)} kinds of files: {found.same} ended with the weights of "
         f"the undamaged run, {found.refused} were refused in one message, {len(found.troubles)} troubles "

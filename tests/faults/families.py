@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -51,6 +52,21 @@ run: {{out: {home}/run, device: cpu, compute: float32, snapshot_seconds: 0.05, s
 PERPLEXITY = "perplexity: {{dataset: {home}/data.txt, sequence_length: 16, tokens: 64}}"
 TEXT = PERPLEXITY + ", sample: {{new_tokens: 4, prompt: the cat}}"
 SPEECH = "wer: {{dataset: {home}/data, new_tokens: 4, speed_tokens: 0}}"
+
+
+def arguments(text: str | None, name: str, count: int, families: tuple[str, ...] = NAMES) -> argparse.ArgumentParser:
+    """The arguments of a harness: `name` is what it does `count` times unless told otherwise."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(name, type=int, nargs="?", default=count)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--families", nargs="*", default=families)
+    parser.add_argument("--schedules", nargs="*", default=SCHEDULES)
+    return parser
+
+
+def cases(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(family, schedule) of all that were asked for."""
+    return [(family, schedule) for family in args.families for schedule in args.schedules]
 
 
 def prepare(home: Path, family: str, schedule: str = "sequential", **changes: object) -> Path:

@@ -11,7 +11,6 @@ run, every file that of the manifest, and nothing of the kill may be left.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import os
 import random
@@ -142,18 +141,13 @@ def storm(home: Path, kills: int, cases: list[tuple[str, str]], seed: int = 0, n
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kills", type=int, nargs="?", default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = families.arguments(__doc__, "kills", 200)
     parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT"))
-    parser.add_argument("--families", nargs="*", default=families.NAMES)
-    parser.add_argument("--schedules", nargs="*", default=families.SCHEDULES)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lillama-storm-") as home:
         os.environ["LILLAMA_CACHE"] = f"{home}/cache"
         start = time.monotonic()
-        cases = [(family, schedule) for family in args.families for schedule in args.schedules]
-        found = storm(Path(home), args.kills, cases, args.seed, signal.Signals[f"SIG{args.signal}"])
+        found = storm(Path(home), args.kills, families.cases(args), args.seed, signal.Signals[f"SIG{args.signal}"])
     sys.stdout.write(
         f"{found.kills.total()} kills in {found.trials} runs: {found.same} of {found.trials} ended with the weights of "
         f"the uninterrupted run ({time.monotonic() - start:.0f} s)\n"
