@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def trouble(error: BaseException, place: Path) -> LillamaError | None:
     """What `error`, or one that led to it, says of the disk; None where it is about something else."""
     seen: BaseException | None = error
     while seen is not None:
+        if isinstance(seen, ConnectionError | TimeoutError | socket.gaierror):
+            return None  # of a network, which the system reports in the same way
         if isinstance(seen, OSError) and seen.errno is not None:
             return _said(seen, place)
         text = str(seen).lower()

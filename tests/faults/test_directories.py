@@ -13,7 +13,7 @@ import pytest
 from conftest import tiny
 
 from lillama import LillamaError
-from lillama.base import manifest
+from lillama.base import disk, manifest
 from lillama.base.files import atomic_directory
 from lillama.base.rundir import RunDirectory
 from lillama.finetune import resume
@@ -336,3 +336,11 @@ def test_work_in_progress_goes_when_the_checkpoint_is_there(run, tmp_path, monke
     pipeline.compress(recipe, batches=batches)
     assert not (tmp_path / "run" / "sensitivity").exists()
     assert not (tmp_path / "run" / "snapshot.safetensors").exists()
+
+
+@pytest.mark.parametrize("cause", [ConnectionRefusedError(111, "refused"), TimeoutError(110, "timed out")])
+def test_a_network_that_fails_is_not_called_a_disk(cause, tmp_path):
+    with pytest.raises(OSError, match=r"refused|timed out"), disk.explained(tmp_path):
+        raise cause
+    with pytest.raises(LillamaError, match="the disk refuses: No space left"), disk.explained(tmp_path):
+        raise OSError(28, "No space left on device", str(tmp_path / "x"))
