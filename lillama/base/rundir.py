@@ -207,8 +207,10 @@ class RunDirectory:
         self._manifest.write(self.path)
 
     @contextlib.contextmanager
-    def put_directory(self, name: str) -> Iterator[Path]:
+    def put_directory(self, name: str, seal: Callable[[Path], dict[str, str]] | None = None) -> Iterator[Path]:
         """A directory to fill, which becomes the unit `name` with all its files recorded when the block ends.
+
+        `seal` may leave a word of its own in it, and gives the hashes of files that it has read.
 
         The manifest names them just before the directory gets its name: a process that is killed in between leaves
         names of files that are not there, which the next one forgets.
@@ -217,10 +219,11 @@ class RunDirectory:
         temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=self.path))
         try:
             yield temporary
+            known = seal(temporary) if seal else {}
             flush(temporary)
             temporary.chmod(0o755)
-            found = sorted(path for path in temporary.rglob("*") if path.is_file())
-            self._manifest.files |= {f"{name}/{path.relative_to(temporary).as_posix()}": sha256(path) for path in found}
+            files = {path.relative_to(temporary).as_posix(): path for path in temporary.rglob("*") if path.is_file()}
+            self._manifest.files |= {f"{name}/{one}": known.get(one) or sha256(files[one]) for one in sorted(files)}
             self._write()
             temporary.rename(self.path / name)
             sync_directory(self.path)

@@ -21,11 +21,12 @@ READ = (".json", ".safetensors", ".bin", ".py", ".txt", ".model", ".jinja", ".ti
 Files = dict[str, tuple[int, str]]  # name -> bytes, sha256
 
 
-def seal(directory: Path) -> None:
-    """Write the manifest of every file in `directory`, the manifest itself and hidden files aside."""
+def seal(directory: Path) -> dict[str, str]:
+    """Write the manifest of every file in `directory`, the manifest itself and hidden files aside; their hashes."""
     named = (f for f in directory.iterdir() if is_plain_name(f.name) and f.name != NAME and not f.name.startswith("."))
     files = {file.name: (file.stat().st_size, sha256(file)) for file in sorted(named) if file.is_file()}
     write_text(directory / NAME, _text(files))
+    return {name: digest for name, (_, digest) in files.items()}
 
 
 def _text(files: Files) -> str:

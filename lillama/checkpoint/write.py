@@ -14,7 +14,6 @@ from lillama.base.rundir import RunDirectory
 from lillama.base.tensorfile import Entry, TensorFile
 from lillama.checkpoint import quantizer
 from lillama.checkpoint.seal import NAME as SEAL
-from lillama.checkpoint.seal import seal
 from lillama.lowrank import swap as factors
 from lillama.plan.plan import Plan
 from lillama.pretrained.identity import BESIDE
@@ -40,7 +39,6 @@ def write(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str],
     assert source.directory is not None
     copy_beside(source.directory, target)
     (target / "README.md").write_text(card, encoding="utf-8")
-    seal(target)
 
 
 def _entries(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str]) -> list[Entry]:

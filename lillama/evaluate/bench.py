@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lillama import host
-from lillama.base.rundir import MODEL, RESOLVED
+from lillama.base.rundir import MODEL, ORIGINAL, RESOLVED
 from lillama.errors import LillamaError
 from lillama.evaluate import speed, strangers
 from lillama.evaluate.perplexity import positions
@@ -67,7 +67,7 @@ def models_of(given: Sequence[str], trust: bool = False) -> Models:
         )
     recipe = Recipe.load(run / RESOLVED, [f"model.trust_remote_code={json.dumps(trust)}"])
     strangers.check_model(recipe, run / RESOLVED)
-    unpacked = run / "original"  # from a GGUF file
+    unpacked = run / ORIGINAL  # from a GGUF file
     original = str(unpacked) if unpacked.is_dir() else resolve(recipe.model)[0]
     return Models(original, str(run / MODEL), run, recipe, trust)
 

@@ -99,12 +99,11 @@ def freeze(model: Any, globs: list[str] | None) -> None:
 
 def save(model: Any, dtype: torch.dtype, section: Finetune, directory: RunDirectory, card: str) -> None:
     """Write the fine-tuned checkpoint, with what stands beside the weights of the compressed one."""
-    with directory.put_directory(FINETUNED) as target:
+    with directory.put_directory(FINETUNED, seal) as target:
         model.to(device="cpu", dtype=dtype).save_pretrained(target)
         checkpoint.copy_beside(directory.path / MODEL, target)
         (target / "README.md").write_text(card, encoding="utf-8")
         write_json(target / SETTINGS, section.model_dump(mode="json"))
-        seal(target)
     clear(directory)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lillama.base.files import sha256
+from lillama.base.files import checksum, sha256
 from lillama.errors import LillamaError
 
 # What stands beside the weights and goes with them: configuration, tokenizer, processor, settings of generation.
@@ -29,8 +28,7 @@ def of(directory: Path, gguf: str | None, code: bool) -> dict[str, Any]:
     kinds = (*BESIDE, ".safetensors", *((".py",) if code else ()))
     wanted = [path for path in names if path.suffix in kinds]
     with ThreadPoolExecutor(WORKERS) as pool:
-        found: dict[str, Any] = {path.name: value for path, value in zip(wanted, pool.map(_content, wanted))}
-    return found
+        return {path.name: value for path, value in zip(wanted, pool.map(_content, wanted))}
 
 
 def _content(path: Path) -> Any:
@@ -45,9 +43,8 @@ def _content(path: Path) -> Any:
         return sha256(path)
     if path.name == "config.json" and isinstance(data, dict):
         return {key: _short(value) for key, value in data.items() if key not in INDIFFERENT}
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return checksum(data)
 
 
 def _short(value: Any) -> Any:
-    text = json.dumps(value, sort_keys=True)
-    return value if len(text) <= LONG else hashlib.sha256(text.encode()).hexdigest()
+    return value if len(json.dumps(value)) <= LONG else checksum(value)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lillama.base import manifest
+from lillama.base.rundir import EVENTS, MODEL, RESOLVED
 from lillama.errors import LillamaError
 from lillama.report import shapes
 
@@ -42,9 +44,9 @@ def read(path: Path) -> RunRecord:
     """What `path` holds. Raises LillamaError where it is no run directory."""
     from lillama.recipe import yamlfile
 
-    if not (path / "plan.json").is_file() or not (path / "recipe.resolved.yaml").is_file():
+    if not (path / "plan.json").is_file() or not (path / RESOLVED).is_file():
         raise LillamaError("this is not a run directory", where=str(path), hint="Give the run.out of a recipe.")
-    resolved = path / "recipe.resolved.yaml"
+    resolved = path / RESOLVED
     settings = yamlfile.load(resolved).data
     shapes.check(settings, shapes.RECIPE, resolved)
     return RunRecord(
@@ -53,11 +55,11 @@ def read(path: Path) -> RunRecord:
         _checked(path / "plan.json", shapes.PLAN) or _no_plan(path / "plan.json"),
         read_text(path / "recipe.yaml"),
         settings,
-        read_events(path / "events.jsonl"),
+        read_events(path / EVENTS),
         _stages(path),
         _checked(path / BENCH, shapes.BENCH),
-        _checked(path / "MANIFEST.json", shapes.MANIFEST).get("fingerprint") or {},
-        _checked(path / "model" / "config.json", shapes.MODEL),
+        _checked(path / manifest.NAME, shapes.MANIFEST).get("fingerprint") or {},
+        _checked(path / MODEL / "config.json", shapes.MODEL),
     )
 
 

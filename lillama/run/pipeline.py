@@ -16,11 +16,12 @@ from lillama import host
 from lillama.base import device, disk, memory
 from lillama.base.files import write_text
 from lillama.base.progress import Progress
-from lillama.base.rundir import FINETUNED, MODEL, RunDirectory
+from lillama.base.rundir import FINETUNED, MODEL, ORIGINAL, RESOLVED, RunDirectory
 from lillama.checkpoint import write as checkpoint
 from lillama.checkpoint.card import model_card
 from lillama.checkpoint.load import load
 from lillama.checkpoint.open import open_model
+from lillama.checkpoint.seal import seal
 from lillama.data import batches as data_batches
 from lillama.data import text as calibration
 from lillama.distill import kept
@@ -193,7 +194,7 @@ class Run:
     def tokenizer(self) -> Any:
         """The original's tokenizer."""
         source = self.source
-        return read_tokenizer(self.recipe.model, source.where, source.gguf, self.directory.path / "original")
+        return read_tokenizer(self.recipe.model, source.where, source.gguf, self.directory.path / ORIGINAL)
 
     def fingerprint(self, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
         """What must be the same for a stored layer to be of use: all that decides its numbers."""
@@ -204,8 +205,8 @@ class Run:
         """Write what the run is about to do."""
         path = self.directory.path
         write_text(path / "recipe.yaml", self.recipe.written or self.recipe.to_yaml())
-        write_text(path / "recipe.resolved.yaml", self.recipe.to_yaml())
-        self.directory.record("recipe.yaml", "recipe.resolved.yaml")
+        write_text(path / RESOLVED, self.recipe.to_yaml())
+        self.directory.record("recipe.yaml", RESOLVED)
         self.directory.put_json(PLAN, self.plan.to_dict())
         self.directory.event(
             "start",
@@ -278,7 +279,7 @@ class Run:
     def write(self, job: Job) -> None:
         """Write the checkpoint from the finished layers."""
         files = [job.file(layer) for layer in job.layers if self.plan.planned(layer)]
-        with self.directory.put_directory(MODEL) as target:
+        with self.directory.put_directory(MODEL, seal) as target:
             checkpoint.write(self.source, self.plan, self.directory, files, target, self.card())
 
     def finetune(self, section: Finetune) -> None:

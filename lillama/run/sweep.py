@@ -21,6 +21,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lillama.base.rundir import EVENTS, FINETUNED, MODEL, ORIGINAL, RESOLVED
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Recipe
 from lillama.report.record import read_events
@@ -29,8 +30,7 @@ from lillama.run.sweepfile import Row, Sweep, rows
 if TYPE_CHECKING:
     from lillama.base.progress import Progress
 
-RESOLVED = "recipe.resolved.yaml"
-HEAVY = ("model", "layers", "original", "streams", "finetuned")
+HEAVY = (MODEL, "layers", ORIGINAL, "streams", FINETUNED)
 
 
 def recipes(base: Path, found: list[Row]) -> dict[str, Recipe]:
@@ -93,9 +93,9 @@ class _Shared:
         from lillama.run import prepare
 
         place = self.out / f"original-{re.sub(r'[^0-9A-Za-z._-]+', '_', gguf)}-{recipe.model.dtype}"
-        if not (place / "original").is_dir():
+        if not (place / ORIGINAL).is_dir():
             prepare.prepare(recipe).source.fetch(place)
-        model = recipe.model.model_copy(update={"id": str(place / "original"), "gguf_file": None})
+        model = recipe.model.model_copy(update={"id": str(place / ORIGINAL), "gguf_file": None})
         return recipe.model_copy(update={"model": model})
 
 
@@ -110,7 +110,7 @@ def _finished(row: Row, recipe: Recipe) -> bool:
 def _collect(row: Row) -> None:
     """Read a finished run's numbers."""
     row.metrics = json.loads((row.directory / "metrics.json").read_text())
-    events = read_events(row.directory / "events.jsonl")
+    events = read_events(row.directory / EVENTS)
     row.curve = [event for event in events if event["event"] == "curve"]
 
 
