@@ -119,7 +119,7 @@ class Grams:
         for batch, hidden in zip(batches, stream):
             if seen >= self.limit:
                 break
-            self._mask = batch.mask
+            self._mask = batch.calls[position].mask
             batch.calls[position](self.module, hidden)
             seen += batch.tokens
         self.tokens += seen
