@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import nn
+
+log = logging.getLogger(__name__)
 
 WeightKind = Literal["linear", "embedding", "experts"]
 LayerKind = Literal["block", "embedding", "head"]
@@ -72,6 +75,29 @@ class Layer:
         return cls(name, tuple(weights))
 
     @classmethod
+    def of_experts(cls, model: nn.Module, name: str) -> tuple[Weight, ...]:
+        """The weights of the module of fused experts `name` of `model`, in the order they run.
+
+        They are `<name>.gate` (where experts have a gate), `<name>.up` and `<name>.down`, each of as many copies as
+        there are experts. Empty where the module holds no experts, or ones of a layout that is not served (a warning
+        says why).
+        """
+        from lillama.dense.experts import experts_layout, why_not
+
+        module = model.get_submodule(name)
+        layout = experts_layout(module)
+        if layout is None:
+            if reason := why_not(module):
+                log.warning("%s stays dense: %s holds experts that are not served: %s", name, _class(module), reason)
+            return ()
+        weights = []
+        for projection in layout.projections:
+            copies, d_out, d_in = layout.weight(module, projection).shape
+            group = f"{name}.{'in' if projection in layout.entries else projection}"
+            weights.append(Weight(f"{name}.{projection}", (d_out, d_in), copies, "experts", group))
+        return tuple(weights)
+
+    @classmethod
     def of_embedding(cls, model: nn.Module) -> Layer:
         """The model's token embedding as a layer with one weight. Raises ValueError where it is no plain one."""
         from torch import nn
@@ -101,6 +127,10 @@ def _find(model: nn.Module, getter: str, kind: type) -> str:
     if name is None or not isinstance(module, kind):
         raise ValueError(f"{getter}() of {type(model).__name__} gives no {kind.__name__} of the model")
     return name
+
+
+def _class(module: nn.Module) -> str:
+    return type(module).__name__
 
 
 def relative(weight: Weight, layer: Layer) -> str:

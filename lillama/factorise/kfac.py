@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from lillama.base.device import Device, factorising
 from lillama.contract import Layer, Weight, relative
+from lillama.dense.experts import layout_of
 from lillama.errors import LillamaError
 from lillama.factorise.embedding import weighted_gram
 from lillama.factorise.initialisers import TINY, fisher_spectrum
 from lillama.factorise.known import FisherFactors, TokenSample, refuse_unless_finite
-from lillama.lowrank.experts import PROJECTIONS, dense_weight
 from lillama.lowrank.swap import dense, module_of
 from lillama.plan.plan import observable
 
@@ -115,9 +115,8 @@ class Listener:
 
     def _experts(self, experts: _Experts) -> Any:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-            names = ("hidden_states", "top_k_index", "top_k_weights")
-            given = dict(zip(names, args)) | kwargs
-            hidden, index, weights = (given[name].detach() for name in names)
+            given = experts.layout.given(experts.experts, args, kwargs)
+            hidden, index, weights = (one.detach() for one in given)
             self._at(out, lambda gradient: experts.add(hidden, index, weights, gradient))
 
         return hook
@@ -173,12 +172,14 @@ class _Experts:
 
     def __init__(self, module: Any, sums: dict[str, list[Sums]]) -> None:
         self.module, self.sums = module, sums
+        self.layout = layout_of(module)
+        self.experts = len(self.layout.weight(module, "down"))
         self.sample = TokenSample()
 
     def add(self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:
         """Count a batch: hidden T x H, the K experts chosen per token and their weights, the gradient at the output."""
-        self.sample.add(hidden)
-        for expert in range(len(dense_weight(self.module, "down"))):
+        self.sample.add(hidden[(index < self.experts).any(dim=-1)])
+        for expert in range(self.experts):
             token, choice = torch.where(index == expert)
             if len(token):
                 # The module's output is the sum of the experts' own, each times its weight.
@@ -186,18 +187,30 @@ class _Experts:
 
     def _expert(self, expert: int, x: Tensor, gradient: Tensor | None) -> None:
         """Count the inputs of one expert and, unless they are borrowed (None), the gradients at its output."""
-        W = {name: dense_weight(self.module, name)[expert] for name in PROJECTIONS}
-        x = x.to(W["gate"].dtype)
+        layout, module = self.layout, self.module
+        W = {name: layout.weight(module, name)[expert] for name in layout.projections}
+        biases = {name: layout.bias(module, name) for name in layout.projections}
+
+        def linear(name: str, rows: Tensor) -> Tensor:
+            bias = biases[name]
+            return F.linear(rows, W[name], None if bias is None else bias[expert]).requires_grad_(True)
+
+        x = x.to(W["up"].dtype)
         with torch.enable_grad():
-            gate, up = (F.linear(x, W[name]).requires_grad_(True) for name in ("gate", "up"))
-            inner = self.module.act_fn(gate) * up
-        seen = {"gate": x, "up": x, "down": inner.detach()}
+            entries = {name: linear(name, x) for name in layout.entries}
+            inner = layout.activated(module, entries)
+        seen = {**dict.fromkeys(entries, x), "down": inner.detach()}
         if gradient is None:
             for name, sums in self.sums.items():
                 sums[expert].borrow_inputs(seen[name])
             return
+        if layout.normed:
+            with torch.enable_grad():
+                out = linear("down", inner.detach())
+                normed = layout.finished(module, out)
+            gradient = torch.autograd.grad(normed, out, gradient.to(normed.dtype))[0]
         below = F.linear(gradient.to(W["down"].dtype), W["down"].T)
-        at = dict(zip(("gate", "up"), torch.autograd.grad(inner, (gate, up), below.to(inner.dtype))))
+        at = dict(zip(entries, torch.autograd.grad(inner, [*entries.values()], below.to(inner.dtype))))
         for name, sums in self.sums.items():
             sums[expert].add(seen[name], gradient if name == "down" else at[name])
 
@@ -206,7 +219,7 @@ class _Experts:
         sample = self.sample.take()
         if sample is None:  # the module was never called, which whoever asks for its factors says
             return
-        for expert in range(len(dense_weight(self.module, "down"))):
+        for expert in range(self.experts):
             if any(sums[expert].rows < len(sums[expert].inputs) for sums in self.sums.values()):
                 self._expert(expert, sample, None)
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from lillama.dense.experts import experts_layout, layout_of, replaced_parameters
 from lillama.errors import LillamaError
 from lillama.lowrank.embedding import LowRankEmbedding
-from lillama.lowrank.experts import PROJECTIONS, LowRankExperts, dense_weight, is_fused, replaced_parameters
+from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.linear import LowRankLinear
 from lillama.lowrank.module import FactorModule, OneMatrix
 from lillama.lowrank.storage import Factors, get_storage
@@ -52,7 +53,7 @@ def dense(root: nn.Module, name: str, kind: str) -> Tensor:
     where, projection = _split(name, kind)
     module = root.get_submodule(where)
     if projection:
-        return dense_weight(module, projection)
+        return layout_of(module).weight(module, projection)
     if not isinstance(module, nn.Linear | nn.Embedding):  # either, for a tied head is its embedding's matrix
         raise LillamaError(f"the plan has {kind} here, the model a {type(module).__name__}", where=name)
     return module.weight.detach()
@@ -63,7 +64,7 @@ def leaving(root: nn.Module, weights: Sequence[tuple[str, str]]) -> list[nn.Para
     names = [f"{name}.weight".removeprefix(".") for name, kind in weights if kind != "experts"]
     for owner in {module_of(name, kind) for name, kind in weights if kind == "experts"}:
         projections = [n.rpartition(".")[2] for n, kind in weights if module_of(n, kind) == owner and kind == "experts"]
-        names += [f"{owner}.{parameter}" for parameter in replaced_parameters(projections)]
+        names += [f"{owner}.{parameter}" for parameter in replaced_parameters(root.get_submodule(owner), projections)]
     return [root.get_parameter(name) for name in names]
 
 
@@ -95,7 +96,8 @@ def replace(root: nn.Module, name: str, *, kind: str, storage: str, rank: int, d
 def _start(old: nn.Module, kind: str, name: str) -> nn.Module:
     """`old` if it is a dense module of `kind`; for fused experts the module whose projections can be replaced."""
     projection = name.rpartition(".")[2]
-    if kind == "experts" and is_fused(old) and projection in PROJECTIONS:
+    layout = experts_layout(old) if kind == "experts" else None
+    if layout and projection in layout.projections:
         return LowRankExperts(old)
     dense_class = KINDS[kind][0] if kind in KINDS else None
     if dense_class is None or not isinstance(old, dense_class):
