@@ -56,12 +56,15 @@ class Layer:
 
     @classmethod
     def of_linears(cls, model: nn.Module, name: str, groups: Sequence[Sequence[str]]) -> Layer:
-        """The block `name` of `model`, its `nn.Linear`s grouped by common input.
+        """The block `name` of `model`, its linears (`nn.Linear`, Conv1D) grouped by common input.
 
         `groups` lists module names relative to the block, e.g. (("attn.q", "attn.k"), ("attn.o",)); names
-        the block lacks are passed over, so one table can serve relatives of a family.
+        the block lacks are passed over, so one table can serve relatives of a family. A linear whose class computes
+        something else than W x + b (a router that picks, a grouped product) is left out, with a warning that names it.
         """
         from torch import nn
+
+        from lillama.dense.plain import is_linear, matrix
 
         block = model.get_submodule(name)
         modules = dict(block.named_modules())
@@ -69,9 +72,11 @@ class Layer:
         for group in groups:
             for relative in group:
                 linear = modules.get(relative)
-                if isinstance(linear, nn.Linear):
-                    shape = (linear.out_features, linear.in_features)
-                    weights.append(Weight(f"{name}.{relative}", shape, group=f"{name}.{group[0]}"))
+                if linear is not None and is_linear(linear):
+                    d_out, d_in = matrix(linear).shape
+                    weights.append(Weight(f"{name}.{relative}", (d_out, d_in), group=f"{name}.{group[0]}"))
+                elif isinstance(linear, nn.Linear):
+                    log.warning("%s.%s stays dense: %s has a forward of its own", name, relative, _class(linear))
         return cls(name, tuple(weights))
 
     @classmethod
@@ -99,21 +104,35 @@ class Layer:
 
     @classmethod
     def of_embedding(cls, model: nn.Module) -> Layer:
-        """The model's token embedding as a layer with one weight. Raises ValueError where it is no plain one."""
+        """The model's token embedding as a layer with one weight.
+
+        It may do something with the vectors it looks up (scale them). Raises ValueError where it does anything else.
+        """
         from torch import nn
+
+        from lillama.dense.plain import is_embedding
 
         name = _find(model, "get_input_embeddings", nn.Embedding)
         embedding: Any = model.get_submodule(name)
+        if not is_embedding(embedding):
+            raise ValueError(f"{name} is a {_class(embedding)}, which does more than look vectors up and work on these")
         shape = (embedding.num_embeddings, embedding.embedding_dim)
         return cls(name, (Weight(name, shape, kind="embedding"),), kind="embedding")
 
     @classmethod
     def of_head(cls, model: nn.Module) -> Layer:
-        """The model's output head as a layer with one weight, tied where its matrix is the embedding's."""
+        """The model's output head as a layer with one weight, tied where its matrix is the embedding's.
+
+        Raises ValueError where it is no linear that computes W x + b.
+        """
         from torch import nn
+
+        from lillama.dense.plain import is_linear
 
         name = _find(model, "get_output_embeddings", nn.Linear)
         head: Any = model.get_submodule(name)
+        if not is_linear(head):
+            raise ValueError(f"{name} is a {_class(head)}, whose forward is its own")
         inputs = model.get_input_embeddings()  # type: ignore[operator]
         tied = _find(model, "get_input_embeddings", nn.Module) if inputs.weight is head.weight else None
         weight = Weight(name, (head.out_features, head.in_features), tied=tied)

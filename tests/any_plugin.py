@@ -30,7 +30,7 @@ def block(model: Any, name: str) -> Layer:
 
 
 def layers_of(model: Any, ends: bool = False) -> list[Layer]:
-    """The blocks of the longest list of modules; with the embedding and the head if `ends`."""
+    """The blocks of a model that lists them as `layers` or `h`; with the embedding and the head if `ends`."""
     lists = [
         (n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.rpartition(".")[2] in "h layers"
     ]

@@ -219,7 +219,7 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("family", ["gpt_oss"])
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
 def test_a_run_through_and_through(family, tmp_path, monkeypatch):
     any_plugin.serve(monkeypatch)
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lillama.base.device import Device, factorising
 from lillama.contract import Layer, Weight, relative
 from lillama.dense.experts import layout_of
+from lillama.dense.plain import around, is_plain_embedding
 from lillama.errors import LillamaError
 from lillama.factorise.embedding import weighted_gram
 from lillama.factorise.initialisers import TINY, fisher_spectrum
@@ -98,7 +99,8 @@ class Listener:
                 continue
             sums = Sums(W.T, True) if weight.kind == "embedding" else Sums(W)
             self.sums[weight.name] = [sums]
-            self.hooks.append(module.get_submodule(name).register_forward_hook(self._one(sums)))
+            listen = self._embedding if sums.embedding else self._one
+            self.hooks.append(module.get_submodule(name).register_forward_hook(listen(sums), with_kwargs=True))
         for name, weights in stacks.items():
             stack = module.get_submodule(name)
             inside = {weight.name.rpartition(".")[2]: self.sums[weight.name] for weight in weights}
@@ -106,10 +108,27 @@ class Listener:
             self.hooks.append(stack.register_forward_hook(self._experts(self.stacks[-1]), with_kwargs=True))
 
     def _one(self, sums: Sums) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], out: Tensor) -> None:
-            # Detached: a hook that held the output it hangs on would keep it, and all that led to it, for good.
-            x = _rows(out if sums.embedding else args[0])
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            x = _rows(next(iter((*args, *kwargs.values()))))
             self._at(out, lambda gradient: sums.add(x, gradient))
+
+        return hook
+
+    def _embedding(self, sums: Sums) -> Any:
+        """Vectors as the table has them, and the gradients at these: before the module scales them, say."""
+
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            ids: Tensor = next(iter((*args, *kwargs.values())))
+
+            def add(gradient: Tensor) -> None:
+                rows = F.embedding(ids, module.weight.detach())
+                if not is_plain_embedding(module):
+                    with torch.enable_grad():
+                        made = around(module, ids, rows.requires_grad_(True))
+                    gradient = torch.autograd.grad(made, rows, gradient.view(made.shape).to(made.dtype))[0]
+                sums.add(_rows(rows), _rows(gradient))
+
+            self._at(out, add)
 
         return hook
 

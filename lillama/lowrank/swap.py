@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from lillama.dense.experts import experts_layout, layout_of, replaced_parameters
+from lillama.dense.plain import is_embedding, is_linear, matrix
 from lillama.errors import LillamaError
 from lillama.lowrank.embedding import LowRankEmbedding
 from lillama.lowrank.experts import LowRankExperts
@@ -20,10 +21,10 @@ from lillama.lowrank.linear import LowRankLinear
 from lillama.lowrank.module import FactorModule, OneMatrix
 from lillama.lowrank.storage import Factors, get_storage
 
-KINDS: dict[str, tuple[type[nn.Module] | None, type[FactorModule]]] = {
-    "linear": (nn.Linear, LowRankLinear),
-    "embedding": (nn.Embedding, LowRankEmbedding),
-    "experts": (None, LowRankExperts),  # fused experts are told by their layout
+KINDS: dict[str, type[FactorModule]] = {
+    "linear": LowRankLinear,
+    "embedding": LowRankEmbedding,
+    "experts": LowRankExperts,
 }
 
 
@@ -54,9 +55,9 @@ def dense(root: nn.Module, name: str, kind: str) -> Tensor:
     module = root.get_submodule(where)
     if projection:
         return layout_of(module).weight(module, projection)
-    if not isinstance(module, nn.Linear | nn.Embedding):  # either, for a tied head is its embedding's matrix
-        raise LillamaError(f"the plan has {kind} here, the model a {type(module).__name__}", where=name)
-    return module.weight.detach()
+    if is_factorised(module) or not (is_linear(module) or is_embedding(module)):  # a tied head may be either
+        raise _other(module, kind, name)
+    return matrix(module)
 
 
 def leaving(root: nn.Module, weights: Sequence[tuple[str, str]]) -> list[nn.Parameter]:
@@ -87,7 +88,7 @@ def replace(root: nn.Module, name: str, *, kind: str, storage: str, rank: int, d
         new.factorise(projection, wanted, rank, device)
     else:
         try:
-            new = cast(Any, KINDS[kind][1]).like(old, wanted, rank, device)
+            new = cast(Any, KINDS[kind]).like(old, wanted, rank, device)
         except LillamaError as error:
             raise LillamaError(error.what, where=name, hint=error.hint) from error
     return _put(root, where, new.train(old.training))
@@ -99,10 +100,17 @@ def _start(old: nn.Module, kind: str, name: str) -> nn.Module:
     layout = experts_layout(old) if kind == "experts" else None
     if layout and projection in layout.projections:
         return LowRankExperts(old)
-    dense_class = KINDS[kind][0] if kind in KINDS else None
-    if dense_class is None or not isinstance(old, dense_class):
-        raise LillamaError(f"the plan has {kind} here, the model a {type(old).__name__}", where=name)
+    served = {"linear": is_linear, "embedding": is_embedding}.get(kind)
+    if served is None or is_factorised(old) or not served(old):
+        raise _other(old, kind, name)
     return old
+
+
+def _other(module: nn.Module, kind: str, name: str) -> LillamaError:
+    """The error of a weight that the plan takes for one of `kind`."""
+    known = (nn.Linear, nn.Embedding)
+    more = " whose forward is its own" if isinstance(module, known) and type(module) not in known else ""
+    return LillamaError(f"the plan has {kind} here, the model a {type(module).__name__}{more}", where=name)
 
 
 def _put(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
@@ -153,12 +161,12 @@ def is_factor(root: nn.Module, name: str) -> bool:
 
 def markers(module_name: str, kind: str) -> dict[str, Tensor]:
     """The tensors stored beside the factors of a module under names of the dense module's (see FactorModule)."""
-    return {f"{module_name}.{leaf}": tensor for leaf, tensor in KINDS[kind][1].markers().items()}
+    return {f"{module_name}.{leaf}": tensor for leaf, tensor in KINDS[kind].markers().items()}
 
 
 def dense_names(name: str, kind: str) -> list[str]:
     """Parameters that the model loses when the weight `name` is replaced; a checkpoint's are to be ignored."""
-    return [f"{module_of(name, kind)}.{leaf}" for leaf in KINDS[kind][1].dense_parameters]
+    return [f"{module_of(name, kind)}.{leaf}" for leaf in KINDS[kind].dense_parameters]
 
 
 def tie(head: nn.Module, embedding: nn.Module) -> list[str]:
