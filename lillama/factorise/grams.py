@@ -134,7 +134,9 @@ class Grams:
         """
         for hook in self._hooks:
             hook.remove()
-        found: Known = {name: WeightStatistics(**{key[0]: self._sums[key]}) for name, key in self._keys.items()}
+        # Of a module that the forward pass never calls nothing is known.
+        seen = {name: key for name, key in self._keys.items() if key in self._sums}
+        found: Known = {name: WeightStatistics(**{key[0]: self._sums[key]}) for name, key in seen.items()}
         for experts in self._experts:
             found |= experts.close()
         for name, about in found.items():

@@ -10,6 +10,7 @@ as the predictions are uncertain (mean |g|^2 = 1 - sum p_t^2): both uses togethe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,12 +22,16 @@ from lillama.base.device import Device, factorising
 from lillama.contract import Layer, Weight, relative
 from lillama.dense.experts import layout_of
 from lillama.dense.plain import around, is_plain_embedding
-from lillama.errors import LillamaError
 from lillama.factorise.embedding import weighted_gram
 from lillama.factorise.initialisers import TINY, fisher_spectrum
 from lillama.factorise.known import FisherFactors, TokenSample, refuse_unless_finite
 from lillama.lowrank.swap import dense, module_of
 from lillama.plan.plan import observable
+
+log = logging.getLogger(__name__)
+
+UNCALLED = "the model's forward pass never calls its module, so nothing is known of it"
+BLIND = "no gradient of the predictions reaches it (it chooses what others read, say), so nothing is known of it"
 
 
 class Sums:
@@ -89,6 +94,7 @@ class Listener:
         self.sums: dict[str, list[Sums]] = {}  # one per copy of the weight
         self.stacks: list[_Experts] = []
         self.hooks: list[Any] = []
+        self.called: set[str] = set()  # weights whose modules the forward pass calls
         stacks: dict[str, list[Weight]] = {}
         for weight in layer.weights:
             name = relative(weight, layer)
@@ -99,25 +105,28 @@ class Listener:
                 continue
             sums = Sums(W.T, True) if weight.kind == "embedding" else Sums(W)
             self.sums[weight.name] = [sums]
-            listen = self._embedding if sums.embedding else self._one
-            self.hooks.append(module.get_submodule(name).register_forward_hook(listen(sums), with_kwargs=True))
+            hook = (self._embedding if sums.embedding else self._one)(weight.name, sums)
+            self.hooks.append(module.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
         for name, weights in stacks.items():
             stack = module.get_submodule(name)
             inside = {weight.name.rpartition(".")[2]: self.sums[weight.name] for weight in weights}
             self.stacks.append(_Experts(stack, inside))
-            self.hooks.append(stack.register_forward_hook(self._experts(self.stacks[-1]), with_kwargs=True))
+            names = [weight.name for weight in weights]
+            self.hooks.append(stack.register_forward_hook(self._experts(names, self.stacks[-1]), with_kwargs=True))
 
-    def _one(self, sums: Sums) -> Any:
+    def _one(self, name: str, sums: Sums) -> Any:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            self.called.add(name)
             x = _rows(next(iter((*args, *kwargs.values()))))
             self._at(out, lambda gradient: sums.add(x, gradient))
 
         return hook
 
-    def _embedding(self, sums: Sums) -> Any:
+    def _embedding(self, name: str, sums: Sums) -> Any:
         """Vectors as the table has them, and the gradients at these: before the module scales them, say."""
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            self.called.add(name)
             ids: Tensor = next(iter((*args, *kwargs.values())))
 
             def add(gradient: Tensor) -> None:
@@ -132,8 +141,9 @@ class Listener:
 
         return hook
 
-    def _experts(self, experts: _Experts) -> Any:
+    def _experts(self, names: list[str], experts: _Experts) -> Any:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            self.called.update(names)
             given = experts.layout.given(experts.experts, args, kwargs)
             hidden, index, weights = (one.detach() for one in given)
             self._at(out, lambda gradient: experts.add(hidden, index, weights, gradient))
@@ -159,7 +169,9 @@ class Listener:
     def close(self, tokens: int, tied: Mapping[str, Tensor] | None = None) -> dict[str, FisherFactors]:
         """The factors and the spectrum of every weight of its own, by name, `tokens` predicted.
 
-        `tied`: that of a head. Factors of experts are stacked. They get the same rank, so their spectra are added.
+        `tied`: that of a head. Factors of experts are stacked. They get the same rank, so their spectra are added. A
+        weight that no prediction depends on in a way that gradients show (it is never called, or it chooses what others
+        read) is left out, with a warning: nothing says what its errors would cost.
         """
         for hook in self.hooks:
             hook.remove()
@@ -170,11 +182,8 @@ class Listener:
         for weight in observable(self.layer):
             sums = self.sums.pop(weight.name)
             if not any(one.calls for one in sums):
-                raise LillamaError(
-                    "the model's forward pass never calls the module of this weight, so nothing is known of it",
-                    where=weight.name,
-                    hint="List it under compress.skip, or use strategy: uniform and init: svd.",
-                )
+                log.warning("%s stays dense: %s", weight.name, BLIND if weight.name in self.called else UNCALLED)
+                continue
             if weight.kind == "embedding":
                 sums[0].count_every_token(self.floor)
             place = factorising(self.device.device)
