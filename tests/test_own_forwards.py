@@ -21,6 +21,7 @@ import lillama
 from lillama import Layer, LillamaError
 from lillama.checkpoint.export import export_dense
 from lillama.dense.plain import is_embedding, is_linear
+from lillama.distill.embedding import VocabularyLoss
 from lillama.lowrank import swap
 from lillama.lowrank.embedding import LowRankEmbedding
 from lillama.lowrank.linear import LowRankLinear
@@ -134,6 +135,18 @@ def test_an_embedding_goes_on_doing_what_its_class_does(dense, storage):
     torch.testing.assert_close(back(ids), dense(ids), rtol=0, atol=1e-5)
     more = 64 if storage == "factors" else 0
     assert sum(p.numel() for p in low.parameters()) == sum(p.numel() for p in dense.parameters()) + more
+
+
+def test_tokens_of_the_whole_vocabulary_are_compared_as_the_module_puts_them_out():
+    dense = Gemma3TextScaledWordEmbedding(20, 8, 0, embed_scale=5.0).requires_grad_(False)
+    low = LowRankEmbedding.like(dense, get_storage("factors"), 8)
+    low.set_factors(dense.weight, torch.eye(8))
+    watched = VocabularyLoss(dense.weight, low, floor=0.5)
+    gap = watched.add_to(torch.tensor(0.0), low, lambda y, x: (y - x).abs().sum(-1), tokens=100, seed=0)
+    assert float(gap) < 1e-5
+    low.set_factors(dense.weight * 1.1, torch.eye(8))
+    gap = watched.add_to(torch.tensor(0.0), low, lambda y, x: (y - x).abs().sum(-1), tokens=4000, seed=0)
+    assert float(gap) * 3 == pytest.approx(float(0.1 * 5 * dense.weight.abs().sum(-1).mean()), rel=0.1)
 
 
 def test_an_embedding_that_cannot_be_kept_is_refused_at_planning():
