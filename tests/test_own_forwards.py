@@ -7,6 +7,7 @@ import logging
 import any_plugin
 import pytest
 import torch
+from conftest import tiny
 from test_sensitivity import kept, kronecker, recipe, run_back
 from torch import nn
 from torch.nn import functional as F
@@ -18,7 +19,7 @@ from transformers.models.inkling.modeling_inkling import InklingNormedEmbedding
 from transformers.pytorch_utils import Conv1D
 
 import lillama
-from lillama import Layer, LillamaError
+from lillama import Layer, LillamaError, Weight
 from lillama.checkpoint.export import export_dense
 from lillama.dense.plain import is_embedding, is_linear
 from lillama.distill.embedding import VocabularyLoss
@@ -87,6 +88,24 @@ def test_a_subclass_that_computes_something_else_is_never_in_the_plan(caplog):
         swap.replace(model, "l.b", kind="linear", storage="factors", rank=2)
     with pytest.raises(LillamaError, match="Trebled whose forward is its own"):
         swap.dense(model, "l.b", "linear")
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (Weight("model.layers.0.mlp.up_proj", (48, 32)), "Trebled whose forward is its own"),
+        (Weight("model.layers.0.mlp.down_proj", (48, 32)), r"\(48, 32\) here, the model one of \(32, 48\)"),
+        (Weight("model.layers.0.mlp.gate", (48, 32)), "no such module"),
+        (Weight("model.layers.0.mlp.up", (48, 32), 4, "experts"), "LlamaMLP holds no experts"),
+        (Weight("model.layers.0.mlp.gate_proj", (48, 32), kind="embedding"), "has embedding here"),
+    ],
+)
+def test_weights_that_a_plugin_lists_by_hand_are_looked_at_when_planned(weight, said):
+    model = tiny()
+    model.model.layers[0].mlp.up_proj = Trebled(32, 48)
+    with pytest.raises(LillamaError, match=said):
+        swap.check_served(model.to("meta"), [weight])
+    swap.check_served(model, any_plugin.block(model, "model.layers.0").weights)
 
 
 @pytest.mark.parametrize(

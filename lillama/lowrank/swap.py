@@ -7,11 +7,12 @@ cannot be replaced in place: `replace` and `store_as` return the new root.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from lillama.contract import Weight
 from lillama.dense.experts import experts_layout, layout_of, replaced_parameters
 from lillama.dense.plain import is_embedding, is_linear, matrix
 from lillama.errors import LillamaError
@@ -58,6 +59,24 @@ def dense(root: nn.Module, name: str, kind: str) -> Tensor:
     if is_factorised(module) or not (is_linear(module) or is_embedding(module)):  # a tied head may be either
         raise _other(module, kind, name)
     return matrix(module)
+
+
+def check_served(root: nn.Module, weights: Iterable[Weight]) -> None:
+    """LillamaError at the first of `weights` (names below `root`) that no factors could stand for.
+
+    There is no such module, it is of another kind or size, or its class computes something of its own. Reads no
+    numbers: the model may be a skeleton.
+    """
+    for weight in weights:
+        try:
+            found = tuple(dense(root, weight.name, weight.kind).shape)
+            if weight.kind != "experts":
+                _start(root.get_submodule(weight.name), weight.kind, weight.name)
+        except AttributeError as error:
+            raise LillamaError("the model has no such module", where=weight.name) from error
+        wanted = (weight.copies, *weight.shape) if weight.kind == "experts" else weight.shape
+        if found != wanted:
+            raise LillamaError(f"the plugin has a weight of {wanted} here, the model one of {found}", where=weight.name)
 
 
 def leaving(root: nn.Module, weights: Sequence[tuple[str, str]]) -> list[nn.Parameter]:
