@@ -103,8 +103,9 @@ def test_a_subclass_that_computes_something_else_is_never_in_the_plan(caplog):
 def test_weights_that_a_plugin_lists_by_hand_are_looked_at_when_planned(weight, said):
     model = tiny()
     model.model.layers[0].mlp.up_proj = Trebled(32, 48)
-    with pytest.raises(LillamaError, match=said):
+    with pytest.raises(LillamaError, match=said) as caught:
         swap.check_served(model.to("meta"), [weight])
+    assert caught.value.where == weight.name
     swap.check_served(model, any_plugin.block(model, "model.layers.0").weights)
 
 

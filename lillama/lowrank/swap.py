@@ -55,7 +55,10 @@ def dense(root: nn.Module, name: str, kind: str) -> Tensor:
     where, projection = _split(name, kind)
     module = root.get_submodule(where)
     if projection:
-        return layout_of(module).weight(module, projection)
+        try:
+            return layout_of(module).weight(module, projection)
+        except LillamaError as error:
+            raise LillamaError(error.what, where=name, hint=error.hint) from error
     if is_factorised(module) or not (is_linear(module) or is_embedding(module)):  # a tied head may be either
         raise _other(module, kind, name)
     return matrix(module)
