@@ -17,7 +17,8 @@ from lillama.evaluate.context import Context
 if TYPE_CHECKING:
     from torch import Tensor
 
-POSITIONS = 256  # whose float32 log-softmax is in memory at once
+POSITIONS = 256  # whose float32 log-softmax is in memory at once, at most
+AT_ONCE = 1 << 24  # logits of them
 TAIL = 64  # tokens near a cut in the text that may differ from those of the whole
 
 SpecialTokens = Literal["auto", "text"]
@@ -157,7 +158,8 @@ def token_losses(model: Any, ids: Tensor, given: int = 1) -> Tensor:
     for at, logits in in_chunks(model, {"input_ids": ids}, range(given - 1, ids.shape[1] - 1)):
         for row, targets in zip(logits, ids[:, at.start + 1 : at.stop + 1].to(logits.device)):
             # By slices: a copy in float32 of all logits of a batch takes gigabytes.
-            for some, wanted in zip(row.split(POSITIONS), targets.split(POSITIONS)):
+            step = max(min(POSITIONS, AT_ONCE // row.shape[1]), 1)
+            for some, wanted in zip(row.split(step), targets.split(step)):
                 losses.append(F.cross_entropy(some.float(), wanted.long(), reduction="none"))
     return torch.cat(losses)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lillama.pretrained.calls import Forward, play_by
 
@@ -116,8 +117,10 @@ def backward_in_chunks(
         with torch.enable_grad():
             logits = run(torch.tensor(part) if len(parts) > 1 else None)
             logits = logits.flatten(0, -2) if counts is None else logits[counts]
-        divergence(logits, draw_tokens(logits, generator)).backward()
         tokens += len(logits)
+        loss = divergence(logits, draw_tokens(logits, generator))
+        del logits  # the gradient is there
+        loss.backward()
     return tokens
 
 
@@ -156,13 +159,15 @@ class _Divergence(torch.autograd.Function):
                     p.sub_(wanted, alpha=share)
                 p.scatter_add_(1, label, torch.full_like(label, share - 1, dtype=p.dtype))
                 gradient[rows] = p
-        ctx.save_for_backward(gradient)
+        ctx.gradient = gradient
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * scale.to(gradient.dtype), None, None, None
+        # In place, and given away: as wide as the logits, it is the largest thing there is.
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(scale.to(gradient.dtype)), None, None, None
 
 
 def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
