@@ -32,6 +32,7 @@ def model_of(name: str, seed: int = 0):
 def few(monkeypatch):
     """Three positions of two sequences at a time."""
     monkeypatch.setattr(predictions, "LOGITS", 2 * 3 * 97)
+    monkeypatch.setattr(predictions, "READ", 2 * 3 * 97)
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_perplexity_in_chunks_is_that_of_all_at_once(few, counted, monkeypatch):
     windows = perplexity.Windows(IDS, (1, 2))
     some = perplexity.score(model, windows, 2, "cpu")
     assert max(seen) == 3 and some["tokens"] == 2 * 9
-    monkeypatch.setattr(predictions, "LOGITS", 1 << 26)
+    monkeypatch.setattr(predictions, "READ", 1 << 26)
     assert perplexity.score(model, windows, 2, "cpu") == pytest.approx(some, rel=1e-6)
     assert seen[-1] == 11
 

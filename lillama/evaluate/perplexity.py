@@ -154,14 +154,19 @@ def token_losses(model: Any, ids: Tensor, given: int = 1) -> Tensor:
 
     from lillama.pretrained.predictions import in_chunks
 
-    losses = []
+    wanted = ids[:, given:].long()
+    # Made first: small tensors that are kept between large ones that go leave holes in memory.
+    losses = torch.empty(wanted.shape, device=ids.device)
     for at, logits in in_chunks(model, {"input_ids": ids}, range(given - 1, ids.shape[1] - 1)):
-        for row, targets in zip(logits, ids[:, at.start + 1 : at.stop + 1].to(logits.device)):
+        step = max(min(POSITIONS, AT_ONCE // logits.shape[2]), 1)
+        for number in range(len(ids)):
             # By slices: a copy in float32 of all logits of a batch takes gigabytes.
-            step = max(min(POSITIONS, AT_ONCE // row.shape[1]), 1)
-            for some, wanted in zip(row.split(step), targets.split(step)):
-                losses.append(F.cross_entropy(some.float(), wanted.long(), reduction="none"))
-    return torch.cat(losses)
+            for start in range(0, len(at), step):
+                here = slice(at.start + start - given + 1, min(at.start + start + step, at.stop) - given + 1)
+                some, target = logits[number, start : start + step], wanted[number, here].to(logits.device)
+                losses[number, here] = F.cross_entropy(some.float(), target, reduction="none")
+        del logits, some  # before the next are made
+    return losses.flatten()
 
 
 def _encode(tokenizer: Any, text: str, most: int | None, special: bool) -> list[int]:

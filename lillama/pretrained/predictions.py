@@ -19,15 +19,21 @@ from torch.autograd.function import once_differentiable
 from lillama.pretrained.calls import Forward, play_by
 
 CHUNK = 1 << 20  # logits at once: 4 MB, which a cache holds
-LOGITS = 1 << 26  # that a model is asked for at once: 256 MB in float32
+LOGITS = 1 << 26  # that a model is asked for at once where it learns: 256 MB in float32
+READ = 1 << 24  # and where they are only looked at
 KEEP = "logits_to_keep"  # what transformers calls the positions that a model is asked for
 
 
-def positions_at_once(model: Any, sequences: int) -> int | None:
-    """Of how many positions of so many sequences the logits are made at once; None: the model gives all or none."""
+def positions_at_once(model: Any, sequences: int, logits: int | None = None) -> int | None:
+    """Of how many positions of so many sequences the logits are made at once; None: the model gives all or none.
+
+    `logits` is how many there may be (None: LOGITS).
+    """
     if model.base_model is model or KEEP not in inspect.signature(model.forward).parameters:
         return None
-    return max(LOGITS // (sequences * (getattr(model.config.get_text_config(), "vocab_size", None) or 1)), 1)
+    return max(
+        (logits or LOGITS) // (sequences * (getattr(model.config.get_text_config(), "vocab_size", None) or 1)), 1
+    )
 
 
 class _Ran(Exception):  # noqa: N818  not an error: it ends the forward pass where the body has run
@@ -87,7 +93,7 @@ def in_chunks(model: Any, given: Mapping[str, Tensor], wanted: range | None = No
     """
     ids = given["input_ids"]
     wanted = range(ids.shape[1]) if wanted is None else wanted
-    parts = parts_of(wanted, positions_at_once(model, len(ids)))
+    parts = parts_of(wanted, positions_at_once(model, len(ids), READ))
     if len(parts) == 1:
         yield wanted, model(**given, use_cache=False).logits[:, wanted.start : wanted.stop]
         return
