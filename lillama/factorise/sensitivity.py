@@ -28,7 +28,7 @@ from lillama.factorise.kfac import Listener
 from lillama.factorise.statistics import FISHER, fisher_file, read_fisher, write_fisher
 from lillama.plan.plan import observable
 from lillama.pretrained.calls import Batch, Batches, arguments, stand_in
-from lillama.pretrained.predictions import divergence, draw_tokens
+from lillama.pretrained.predictions import KEEP, backward_in_chunks, positions_at_once
 from lillama.pretrained.streams import Shelf, Stream, budgets
 from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Recipe
@@ -123,15 +123,25 @@ class _Measurement:
         gradients, tokens = self.shelf.new("top-gradients"), 0
         with walk.hold_outside(predicts=True) as model:
             listener = Listener(head, model.get_submodule(head.name), device) if head else None
+            held = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            for parameter in held:
+                parameter.requires_grad_(False)  # the gradient of a head is as large as the head
             for raw, batch, x in zip(self.raw, batches, hidden):
                 leaf = x.detach().requires_grad_(True)
                 given = {name: value.to(device.device) for name, value in arguments(raw).items()}
-                with torch.enable_grad(), device.autocast(), self.end_with(leaf):
-                    logits = model(**given, use_cache=False).logits
-                    logits = logits.flatten(0, -2) if batch.mask is None else logits[batch.mask.bool()]
-                divergence(logits, draw_tokens(logits, generator)).backward()
-                tokens += len(logits)
+                at_once = positions_at_once(model, len(leaf))
+
+                def run(keep: Tensor | None, given: Any = given) -> Tensor:
+                    more = {} if keep is None else {KEEP: keep}
+                    with device.autocast():
+                        logits: Tensor = model(**given, **more, use_cache=False).logits
+                    return logits
+
+                with self.end_with(leaf):
+                    tokens += backward_in_chunks(run, leaf, batch.mask, generator, at_once)
                 gradients.append(_gradient_of(leaf))
+            for parameter in held:
+                parameter.requires_grad_(True)
             tied = {}
             if listener and head:
                 tied = listener.tied(tokens)
