@@ -11,6 +11,7 @@ A class runs in a process of its own, one at a time, with a limit of time and of
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -25,7 +26,8 @@ from typing import Any
 from reaching import classes, page
 
 
-def main() -> None:
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options that were given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one for each class; added to")
     parser.add_argument("--kind", nargs="+", choices=classes.KINDS, default=list(classes.KINDS))
@@ -36,7 +38,11 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=12, help="limit of address space for a class")
     parser.add_argument("--keep", type=Path, help="folder that keeps what the classes leave")
     parser.add_argument("--page", type=Path, help="write the page of all that --out holds")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parsed()
     held = read(options.out)
     wanted = [one for one in classes.listed(tuple(options.kind)) if chosen(one, options, held)]
     if wanted:
@@ -66,12 +72,18 @@ def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def prepare_parent() -> None:
-    """Import once what every class needs; nothing is computed here, so that children start without threads."""
-    import lillama.run.pipeline  # noqa: F401
-    from lillama import host
+    """Import once what every class needs; nothing is computed here, so that children start without threads.
+
+    Reports are left out: they take as long as all the rest, and do not depend on the class.
+    """
     from reaching import measure  # noqa: F401
 
+    from lillama import host
+    from lillama.report import html
+
+    html.write = lambda path: path / "report.html"
     host.get()
+    gc.freeze()  # a child's own collections pass over what is here
 
 
 def in_own_process(one: classes.Class, options: argparse.Namespace) -> dict[str, Any]:
@@ -102,7 +114,6 @@ def in_own_process(one: classes.Class, options: argparse.Namespace) -> dict[str,
 
 def _child(one: classes.Class, folder: Path, options: argparse.Namespace) -> None:
     import torch
-
     from reaching import measure
 
     size = int(options.gib * 2**30)

@@ -10,11 +10,13 @@ from reaching import shrink, special
 # Encoders beside those of the masked-language mapping: pictures, sounds, text towers.
 ENCODERS = {
     "vit": "ViTForImageClassification", "deit": "DeiTForImageClassification", "beit": "BeitForImageClassification",
-    "dinov2": "Dinov2ForImageClassification", "swin": "SwinForImageClassification", "vivit": "VivitForVideoClassification",
+    "dinov2": "Dinov2ForImageClassification", "swin": "SwinForImageClassification",
+    "vivit": "VivitForVideoClassification",
     "wav2vec2": "Wav2Vec2ForCTC", "hubert": "HubertForCTC", "wavlm": "WavLMForCTC", "unispeech": "UniSpeechForCTC",
     "data2vec-audio": "Data2VecAudioForCTC", "wav2vec2-conformer": "Wav2Vec2ConformerForCTC",
     "wav2vec2-bert": "Wav2Vec2BertForCTC", "audio-spectrogram-transformer": "ASTForAudioClassification",
-    "clip_text_model": "CLIPTextModel", "clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel",
+    "clip_text_model": "CLIPTextModel", "clip_vision_model": "CLIPVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
     "t5": "T5EncoderModel",
 }  # fmt: skip
 KINDS = ("clm", "s2s", "encoder")
@@ -57,5 +59,11 @@ def listed(kinds: tuple[str, ...] = KINDS) -> list[Class]:
     for kind in kinds:
         for model_type, names in mappings[kind].items():
             for name in (names,) if isinstance(names, str) else names:
-                found.setdefault(name, Class(kind, model_type, name))
+                if name not in found or _names(model_type, name) > _names(found[name].model_type, name):
+                    found[name] = Class(found[name].kind if name in found else kind, model_type, name)
     return list(found.values())
+
+
+def _names(model_type: str, name: str) -> bool:
+    """Whether a class is called after a model type: several types may lead to one class."""
+    return name.lower().startswith(model_type.replace("_", "").replace("-", ""))

@@ -21,8 +21,8 @@ def shrink(config_class: type[Any], **given: Any) -> Any:
     Nested configurations become small too; what holds one entry per layer is cut to those that are kept. `given`
     takes the place of what the rules say.
     """
-    default = config_class(**special.NEEDED.get(config_class.model_type, {}))
-    changed = {**_smaller(default), **special.GIVEN.get(config_class.model_type, {}), **given}
+    default = config_class(**special.needed(config_class))
+    changed = {**_smaller(default), **special.given(config_class), **given}
     config = _made(config_class, default, changed)
     _cut(config)
     return config
@@ -31,7 +31,7 @@ def shrink(config_class: type[Any], **given: Any) -> Any:
 def _made(config_class: type[Any], default: Any, changed: dict[str, Any]) -> Any:
     """The configuration of what was changed alone, so that what follows from it is derived anew."""
     try:
-        return config_class(**special.NEEDED.get(config_class.model_type, {}) | changed)
+        return config_class(**special.needed(config_class) | changed)
     except Exception:  # a class whose checks want all that is derived too
         config = copy.deepcopy(default)
         for name, value in changed.items():
@@ -88,7 +88,7 @@ def _bound(values: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
 def shrink_nested(config: Any) -> Any:
     """A small copy of a configuration inside another one, with what its owner set kept where it is no size."""
     small = copy.deepcopy(config)
-    changed = {**_smaller(config), **special.GIVEN.get(config.model_type, {})}
+    changed = {**_smaller(config), **special.given(type(config))}
     try:
         default = type(config)()
     except Exception:

@@ -67,7 +67,11 @@ class _Hook:
         self.name, self.take = name, take
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        first = output if isinstance(output, Tensor) else next(iter(output.values() if isinstance(output, dict) else output))
+        first = (
+            output
+            if isinstance(output, Tensor)
+            else next(iter(output.values() if isinstance(output, dict) else output))
+        )
         if isinstance(first, Tensor):
             with torch.no_grad():
                 self.take(self.name, first)
