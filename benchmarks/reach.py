@@ -3,7 +3,7 @@
     python benchmarks/reach.py --out reach.jsonl                     # all classes; continues where it was stopped
     python benchmarks/reach.py --out reach.jsonl --kind s2s --again failed
     python benchmarks/reach.py --out some.jsonl --only GPT2LMHeadModel T5ForConditionalGeneration
-    python benchmarks/reach.py --out reach.jsonl --page docs/reach.md --only
+    python benchmarks/reach.py --out reach.jsonl --only --page docs/reach.md --causes    # measures nothing
 
 A class runs in a process of its own, one at a time, with a limit of time and of memory.
 """
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from reaching import classes, page
+from reaching import causes, classes, page
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,6 +38,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gib", type=float, default=12, help="limit of address space for a class")
     parser.add_argument("--keep", type=Path, help="folder that keeps what the classes leave")
     parser.add_argument("--page", type=Path, help="write the page of all that --out holds")
+    parser.add_argument("--causes", action="store_true", help="list what failed, grouped by cause")
     return parser.parse_args(arguments)
 
 
@@ -54,6 +55,8 @@ def main() -> None:
         print(f"{number}/{len(wanted)} {line(found)}", flush=True)
     if options.page:
         page.write(list(read(options.out).values()), options.page)
+    if options.causes:
+        print(causes.grouped(list(read(options.out).values())))
 
 
 def chosen(one: classes.Class, options: argparse.Namespace, held: dict[tuple[str, str], dict[str, Any]]) -> bool:
@@ -131,8 +134,7 @@ def _child(one: classes.Class, folder: Path, options: argparse.Namespace) -> Non
 
 def line(found: dict[str, Any]) -> str:
     """One line on a class for the terminal."""
-    stages = ("builds", "forward", "reloads", "plan", "full", "default", "streams")
-    said = " ".join(f"{stage}={found[stage]}" for stage in stages if stage in found and found[stage] != "yes")
+    said = " ".join(f"{stage}={found[stage]}" for stage in causes.STAGES if stage in found and found[stage] != "yes")
     share = f" {found['coverage']:.0%}" if "coverage" in found else ""
     return f"{found['kind']} {found['class']}{share} {said or 'works'} ({found.get('seconds', 0)} s)"
 

@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import reach  # noqa: E402
-from reaching import build, classes, page, shrink, watch  # noqa: E402
+from reaching import build, causes, classes, page, shrink, watch  # noqa: E402
 
 # A decoder, one of two kinds of layers, experts, one that hands a bias on, a picture's encoder, one of sound.
 SIX = (
@@ -110,3 +110,15 @@ def test_the_page_counts_what_was_measured(tmp_path: Path) -> None:
     assert "| Wrong | decoder | no | 100% | 50% | stream: model.layers.0 differs by 2.0e-02 |" in text
     assert "| Refused | decoder | no | 100% | 50% | the plugin \\| cannot |" in text
     assert "| Unbuilt | decoder | does not run |" in text
+
+
+def test_what_failed_alike_is_told_together() -> None:
+    told = causes.grouped(
+        [
+            finding("One", default="model.layers.3.q: the module is never called", traces={"default": ["kfac.py:155"]}),
+            finding("Two", default="decoder.block.11.k: the module is never called"),
+            finding("Three", full="differs by 2.0e-02"),
+        ]
+    )
+    assert "default: #: the module is never called (2)\n    One, Two\n" in told
+    assert "kfac.py:155" in told and "full: differs by # (1)" in told

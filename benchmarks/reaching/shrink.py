@@ -77,10 +77,10 @@ def _bound(values: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
             found[name] = rules.HEADS
     if "qk_rope_head_dim" in values:
         rope = changed.get("qk_rope_head_dim", values["qk_rope_head_dim"])
-        nope = changed.get("qk_nope_head_dim", values.get("qk_nope_head_dim"))
+        nope = changed.get("qk_nope_head_dim", values.get("qk_nope_head_dim")) or 0
         whole = {"head_dim": {values["qk_rope_head_dim"]: rope}, "qk_head_dim": {}}
         for name, known in whole.items():
-            if name in changed:
+            if name in changed and (nope or values[name] in known):
                 found[name] = known.get(values[name], rope + nope)
     return found
 

@@ -40,6 +40,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     },
     "data2vec-audio": CONVOLUTIONS,
     "deepseek_v2": {**EXPERTS, "topk_method": "greedy"},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "dots1": {**EXPERTS, "n_shared_experts": 1},
     "dots3_note_text": {
         "swa_num_attention_heads": 4,
