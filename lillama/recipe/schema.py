@@ -319,7 +319,8 @@ class Recipe(Readable):
     )
     evaluate: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="Evaluators by name, each with its options; NAME/LABEL runs one evaluator several times.",
+        description="Evaluators by name, each with its options. NAME/LABEL runs one several times, and its metrics are "
+        "called LABEL/METRIC: perplexity/wiki gives wiki/perplexity.",
     )
     run: Run = Field(description="Where and how the run happens.")
 
