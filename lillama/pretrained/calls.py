@@ -49,14 +49,15 @@ def find_mask(batch: RawBatch, shape: Sequence[int], names: Sequence[str] = MASK
 class Call:
     """How the model called a layer, less the stream: its other arguments, flattened.
 
-    `shapes` are those of the parts of the stream that enters; `mask` is 1 where a token [B, T] counts (None: all do),
-    `loss_mask` the same of all parts of the stream that leaves.
+    `shapes` are those of the parts of the stream that enters, `after` of those that leave; `mask` is 1 where a token
+    [B, T] counts (None: all do), `loss_mask` the same of all parts of the stream that leaves.
     """
 
     leaves: list[Any]
     spec: pytree.TreeSpec
     form: Form
     shapes: tuple[tuple[int, ...], ...] = ()
+    after: tuple[tuple[int, ...], ...] = ()
     mask: Tensor | None = None
     loss_mask: Tensor | None = None
 
@@ -244,14 +245,17 @@ class _Recording:
             for i, leaf in enumerate(leaves)
         ]
         mask = self._mask(number, leaves[main])
-        call = Call(kept, spec, form, tuple(self.parts), mask)
+        call = Call(kept, spec, form, tuple(self.parts), mask=mask)
         self.captured.append(call)
         incoming, self.parts = self.parts, []
         masks = []
         for part in form.gives:
             echo = dict(form.echoes).get(-1 if part.made is None else part.made, main)
             self.parts.append(incoming[part.kept or 0] if part.made is None else tuple(leaves[echo].shape))
-            masks.append(self._part_mask(self.parts[-1], mask, counts=part.made is not None, device=leaves[main].device))
+            masks.append(
+                self._part_mask(self.parts[-1], mask, counts=part.made is not None, device=leaves[main].device)
+            )
+        call.after = tuple(self.parts)
         call.loss_mask = mask if len(masks) < 2 else torch.cat(masks, 1)
         if len(self.captured) == len(self.modules):
             raise Stopped
@@ -275,7 +279,7 @@ class _Recording:
     def _mask(self, number: int, hidden: Any) -> Tensor | None:
         if not isinstance(hidden, Tensor):
             return None
-        names = MASKS
+        names: Sequence[str] = MASKS
         if self.begun:  # an encoder's tokens are others than its decoder's
             names = MASKS[-1:] if number < self.begun else MASKS[:-1]
         found = find_mask(self.batch, hidden.shape[:2], names)
@@ -296,7 +300,8 @@ def _usual_form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
     """Hidden states are the first argument, or the one called so, and what comes back."""
     if args:
         return Form(((0, 0),), (Part(made=0),))
-    place = len(pytree.tree_leaves([value for name, value in itertools.takewhile(lambda one: one[0] != HIDDEN, kwargs.items())]))
+    before = itertools.takewhile(lambda name: name != HIDDEN, kwargs)
+    place = len(pytree.tree_leaves([kwargs[name] for name in before]))
     return Form(((place, 0),), (Part(made=0),))
 
 

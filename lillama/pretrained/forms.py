@@ -128,14 +128,14 @@ class _Finder:
                     self.made_by[leaf.value] = (i, number)
         used = {value for value in self.made_by if value in self.last_use}
         if self.other:
-            self.fixed = {
-                v for v in used if self.other[self.made_by[v][0]].outputs[self.made_by[v][1]].value == v
-            }
+            self.fixed = {v for v in used if self.other[self.made_by[v][0]].outputs[self.made_by[v][1]].value == v}
         flowing = used - self.fixed
         last = len(self.records) - 1
         ending = self._ending(flowing)
         live: list[list[Value]] = [
-            self._ordered({v for v in flowing if self.made_by[v][0] <= i < self.last_use[v]} | (ending if i == last else set()))
+            self._ordered(
+                {v for v in flowing if self.made_by[v][0] <= i < self.last_use[v]} | (ending if i == last else set())
+            )
             for i in range(len(self.records))
         ]
         found: dict[str, Form] = {}
@@ -172,7 +172,10 @@ class _Finder:
             values = [leaf.value for leaf in found if leaf.value and leaf.flows]
             if values:
                 return list(dict.fromkeys(values))
-        value = next((leaf.value for leaf in first.arguments if leaf.value and (leaf.flows or first.layer.kind == "embedding")), None)
+        value = next(
+            (leaf.value for leaf in first.arguments if leaf.value and (leaf.flows or first.layer.kind == "embedding")),
+            None,
+        )
         if value is None:
             raise LillamaError("this layer is given no hidden states", where=first.layer.name, hint=HINT)
         return [value]
@@ -199,8 +202,8 @@ class _Finder:
                 gives.append(Part(kept=before.index(value)))
         if len(gives) > 1 and (strange := next((v for v in after if not self._leaf(v).flows), None)):
             raise LillamaError(
-                f"a value of shape {self._leaf(strange).shape} goes from layer to layer beside the hidden states, which "
-                "depends on them and is no such thing itself",
+                f"a value of shape {self._leaf(strange).shape} goes from layer to layer beside the hidden states, "
+                "which depends on them and is no such thing itself",
                 where=self.records[self.made_by[strange][0]].layer.name,
                 hint=HINT,
             )
@@ -223,7 +226,7 @@ class _Finder:
         """The argument of the same shape as an output leaf: where the next layer takes that leaf, if it can be."""
         record = self.records[i]
         out = record.outputs[leaf]
-        fitting = [n for n, a in enumerate(record.arguments) if a.value and a.shape == out.shape and a.dtype is not None and a.dtype.is_floating_point]
+        fitting = [n for n, one in enumerate(record.arguments) if one.flows and one.shape == out.shape]
         after = self.records[i + 1] if i + 1 < len(self.records) else None
         if after and after.spec == record.spec:
             fitting.sort(key=lambda n: after.arguments[n].value != out.value)

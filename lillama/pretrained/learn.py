@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lillama.contract import Layer
 from lillama.errors import LillamaError
-from lillama.pretrained.calls import RawBatch, Stopped, arguments, digest, give_back, run_model, stand_in
+from lillama.pretrained.calls import RawBatch, Stopped, arguments, digest, run_model, stand_in
+from lillama.pretrained.examples import altered
 from lillama.pretrained.forms import HINT, Form, Leaf, Record, find_forms
+from lillama.pretrained.players import hand_on, main_output
 from lillama.pretrained.walk import Walk
 
 ROWS = 2
@@ -31,29 +32,20 @@ def learn_forms(walk: Walk, raw: RawBatch) -> dict[str, Form]:
 
     Raises LillamaError, which names the layer, where the layers cannot be driven one by one.
     """
+    if not walk.layers:
+        return {}
     batch = {name: value[:ROWS] for name, value in raw.items() if isinstance(value, Tensor)}
     whole = [layer.name for layer in walk.layers] == [layer.name for layer in walk.every]
     records, ending, expected = _watch(walk, batch, whole)
     other = None
     if any(len([leaf for leaf in record.outputs if leaf.value]) > 1 for record in records):
-        other, _, _ = _watch(walk, _altered(batch), False)
+        other, _, _ = _watch(walk, altered(batch), False)
     forms = find_forms(records, other)
     walk.source.forms = forms
     _compare(walk, batch, records)
     if whole:
         _compare_predictions(walk, batch, ending, expected)
     return forms
-
-
-def _altered(batch: RawBatch) -> RawBatch:
-    """The same batch with other tokens (or numbers): masks stay as they are."""
-    found = {}
-    for name, value in batch.items():
-        if "mask" in name:
-            found[name] = value
-        else:
-            found[name] = value * 0.5 if value.is_floating_point() else value.roll(1, -1)
-    return found
 
 
 def _watch(walk: Walk, batch: RawBatch, whole: bool) -> tuple[list[Record], Any, Any]:
@@ -89,7 +81,11 @@ def _watch(walk: Walk, batch: RawBatch, whole: bool) -> tuple[list[Record], Any,
 
         given = {name: value.to(device) for name, value in arguments(batch).items()}
         result = None
-        with walk.device.autocast(), contextlib.suppress(Stopped), stand_in(modules, [*map(player, range(len(modules)))]):
+        with (
+            walk.device.autocast(),
+            contextlib.suppress(Stopped),
+            stand_in(modules, [*map(player, range(len(modules)))]),
+        ):
             result = run_model(model, given)
     if len(records) < len(walk.layers):
         raise LillamaError(
@@ -129,7 +125,7 @@ def _compare_predictions(walk: Walk, batch: RawBatch, ending: Any, expected: Any
     device = walk.device.device
     with walk.hold_outside(predicts=True) as model:
         modules = [model.get_submodule(layer.name) for layer in walk.layers]
-        players = [hand_on(walk.source.forms[layer.name], module) for layer, module in zip(walk.layers, modules)]
+        players = [hand_on(walk.source.forms[layer.name]) for layer in walk.layers]
         given = {name: value.to(device) for name, value in arguments(batch).items()}
         with walk.device.autocast(), stand_in(modules, [*players[:-1], lambda *_, **__: ending]):
             found = run_model(model, given)
@@ -140,26 +136,3 @@ def _compare_predictions(walk: Walk, batch: RawBatch, ending: Any, expected: Any
             where=walk.layers[-1].name,
             hint=HINT,
         )
-
-
-def hand_on(form: Form, module: nn.Module) -> Any:
-    """What plays a layer of that form: it gives back what it was given."""
-    own = module.forward
-
-    def play(*args: Any, **kwargs: Any) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs))
-        computed = {}
-        if form.computed:
-            returned = pytree.tree_leaves(own(*args, **kwargs))
-            computed = {leaf: returned[leaf] for leaf in form.computed}
-        return give_back(form, leaves, {}, computed)
-
-    return play
-
-
-def main_output(outputs: Any) -> Tensor:
-    """What a model predicts: its logits, or its features where it has no head."""
-    for name in ("logits", "last_hidden_state", "prediction_scores"):
-        if isinstance(found := getattr(outputs, name, None), Tensor):
-            return found
-    return next(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point())

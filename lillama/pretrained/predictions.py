@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +102,15 @@ def in_chunks(model: Any, given: Mapping[str, Tensor], wanted: range | None = No
         yield part, body.logits(torch.tensor(part))
 
 
+class Predicted(NamedTuple):
+    """What a model predicts [B, N, V] or [B, V]: logits of classes, or features."""
+
+    numbers: Tensor
+    classes: bool
+
+
 def backward_in_chunks(
-    run: Callable[[Tensor | None], Tensor],
+    run: Callable[[Tensor | None], Predicted],
     leaf: Tensor,
     mask: Tensor | None,
     generator: torch.Generator,
@@ -121,10 +128,18 @@ def backward_in_chunks(
         if counts is not None and not counts.any():
             continue
         with torch.enable_grad():
-            logits = run(torch.tensor(part) if len(parts) > 1 else None)
-            logits = logits.flatten(0, -2) if counts is None else logits[counts]
-        tokens += len(logits)
-        loss = divergence(logits, draw_tokens(logits, generator))
+            logits, classes = run(torch.tensor(part) if len(parts) > 1 else None)
+            if counts is not None and counts.shape == logits.shape[:-1]:
+                logits = logits[counts]
+            elif logits.dim() > 2:
+                logits = logits.flatten(0, -2)
+            tokens += len(logits)
+            if classes:
+                loss = divergence(logits, draw_tokens(logits, generator))
+            else:
+                # As if features were drawn around what the model says, with a variance of one.
+                noise = torch.randn(logits.shape, generator=generator, device=logits.device)
+                loss = (logits.float() * noise).sum()
         del logits  # the gradient is there
         loss.backward()
     return tokens

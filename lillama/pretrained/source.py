@@ -260,14 +260,14 @@ class Source:
         An output head of its own is left out, which no layer needs, unless the model is to predict.
         """
         names = tuple(f"{name}." for name in names)
-        head = _unless_lacking(self.model.get_output_embeddings)
-        inputs = {id(p) for p in getattr(_unless_lacking(self.model.get_input_embeddings), "parameters", list)()}
-        own = [] if predicts or head is None else [p for p in head.parameters() if id(p) not in inputs]
+        head = None if predicts else _unless_lacking(self.model.get_output_embeddings)
+        theirs = {id(module) for module in head.modules()} if isinstance(head, nn.Module) else set()
+        not_needed = {name for name, module in self.model.named_modules() if id(module) in theirs}
         return [
             key
             # A tied parameter is filled under each of its names: on the meta device they are several.
-            for key, parameter in self.model.named_parameters(remove_duplicate=False)
-            if not key.startswith(names) and not any(parameter is one for one in own)
+            for key, _ in self.model.named_parameters(remove_duplicate=False)
+            if not key.startswith(names) and key.rpartition(".")[0] not in not_needed
         ]
 
 
