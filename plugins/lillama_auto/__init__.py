@@ -6,12 +6,17 @@ driving the blocks one by one must reproduce the model, else the run ends with t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lillama import Layer, hookimpl
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from lillama import Recipe
+    from lillama.base.progress import Progress
 
 
 @hookimpl(trylast=True)
@@ -26,3 +31,12 @@ def enumerate_layers(model: PreTrainedModel) -> list[Layer] | None:
     from lillama.pretrained.trace import trace
 
     return trace(model)
+
+
+@hookimpl
+def calibration_stream(
+    model: PreTrainedModel, recipe: Recipe, progress: Progress
+) -> Sequence[dict[str, Tensor]] | None:
+    from lillama_auto.data import calibration_batches
+
+    return calibration_batches(model, recipe, progress)
