@@ -31,7 +31,7 @@ CASES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "narrow, embedding": (NARROW, {"plugin": "inkuba", **SMALL}),
     "narrow, fine-tuned": (NARROW, TUNED),
     "wide": (WIDE, {**PERPLEXITY, "calibration": {"tokens": 4096}}),
-    "wide, embedding": (WIDE, {"plugin": "inkuba", **SMALL}),
+    "wide, embedding": (WIDE | {"hidden_size": 128}, {"plugin": "inkuba", **SMALL}),
     "wide, fine-tuned": (WIDE, TUNED),
 }
 

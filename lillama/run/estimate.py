@@ -22,6 +22,9 @@ from lillama.run.prepare import Prepared
 
 SINGLE = 3  # times that a product in float32 takes longer than one in the compute type, about
 PROCESS_BYTES = 600_000_000  # Python, torch, transformers and datasets themselves, on a CPU
+# Of a number of an embedding's table while its factors are found, in float64, and learn: as measured
+# (benchmarks/memory.py) of 49 k x 576 and 262 k x 256 numbers, by the default recipe.
+TABLE_BYTES = 60
 LOGITS_HELD = 4  # times the logits made at once: they, their gradient, and what two products of that size take
 
 
@@ -55,9 +58,8 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
         memory = _one_by_one(run) + (stream_bytes if own else 0)
     else:
         memory = _all_at_once(run)
-    memory = max(
-        memory, _measuring_bytes(run), _evaluation_bytes(source, recipe), _finetuning_bytes(source, plan, recipe)
-    )
+    memory = max(memory, _measuring_bytes(run), _table_bytes(run))
+    memory = max(memory, _evaluation_bytes(source, recipe), _finetuning_bytes(source, plan, recipe))
     if device.device.type == "cpu":
         memory += PROCESS_BYTES
     tokens = recipe.calibration.tokens
@@ -150,6 +152,14 @@ def _measuring_bytes(run: Counts) -> int:
     place, streams = disk.streams(run, len(blocks) + 2, tokens)
     own = place == ("host" if run.device.device.type == "cpu" else "device")
     return (streams if own else 0) + max(around + logits, block + 8 * squares + _step(run)[0])
+
+
+def _table_bytes(run: Counts) -> int:
+    """The largest embedding that becomes low-rank, and the logits of a batch where its head does as well."""
+    tables = [w.shape[0] * w.shape[1] for layer in run.planned for w in layer.weights if w.kind == "embedding"]
+    heads = any(layer.kind == "head" for layer in run.planned)
+    logits = LOGITS_HELD * 4 * run.batch * _vocabulary(run.source) if heads else 0
+    return TABLE_BYTES * max(tables) + logits if tables else 0
 
 
 def _evaluation_bytes(source: Source, recipe: Recipe) -> int:
