@@ -247,7 +247,17 @@ print(f"{code} {time.perf_counter() - start:.3f} {heavy}", file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("verb", [["--help"], ["validate", "recipes/quickstart.yaml"], ["plugins"], ["schema"]])
+LIGHT = (
+    ["--help"],
+    ["validate", "recipes/quickstart.yaml"],
+    ["plugins"],
+    ["plugins", "check", "--help"],
+    ["plugins", "trace", "--help"],
+    ["schema"],
+)
+
+
+@pytest.mark.parametrize("verb", LIGHT, ids=" ".join)
 def test_light_verbs_do_not_import_torch(verb):
     done = subprocess.run([sys.executable, "-c", PROBE, *verb], capture_output=True, text=True, cwd=REPOSITORY)
     code, _, heavy = done.stderr.strip().splitlines()[-1].split(" ", 2)
