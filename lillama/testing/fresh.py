@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 for line in sys.stdin:
     directory, inputs, outputs, auto = json.loads(line)
     model = getattr(transformers, auto).from_pretrained(directory, dtype="float32").eval()
-    out = model(**load_file(inputs))
+    with torch.no_grad():
+        out = model(**load_file(inputs))
     first = next((out[k] for k in ("logits", "last_hidden_state") if k in out), out[0])
     parameters = torch.tensor(sum(p.numel() for p in model.parameters()))
     save_file({"first": first.detach().contiguous(), "parameters": parameters}, outputs)

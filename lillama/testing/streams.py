@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lillama.base.progress import Progress
 from lillama.contract import Layer
-from lillama.pretrained.calls import arguments
+from lillama.pretrained.calls import arguments, run_model
+from lillama.pretrained.forms import pack, unpack
+from lillama.pretrained.learn import learn_forms
 from lillama.pretrained.walk import Walk
 from lillama.run.prepare import Prepared
 
@@ -28,29 +31,35 @@ def check_streams(prepared: Prepared, model: Any, batch: Mapping[str, Tensor]) -
     """
     source, layers = prepared.source, prepared.layers
     walk = Walk(source, layers, layers, prepared.device, Progress())
+    learn_forms(walk, batch)
     wanted = _outputs(model, layers, batch)
     with walk.capture() as capture:
         captured, hidden = capture(batch)
+    parts = unpack(hidden, captured.calls[0].shapes)
     for position, layer in enumerate(layers):
+        call = captured.calls[position]
         with torch.no_grad(), walk.open_layer(layer) as module:
-            hidden = captured.calls[position](module, hidden)
-        _compare(layer, hidden, wanted[position])
+            hidden = call(module, hidden)
+        made = wanted[position]
+        if made is not None:
+            parts = [parts[part.kept or 0] if part.made is None else made[part.made] for part in call.form.gives]
+        _compare(layer, hidden, None if made is None else pack(parts))
 
 
-def _outputs(model: Any, layers: Sequence[Layer], batch: Mapping[str, Tensor]) -> list[Tensor | None]:
-    """What every layer of `model` puts out on a batch, the first output where it returns several."""
-    found: dict[str, Tensor] = {}
+def _outputs(model: Any, layers: Sequence[Layer], batch: Mapping[str, Tensor]) -> list[list[Any] | None]:
+    """What every layer of `model` puts out on a batch, flattened."""
+    found: dict[str, list[Any]] = {}
 
     def keep(name: str) -> Any:
         def hook(module: Any, inputs: Any, output: Any) -> None:
-            found.setdefault(name, output[0] if isinstance(output, tuple) else output)
+            found.setdefault(name, pytree.tree_leaves(output))
 
         return hook
 
     hooks = [model.get_submodule(layer.name).register_forward_hook(keep(layer.name)) for layer in layers]
     try:
         with torch.no_grad():
-            model(**arguments(batch), use_cache=False)
+            run_model(model, arguments(batch))
     finally:
         for hook in hooks:
             hook.remove()
