@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from lillama.errors import LillamaError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,6 +80,7 @@ class Layer:
                     weights.append(Weight(f"{name}.{relative}", (d_out, d_in), group=f"{name}.{group[0]}"))
                 elif isinstance(linear, nn.Linear):
                     log.warning("%s.%s stays dense: %s has a forward of its own", name, relative, _class(linear))
+        _check_groups(name, groups, [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_linear(m)])
         return cls(name, tuple(weights))
 
     @classmethod
@@ -137,6 +141,20 @@ class Layer:
         tied = _find(model, "get_input_embeddings", nn.Module) if inputs.weight is head.weight else None
         weight = Weight(name, (head.out_features, head.in_features), tied=tied)
         return cls(name, (weight,), kind="head")
+
+
+def _check_groups(block: str, groups: Sequence[Sequence[str]], linears: Sequence[str]) -> None:
+    """LillamaError where `groups` names no linear of the block, or misspells one that it does not list."""
+    listed = [name for group in groups for name in group]
+    left = [name for name in linears if name not in listed]
+    for name in listed:
+        if name in linears:
+            continue
+        near = [one for one in left if abs(len(one) - len(name)) <= 1]
+        if not set(listed) & set(linears) or difflib.get_close_matches(name, near, 1, 0.85):
+            raise LillamaError(
+                f"no linear of the block is called '{name}'", where=block, hint=did_you_mean(name, linears)
+            )
 
 
 def _find(model: nn.Module, getter: str, kind: type) -> str:

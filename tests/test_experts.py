@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -18,6 +19,7 @@ from lillama.lowrank import swap as factors
 from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.storage import get_storage
 from lillama.pretrained.calls import Batch, Call
+from lillama.pretrained.forms import Form, Part
 
 E, H, INNER, K = 4, 32, 48, 2
 
@@ -145,6 +147,12 @@ WEIGHTS = (
 )
 
 
+def plain_call(mask):
+    """How a block is called that takes hidden states and nothing else."""
+    spec = pytree.tree_flatten(((None,), {}))[1]
+    return Call([None], spec, Form(((0, 0),), (Part(made=0),)), mask=mask)
+
+
 def grams(dense, x, index, weights, mask=None):
     class Block(nn.Module):
         def __init__(self):
@@ -156,7 +164,7 @@ def grams(dense, x, index, weights, mask=None):
 
     block = Block()
     listener = Grams("l", block, WEIGHTS, 10**6, ("gram", "output_gram"))
-    batch = Batch([Call((), {}, False)], mask, len(x))
+    batch = Batch([plain_call(mask)], mask, len(x))
     return listener.add([batch], [x.view(1, -1, H)], 0).close()
 
 

@@ -50,6 +50,7 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
         check.check_data(recipe)
     plan = choose_ranks(layers, source.parameters, recipe.compress)
     refit.check_refits(plan, recipe)
+    check.check_initialiser(recipe, plan)
     _check_layers(layers, source)
     return Prepared(recipe, source, plugin, layers, plan, chosen)
 
