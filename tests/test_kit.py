@@ -19,7 +19,7 @@ from lillama.cli import check, pluginfile, trace
 from lillama.cli import main as cli
 from lillama.errors import LillamaError
 from lillama.run import prepare
-from lillama.testing import check_streams, contract, example_batches, recipe_for, token_batches
+from lillama.testing import batches, check_streams, contract, example_batches, recipe_for, token_batches
 from lillama.testing.recipes import default_recipe
 from lillama.testing.streams import StreamsDifferError
 
@@ -94,9 +94,9 @@ def test_an_encoder_decoder_gets_ids_for_both_halves():
     from transformers import T5Config, T5ForConditionalGeneration
 
     model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
-    batches = example_batches(model)
-    assert all(set(batch) == {"input_ids", "decoder_input_ids"} for batch in batches)
-    assert model(**batches[0]).logits.shape[-1] == 50
+    found = example_batches(model)
+    assert all(set(batch) == {"input_ids", "decoder_input_ids"} for batch in found)
+    assert model(**found[0]).logits.shape[-1] == 50
 
 
 # The command.
@@ -158,7 +158,7 @@ def test_a_large_model_is_checked_where_that_is_asked_for(model_dir, capsys, mon
     assert "decoder: all 1 checks passed on LlamaForCausalLM" in capsys.readouterr().out
 
 
-def test_a_stream_that_needs_data_says_so(knowing, model_dir, tmp_path, capsys):
+def test_a_stream_that_needs_data_is_given_it_or_says_so(knowing, model_dir, tmp_path, capsys, monkeypatch):
     body = """return [Layer.of_linears(model, f"model.layers.{i}", (("mlp.up_proj",),)) for i in range(3)]
 
 @hookimpl
@@ -168,14 +168,17 @@ def calibration_stream(model, recipe):
     return [{"input_ids": torch.tensor(ids)}] * 9
 """
     file = written(tmp_path, "own_stream", body)
-    assert call("plugins", "check", file, "--model", model_dir) == 2
-    assert "makes its own batches, and has none to make them of" in capsys.readouterr().err
+    known = check.make_known(str(file))
     (tmp_path / "ids.json").write_text("[[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]")
-    wanted = check.Wanted("own_stream", model_dir, str(tmp_path / "ids.json"))
-    from lillama.testing.batches import batches_for
 
-    batches = batches_for(check._opened(wanted), wanted.data)
-    assert [batch["input_ids"].tolist()[0] for batch in batches] == [[1, 2, 3, 4, 5, 6]] * 3
+    def found(data):
+        return batches.batches_for(check._opened(check.Wanted(known, model_dir, data)), data)
+
+    assert [batch["input_ids"].tolist()[0] for batch in found(str(tmp_path / "ids.json"))] == [[1, 2, 3, 4, 5, 6]] * 3
+    assert found(None)[0]["input_ids"].shape == (2, 12)  # random ids do as well
+    monkeypatch.setattr(type(tiny()), "main_input_name", "input_features")
+    assert call("plugins", "check", known, "--model", model_dir) == 2
+    assert "makes its own batches, and has none to make them of" in capsys.readouterr().err
 
 
 # Tracing.
