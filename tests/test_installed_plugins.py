@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+REPOSITORY = Path(__file__).parents[1]
+EXTERNAL = REPOSITORY / "tests" / "external"
 DATA = {
     "model": {"id": "x"},
     "compress": {"reduction": 0.5},
@@ -21,7 +23,8 @@ DATA = {
 
 def python(code: str, path: Path, *arguments: str, **environment: str) -> str:
     env = {key: value for key, value in os.environ.items() if key != "LILLAMA_PLUGINS"}
-    env |= {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", **environment}
+    places = [path, REPOSITORY, REPOSITORY / "plugins"]
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, places)), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, cwd=path)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -33,7 +36,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("hatchling")
     pytest.importorskip("pip")
     source = tmp_path_factory.mktemp("source") / "plugin"
-    shutil.copytree(Path(__file__).parent / "external_plugin", source)
+    shutil.copytree(EXTERNAL, source)
     target = tmp_path_factory.mktemp("site")
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), str(source)]
@@ -80,3 +83,21 @@ def test_the_environment_narrows_installed_plugins(site: Path) -> None:
     code = "from lillama import host; print(list(host.get().plugins))"
     assert "'decoder'" in python(code, site)
     assert python(code, site, LILLAMA_PLUGINS="neox") == "['neox']"
+
+
+RUN_RECIPE = """
+import os, pathlib, runpy, sys
+source, folder = sys.argv[1:]
+os.chdir(folder)
+runpy.run_path(f"{source}/make_tiny.py", run_name="__main__")
+from lillama.cli.main import main
+raise SystemExit(main(["run", f"{source}/recipe.yaml"]))
+"""
+
+
+def test_a_recipe_runs_through_it(site: Path, tmp_path: Path) -> None:
+    said = python(RUN_RECIPE, site, str(EXTERNAL), str(tmp_path))
+    assert "GPTNeoXForCausalLM, plugin neox (lillama-neox-example 0.3.1)" in said
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["parameters"]["after"] <= 0.81 * metrics["parameters"]["before"]
+    assert metrics["after"]["perplexity/perplexity"] < 1.05 * metrics["before"]["perplexity/perplexity"]

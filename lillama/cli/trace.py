@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ Signature = tuple[tuple[str, ...], ...]  # the weights of a block by common inpu
 
 def traced(model: str, trust: bool = False) -> tuple[Any, list[Layer], str]:
     """The skeleton of a model (a directory or a hub id), the layers that tracing finds, and its auto class' name."""
+    from lillama.pretrained.trace import trace
     from lillama.recipe.schema import Recipe
     from lillama.run.prepare import open_source
 
@@ -26,8 +26,7 @@ def traced(model: str, trust: bool = False) -> tuple[Any, list[Layer], str]:
         "run": {"out": "unused"},
     }
     source = open_source(Recipe.parse(settings))
-    layers = importlib.import_module("lillama.pretrained.trace").trace(source.model)
-    return source.model, layers, source.auto_class.__name__
+    return source.model, trace(source.model), source.auto_class.__name__
 
 
 def summary(layers: Sequence[Layer]) -> str:

@@ -56,24 +56,27 @@ def example_batches(model: Any, *, batches: int = ENOUGH, batch_size: int = 2) -
 
 
 def batches_for(prepared: Prepared, dataset: str | None = None) -> Batches:
-    """A few batches of the plugin's own stream over `dataset`, or random ones where the plugin has no stream.
+    """A few batches of the plugin's own stream over `dataset`, else random ones.
 
-    `prepared.recipe` must name `dataset` as its calibration data. Raises LillamaError where the stream cannot do
-    without data, or where data was given that nothing would read.
+    `prepared.recipe` must name `dataset` as its calibration data; without one, a stream that needs data is done
+    without where random inputs are known. Raises LillamaError where they are not, or where data was given that nothing
+    would read.
     """
     plugin, model = prepared.plugin, prepared.source.model
-    stream = None
     try:
         stream = host.get().calibration_stream(plugin, model, prepared.recipe)
         found = None if stream is None else list(itertools.islice(stream, ENOUGH))
     except LillamaError as error:
         if dataset is not None:
             raise
-        raise LillamaError(
-            f"the plugin {plugin.name} makes its own batches, and has none to make them of: {error.what}",
-            where="--data",
-            hint="Give a data set that it reads: --data FILE.",
-        ) from error
+        try:
+            return example_batches(model)
+        except LillamaError:
+            raise LillamaError(
+                f"the plugin {plugin.name} makes its own batches, and has none to make them of: {error.what}",
+                where="--data",
+                hint="Give a data set that it reads: --data FILE.",
+            ) from error
     if found:
         return found
     if dataset is not None:
