@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import nn
+
+log = logging.getLogger(__name__)
 
 WeightKind = Literal["linear", "embedding", "experts"]
 LayerKind = Literal["block", "embedding", "head"]
@@ -53,12 +56,15 @@ class Layer:
 
     @classmethod
     def of_linears(cls, model: nn.Module, name: str, groups: Sequence[Sequence[str]]) -> Layer:
-        """The block `name` of `model`, its `nn.Linear`s grouped by common input.
+        """The block `name` of `model`, its linears (`nn.Linear`, Conv1D) grouped by common input.
 
         `groups` lists module names relative to the block, e.g. (("attn.q", "attn.k"), ("attn.o",)); names
-        the block lacks are passed over, so one table can serve relatives of a family.
+        the block lacks are passed over, so one table can serve relatives of a family. A linear whose class computes
+        something else than W x + b (a router that picks, a grouped product) is left out, with a warning that names it.
         """
         from torch import nn
+
+        from lillama.dense.plain import is_linear, matrix
 
         block = model.get_submodule(name)
         modules = dict(block.named_modules())
@@ -66,28 +72,67 @@ class Layer:
         for group in groups:
             for relative in group:
                 linear = modules.get(relative)
-                if isinstance(linear, nn.Linear):
-                    shape = (linear.out_features, linear.in_features)
-                    weights.append(Weight(f"{name}.{relative}", shape, group=f"{name}.{group[0]}"))
+                if linear is not None and is_linear(linear):
+                    d_out, d_in = matrix(linear).shape
+                    weights.append(Weight(f"{name}.{relative}", (d_out, d_in), group=f"{name}.{group[0]}"))
+                elif isinstance(linear, nn.Linear):
+                    log.warning("%s.%s stays dense: %s has a forward of its own", name, relative, _class(linear))
         return cls(name, tuple(weights))
 
     @classmethod
+    def of_experts(cls, model: nn.Module, name: str) -> tuple[Weight, ...]:
+        """The weights of the module of fused experts `name` of `model`, in the order they run.
+
+        They are `<name>.gate` (where experts have a gate), `<name>.up` and `<name>.down`, each of as many copies as
+        there are experts. Empty where the module holds no experts, or ones of a layout that is not served (a warning
+        says why).
+        """
+        from lillama.dense.experts import experts_layout, why_not
+
+        module = model.get_submodule(name)
+        layout = experts_layout(module)
+        if layout is None:
+            if reason := why_not(module):
+                log.warning("%s stays dense: %s holds experts that are not served: %s", name, _class(module), reason)
+            return ()
+        weights = []
+        for projection in layout.projections:
+            copies, d_out, d_in = layout.weight(module, projection).shape
+            group = f"{name}.{'in' if projection in layout.entries else projection}"
+            weights.append(Weight(f"{name}.{projection}", (d_out, d_in), copies, "experts", group))
+        return tuple(weights)
+
+    @classmethod
     def of_embedding(cls, model: nn.Module) -> Layer:
-        """The model's token embedding as a layer with one weight. Raises ValueError where it is no plain one."""
+        """The model's token embedding as a layer with one weight.
+
+        It may do something with the vectors it looks up (scale them). Raises ValueError where it does anything else.
+        """
         from torch import nn
+
+        from lillama.dense.plain import is_embedding
 
         name = _find(model, "get_input_embeddings", nn.Embedding)
         embedding: Any = model.get_submodule(name)
+        if not is_embedding(embedding):
+            raise ValueError(f"{name} is a {_class(embedding)}, which does more than look vectors up and work on these")
         shape = (embedding.num_embeddings, embedding.embedding_dim)
         return cls(name, (Weight(name, shape, kind="embedding"),), kind="embedding")
 
     @classmethod
     def of_head(cls, model: nn.Module) -> Layer:
-        """The model's output head as a layer with one weight, tied where its matrix is the embedding's."""
+        """The model's output head as a layer with one weight, tied where its matrix is the embedding's.
+
+        Raises ValueError where it is no linear that computes W x + b.
+        """
         from torch import nn
+
+        from lillama.dense.plain import is_linear
 
         name = _find(model, "get_output_embeddings", nn.Linear)
         head: Any = model.get_submodule(name)
+        if not is_linear(head):
+            raise ValueError(f"{name} is a {_class(head)}, whose forward is its own")
         inputs = model.get_input_embeddings()  # type: ignore[operator]
         tied = _find(model, "get_input_embeddings", nn.Module) if inputs.weight is head.weight else None
         weight = Weight(name, (head.out_features, head.in_features), tied=tied)
@@ -101,6 +146,10 @@ def _find(model: nn.Module, getter: str, kind: type) -> str:
     if name is None or not isinstance(module, kind):
         raise ValueError(f"{getter}() of {type(model).__name__} gives no {kind.__name__} of the model")
     return name
+
+
+def _class(module: nn.Module) -> str:
+    return type(module).__name__
 
 
 def relative(weight: Weight, layer: Layer) -> str:

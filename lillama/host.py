@@ -55,10 +55,12 @@ class Plugin:
         implemented = {name for name, _ in _implementations(self.module)}
         return [hook for hook in HOOKS if hook in implemented]
 
-    def first(self, hook: str) -> bool:
-        """Whether its `hook` is marked hookimpl(tryfirst=True)."""
-        found = (function for name, function in _implementations(self.module) if name == hook)
-        return any(function.lillama_impl.get("tryfirst") for function in found)
+    def turn(self, hook: str) -> int:
+        """When it is asked: 0 where its `hook` is marked hookimpl(tryfirst=True), 2 where trylast=True, else 1."""
+        marks = [function.lillama_impl for name, function in _implementations(self.module) if name == hook]
+        if any(mark.get("tryfirst") for mark in marks):
+            return 0
+        return 2 if any(mark.get("trylast") for mark in marks) else 1
 
 
 def _implementations(module: Any) -> Iterator[tuple[str, Any]]:
@@ -158,8 +160,8 @@ class Host:
         self, name: str, hook: str, check: Callable[[Any], Answer | None], troubles: list[str], **arguments: Any
     ) -> tuple[Plugin, Answer] | None:
         """The first plugin with an answer, and that; one that raises is passed over unless the recipe names it."""
-        # One that asks to be tried first knows a single model of a family that another serves.
-        for plugin in sorted(self._chosen(name), key=lambda plugin: not plugin.first(hook)):
+        # One that asks to be tried first knows a single model of a family that another serves; the last, any model.
+        for plugin in sorted(self._chosen(name), key=lambda plugin: plugin.turn(hook)):
             try:
                 answer = self._ask(plugin, hook, check, **arguments)
             except LillamaError as error:

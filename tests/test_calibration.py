@@ -66,7 +66,9 @@ def rendered(
 
 
 def blocks(dataset: Any, tokenizer: Any = TOKENIZER, **options: Any) -> torch.Tensor:
-    return token_blocks(tokenizer, Calibration.model_validate({"dataset": str(dataset), **options}))
+    """As the text runs; what stands around every window is tested in test_special_tokens.py."""
+    given = {"dataset": str(dataset), "special_tokens": "text", **options}
+    return token_blocks(tokenizer, Calibration.model_validate(given))
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

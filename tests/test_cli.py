@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lillama.cli import main as cli
 from lillama.recipe.schema import Recipe
+from lillama.version import __version__
 
 REPOSITORY = Path(__file__).parents[1]
 TEXT = "the cat sat on a mat and ran . " * 60
@@ -246,11 +247,26 @@ print(f"{code} {time.perf_counter() - start:.3f} {heavy}", file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("verb", [["--help"], ["validate", "recipes/quickstart.yaml"], ["plugins"], ["schema"]])
+LIGHT = (
+    ["--help"],
+    ["validate", "recipes/quickstart.yaml"],
+    ["plugins"],
+    ["plugins", "check", "--help"],
+    ["plugins", "trace", "--help"],
+    ["schema"],
+)
+
+
+@pytest.mark.parametrize("verb", LIGHT, ids=" ".join)
 def test_light_verbs_do_not_import_torch(verb):
     done = subprocess.run([sys.executable, "-c", PROBE, *verb], capture_output=True, text=True, cwd=REPOSITORY)
     code, _, heavy = done.stderr.strip().splitlines()[-1].split(" ", 2)
     assert (code, heavy) == ("0", "[]")
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "lillama", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"lillama {__version__}\n")
 
 
 def test_an_interrupted_run_says_how_to_go_on(home, tmp_path):

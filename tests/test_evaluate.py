@@ -303,7 +303,7 @@ def test_evaluators_run_in_order_and_their_results_are_labelled(
         "perplexity/tokens",
     ]
     assert metrics["own/perplexity"] != metrics["perplexity/perplexity"]
-    assert {key: value["prompt"] for key, value in context.details.items()} == {
+    assert {key: value["prompt"] for key, value in context.details.items() if "prompt" in value} == {
         "sample": "w1",
         "sample/two": "w2",
     }

@@ -11,14 +11,19 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from lillama import LillamaError, Weight
+from lillama.dense.experts import PROJECTIONS, layout_of
 from lillama.factorise import initialisers as init
 from lillama.factorise.grams import Grams, choose_gram
 from lillama.lowrank import swap as factors
-from lillama.lowrank.experts import PROJECTIONS, LowRankExperts, dense_weight
+from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.storage import get_storage
 from lillama.pretrained.calls import Batch, Call
 
 E, H, INNER, K = 4, 32, 48, 2
+
+
+def dense_weight(module, projection):
+    return layout_of(module).weight(module, projection)
 
 
 def experts(implementation="eager"):

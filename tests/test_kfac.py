@@ -11,10 +11,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lillama
+from lillama.dense.experts import PROJECTIONS, layout_of
 from lillama.factorise import initialisers as init
 from lillama.factorise.kfac import Sums, _Experts
-from lillama.lowrank.experts import PROJECTIONS, dense_weight
 from lillama.run import pipeline
+
+
+def dense_weight(module, projection):
+    return layout_of(module).weight(module, projection)
 
 
 class Spelled(nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lillama.dense.experts import PROJECTIONS
 from lillama.errors import LillamaError
 from lillama.lowrank import swap as factors
-from lillama.lowrank.experts import PROJECTIONS
 
 WHERE = "quantization_config"
 HINT = "config.json is damaged, or of another model: write the checkpoint again."

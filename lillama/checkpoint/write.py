@@ -54,6 +54,7 @@ def _entries(source: Source, plan: Plan, run: RunDirectory, layer_files: list[st
             name = f"{layer}.{key}"
             if name.rpartition(".")[0] in modules:
                 entries.append(tensors.entry(key, source.dtype, name))
+                replaced.add(name)
             else:  # a layer's other parameters, where they were trained: they replace the original's
                 entries += _as_in_the_file(source, name, tensors, key)
                 replaced.add(name)

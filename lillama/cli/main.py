@@ -11,18 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lillama.base import disk, stop
+from lillama.cli import plugins as cli_plugins
+from lillama.cli.console import console
 from lillama.errors import LillamaError
 from lillama.version import __version__
 
 Verb = Callable[[argparse.Namespace], int]
-
-
-def _console(stderr: bool = False):  # type: ignore[no-untyped-def]  # rich is imported when first needed
-    from rich.console import Console
-
-    console = Console(stderr=stderr)
-    # Wide enough for a table where the output is a file or a pipe.
-    return console if console.is_terminal else Console(stderr=stderr, width=120)
 
 
 def _recipe(args: argparse.Namespace):  # type: ignore[no-untyped-def]
@@ -40,11 +34,11 @@ def run(args: argparse.Namespace) -> int:
     from lillama.run import pipeline, prepare
 
     quiet.quiet_libraries()
-    console = _console()
+    out = console()
     prepared = prepare.prepare(recipe)
-    console.print(show.plan(prepared))
-    result = pipeline.Run(prepared, Progress(console), restart=args.restart).execute()
-    console.print(show.result(result, recipe))
+    out.print(show.plan(prepared))
+    result = pipeline.Run(prepared, Progress(out), restart=args.restart).execute()
+    out.print(show.result(result, recipe))
     return 0
 
 
@@ -63,7 +57,7 @@ def plan(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(prepared.plan.to_dict(), indent=2) + "\n")
     else:
-        _console().print(show.plan(prepared))
+        console().print(show.plan(prepared))
     return 0
 
 
@@ -100,7 +94,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(found.metrics, indent=2) + "\n")
     else:
-        _console().print(show.metrics(found.metrics))
+        console().print(show.metrics(found.metrics))
     if args.out:
         from lillama.base.files import write_json
 
@@ -119,12 +113,12 @@ def bench(args: argparse.Namespace) -> int:
     models = bench.models_of(args.models, args.trust_remote_code)
     lengths = [int(part) for part in args.lengths.split(",")] if args.lengths else bench.LENGTHS
     settings = bench.Settings(args.batch_size, lengths, args.new_tokens, args.repeats, args.seconds)
-    say = _console(stderr=True).print
+    say = console(stderr=True).print
     found = bench.compare(models, settings, args.device, args.dtype, say)
     if args.json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
-        _console().print(show.bench(found))
+        console().print(show.bench(found))
     if args.out:
         write_json(Path(args.out), found)
     if models.run:
@@ -140,7 +134,7 @@ def sweep(args: argparse.Namespace) -> int:
     from lillama.run import sweep, sweepfile
 
     found, base = sweepfile.load(args.sweep)
-    console = _console()
+    out = console()
     if args.table:
         rows = sweep.collected(found)
     else:
@@ -148,10 +142,10 @@ def sweep(args: argparse.Namespace) -> int:
         from lillama.base.progress import Progress
 
         quiet.quiet_libraries()
-        rows = sweep.run(found, base, Progress(console), args.set)
+        rows = sweep.run(found, base, Progress(out), args.set)
     from lillama.run import sweeptable
 
-    console.print(sweeptable.terminal(sweeptable.table(found, rows)))
+    out.print(sweeptable.terminal(sweeptable.table(found, rows)))
     return 1 if any(row.error for row in rows) else 0
 
 
@@ -160,29 +154,6 @@ def report(args: argparse.Namespace) -> int:
     from lillama.report import html as report
 
     sys.stdout.write(f"wrote {report.write(Path(args.directory))}\n")
-    return 0
-
-
-def plugins(args: argparse.Namespace) -> int:
-    """list the plugins installed, and what is wrong with any"""
-    from rich.table import Table
-
-    from lillama import host, registry
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("plugin", "distribution", "version", "hooks"):
-        table.add_column(column)
-    troubles = []
-    for name in registry.PLUGINS:
-        plugin = host.get().plugins[name]
-        hooks = f"not used: {plugin.failure}" if plugin.failure else ", ".join(plugin.hooks)
-        table.add_row(plugin.name, plugin.distribution, plugin.version, hooks)
-        if plugin.details and args.debug:
-            troubles.append(plugin.details)
-    console = _console()
-    console.print(table, highlight=False)
-    for text in troubles:
-        console.print(text, markup=False, highlight=False)
     return 0
 
 
@@ -217,15 +188,15 @@ def verify(args: argparse.Namespace) -> int:
     from lillama.base.progress import Progress
     from lillama.cli import verify
 
-    return verify.verify(Path(args.directory), Progress(_console(stderr=True)))
+    return verify.verify(Path(args.directory), Progress(console(stderr=True)))
 
 
 def doctor(args: argparse.Namespace) -> int:
     """say what is installed, which device and kernels are used, and what recipes lack"""
     from lillama.cli import doctor
 
-    console = _console()
-    console.print(doctor.report(args.recipes), highlight=False)
+    out = console()
+    out.print(doctor.report(args.recipes), highlight=False)
     return 0
 
 
@@ -296,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--table", action="store_true", help="run nothing, show what there is")
     sub = verb(report)
     sub.add_argument("directory", help="a run directory")
-    verb(plugins)
+    cli_plugins.add_arguments(verb(cli_plugins.plugins), common)
     sub = verb(schema)
     sub.add_argument("--markdown", action="store_true", help="print the reference page docs/recipe.md instead")
     sub = verb(export)

@@ -47,7 +47,7 @@ def plan(prepared: Prepared) -> RenderableType:
         f"parameters {p.before:,} -> {p.after:,} ({p.reduction:.1%} removed), "
         f"{layers} of {len(p.layers)} layers, strategy {p.strategy}, {p.storage} storage, {recipe.compress.init} init",
         *(
-            ["these ranks are uniform ones: the run measures where the predictions suffer least, and chooses its own"]
+            [f"{p.strategy} decides during the run, by what it measures; these ranks are uniform ones of the same size"]
             if p.provisional
             else []
         ),

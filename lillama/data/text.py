@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lillama.data.render import render_rows
 from lillama.data.rows import is_lines, keep_rows, load_rows
+from lillama.data.special import Around, cut, find_around, text_tokenizer
 from lillama.errors import LillamaError
 
 if TYPE_CHECKING:
@@ -28,14 +29,18 @@ def token_blocks(
     calibration: Calibration,
     where: str = "calibration",
     progress: Callable[[int], None] | None = None,
+    ended: bool = True,
 ) -> Tensor:
     """The calibration text as int64 blocks [N, sequence_length], at most `calibration.tokens` in all.
 
     Rows that pass `filter` are shuffled by `seed`, `fraction` of them, at most `rows`, kept, rendered, tokenised with
     the tokenizer's usual special tokens, ended by EOS, joined and cut; what does not fill a block at the end is
     dropped. The lines of a .txt file first become chunks of about a block's length (see `chunks`), which are shuffled.
-    `progress` is called with the number of tokens so far. Raises LillamaError if there is not one block.
+    With `special_tokens: auto` every block has around it what the tokenizer puts around a text ([CLS] ... [SEP]; but
+    without `ended` only before it), and rows are then parted by what ends a text. `progress` is called with the number
+    of tokens so far. Raises LillamaError if there is not one block.
     """
+    tokenizer = text_tokenizer(tokenizer)
     length, most = calibration.sequence_length, calibration.tokens
     if most is not None and most < length:
         raise LillamaError(
@@ -43,27 +48,31 @@ def token_blocks(
             where=f"{where}.tokens",
             hint=f"Raise it, or lower {where}.sequence_length.",
         )
+    around = find_around(tokenizer, calibration.special_tokens)
+    around = around if ended else Around(around.before)
+    around.room(length, where)
     rows = load_rows(calibration.dataset, config=calibration.config, split=calibration.split, where=where)
     rows = keep_rows(rows, calibration.filter, where)
     pieces: list[Tensor] = []
     total = 0
     texts = (text for text in _texts(rows, tokenizer, calibration, where) if text.strip())
     while batch := list(itertools.islice(texts, ROWS_AT_ONCE)):
-        for ids in _encode(tokenizer, batch):
+        for ids in _encode(tokenizer, batch, around):
             pieces.append(torch.tensor(ids, dtype=torch.int64))
             total += len(ids)
         if progress:
             progress(total if most is None else min(total, most))
         if most is not None and total >= most:
             break
-    blocks = (total if most is None else min(total, most)) // length
+    stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+    blocks = cut(stream, length, around, total if most is None else most // length)
     if not blocks:
         raise LillamaError(
             f"the text of '{calibration.dataset}' has {total} tokens, fewer than one sequence of {length}",
             where=f"{where}.dataset",
             hint=f"Give more text, or lower {where}.sequence_length.",
         )
-    return torch.cat(pieces)[: blocks * length].view(blocks, length)
+    return torch.stack(blocks)
 
 
 def chunks(lines: Iterable[str], characters: int) -> Iterator[str]:
@@ -118,17 +127,24 @@ def _at_most(lines: int | None, pieces: Iterator[str]) -> Iterator[str]:
             return
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
-    """Token ids of every text, begun and ended once even where a chat template wrote BOS or EOS already."""
+def _encode(tokenizer: Any, texts: list[str], around: Around) -> Iterator[list[int]]:
+    """Token ids of every text, begun and ended once even where a chat template wrote BOS or EOS already.
+
+    What ends a block ends every text as well; such texts are not begun, for a [CLS] stands at no other place.
+    """
     begin, end, end_id = tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id
-    begun = [bool(begin) and text.startswith(begin) for text in texts]
+    begun = [(bool(begin) and text.startswith(begin)) or bool(around.after) for text in texts]
     encoded: dict[bool, Iterator[list[int]]] = {}
     for state in set(begun):
         part = [text for text, is_begun in zip(texts, begun) if is_begun is state]
         ids = tokenizer(part, add_special_tokens=not state, return_attention_mask=False, verbose=False)
         encoded[state] = iter(ids["input_ids"])
+    after = list(around.after)
     for text, state in zip(texts, begun):
         ids = list(next(encoded[state]))
+        if after:
+            yield ids if ids[-len(after) :] == after else ids + after
+            continue
         if end and end_id is not None:
             while ids[-2:] == [end_id, end_id]:  # the template's and the tokenizer's own
                 ids.pop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,11 @@ class VocabularyLoss:
             return distance
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, len(self.original), (min(tokens, MOST_DRAWN),), generator=generator)
-        wanted = F.embedding(ids.to(self.original.device), self.original).to(distance.device)
-        even = objective(student(ids.to(distance.device)).float(), wanted.float()).mean()
+        rows = F.embedding(ids.to(self.original.device), self.original).to(distance.device)
+        ids = ids.to(distance.device)
+        # As far as the module's own scale (see lowrank/embedding.py) is concerned, these are the teacher's.
+        wanted = cast(LowRankEmbedding, student).around(ids, rows).detach()
+        even = objective(student(ids).float(), wanted.float()).mean()
         return (distance + self.floor * even) / (1 + self.floor)
 
     @torch.no_grad()

@@ -46,5 +46,6 @@ def token_mean(distance: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over tokens; where `mask` (same shape, or broadcastable) is 0 a token is padding and does not count."""
     if mask is None:
         return distance.mean()
-    mask = mask.to(distance.dtype).expand_as(distance)
+    mask = mask.to(distance.dtype)
+    mask = mask.reshape(*mask.shape, *[1] * (distance.dim() - mask.dim())).expand_as(distance)
     return (distance * mask).sum() / mask.sum().clamp_min(1)

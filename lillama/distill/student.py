@@ -173,7 +173,9 @@ class Student:
                 continue
             with self.device.autocast():
                 outputs[name] = batch.calls[self.position](self.module, inputs[name])
-            distance = token_mean(self.objective(outputs[name].float(), target.float()), batch.mask)
+            distance = token_mean(
+                self.objective(outputs[name].float(), target.float()), batch.calls[self.position].loss_mask
+            )
             if self.vocabulary:
                 # Checks are made on the same tokens every time.
                 seed = self.steps + 1 if torch.is_grad_enabled() else 0

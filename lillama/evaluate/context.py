@@ -7,18 +7,29 @@ checked quickly.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lillama import registry
+from lillama.errors import LillamaError
+
+
+class Later:
+    """A tokenizer that is read when it is first asked for: a model may have none, where nothing reads text."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self.read = functools.cache(read)
 
 
 @dataclass
 class Context:
     """What an evaluator knows besides the model.
 
-    `tokenizer` may be a processor; `details` takes what a report wants besides numbers, such as sample
+    `tokenizer` may be a processor, and may be given as `Later`: then it is read when an evaluator asks for it, which
+    raises LillamaError where there is none. `details` takes what a report wants besides numbers, such as sample
     texts; `where` is the evaluator's place in the recipe, for errors.
     """
 
@@ -27,6 +38,32 @@ class Context:
     seed: int = 0
     details: dict[str, Any] = field(default_factory=dict)
     where: str = "evaluate"
+
+    def of(self, key: str) -> Context:
+        """That of the evaluator `key` of a recipe, with details of its own."""
+        own = copy.copy(self)
+        own.details, own.where = {}, f"evaluate.{key}"
+        return own
+
+
+class _OnDemand:
+    """The attribute `tokenizer` of a context."""
+
+    def __get__(self, context: Context, owner: type) -> Any:
+        given = context.__dict__["tokenizer"]
+        if not isinstance(given, Later):
+            return given
+        try:
+            return given.read()
+        except LillamaError as error:
+            error.where = context.where
+            raise
+
+    def __set__(self, context: Context, value: Any) -> None:
+        context.__dict__["tokenizer"] = value
+
+
+Context.tokenizer = _OnDemand()
 
 
 Section = Mapping[str, Mapping[str, Any]]  # the options of evaluators, by name or NAME/LABEL
@@ -84,7 +121,7 @@ def evaluate(
     """
     metrics = dict(host_metrics or {})
     for key, function, options in chosen_evaluators(section, in_turn):
-        own = replace(context, details={}, where=f"evaluate.{key}")
+        own = context.of(key)
         for metric, value in function(model, own, **options).items():
             metrics[whole_name(key, metric)] = float(value)
         if own.details:

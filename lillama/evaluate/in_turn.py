@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,8 @@ import psutil
 from lillama import host
 from lillama.checkpoint.write import file_bytes
 from lillama.evaluate.context import Context, chosen_evaluators, whole_name
-from lillama.evaluate.measure import Measured, Wanted, measure
+from lillama.evaluate.measure import Measured, Wanted, measure, reader_of
 from lillama.evaluate.turns import Turns, give_back
-from lillama.pretrained.locate import read_processor
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +44,7 @@ def evaluate_in_turn(recipe: Recipe, turns: Turns, contexts: Mapping[str, Contex
     """
     found = {stage: Measured() for stage in contexts}
     for key, function, options in chosen_evaluators(recipe.evaluate, in_turn=True):
-        own = [replace(context, details={}, where=f"evaluate.{key}") for context in contexts.values()]
+        own = [context.of(key) for context in contexts.values()]
         measured = function.in_turn(turns, own, **options)  # type: ignore[attr-defined]
         for stage, context, metrics in zip(contexts, own, measured):
             found[stage].metrics |= {whole_name(key, name): float(value) for name, value in metrics.items()}
@@ -75,9 +73,7 @@ def measure_in_turn(
     for model in models:
         host.get().prepare(plugin, model.eval(), recipe)
     trust = recipe.model.trust_remote_code
-    contexts = {
-        stage: Context(read_processor(place, trust), str(device), recipe.run.seed) for stage, place in places.items()
-    }
+    contexts = {s: Context(reader_of(place, trust), str(device), recipe.run.seed) for s, place in places.items()}
     found = evaluate_in_turn(recipe, turns, contexts)
     del models, turns, model
     gc.collect()

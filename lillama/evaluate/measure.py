@@ -14,7 +14,7 @@ from lillama.base.rundir import MODEL, RESOLVED
 from lillama.checkpoint.open import find_plugin, open_model
 from lillama.errors import LillamaError
 from lillama.evaluate import strangers
-from lillama.evaluate.context import Context, evaluate
+from lillama.evaluate.context import Context, Later, evaluate
 from lillama.evaluate.speed import weight_bytes
 from lillama.recipe.schema import Evaluation, Recipe
 
@@ -58,18 +58,22 @@ class Wanted:
 
 def measure(model: Any, place: str | Path, wanted: Wanted, device: torch.device) -> Measured:
     """Run the evaluators, and the plugin's, on a loaded model; `place` holds its tokenizer or processor."""
-    from lillama.pretrained.locate import read_processor
-
     hosts, plugin = host.get(), wanted.plugin
-    reader = read_processor(place, wanted.trust)
     model = put_on(model, device).eval()
     if plugin is not None:
         hosts.prepare(plugin, model, wanted.recipe)
-    context = Context(reader, str(device), wanted.seed)
+    context = Context(reader_of(place, wanted.trust), str(device), wanted.seed)
     metrics = evaluate(model, wanted.evaluators, context, in_turn=wanted.in_turn)
     if plugin is not None and "evaluate" in plugin.hooks and not wanted.in_turn:
         metrics |= hosts.evaluate(plugin, model, wanted.recipe)
     return Measured(metrics, context.details)
+
+
+def reader_of(place: str | Path, trust: bool) -> Later:
+    """The tokenizer or processor of the model at `place`, once it is needed."""
+    from lillama.pretrained.locate import read_processor
+
+    return Later(lambda: read_processor(place, trust))
 
 
 def put_on(model: Any, device: torch.device) -> Any:

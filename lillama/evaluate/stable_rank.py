@@ -45,7 +45,7 @@ def stable_rank(
         raise LillamaError("the model has no list of equal layers", where=context.where)
     rows = [row for number, layer in enumerate(layers) for row in _weights(number, layer)]
     if dataset is not None:
-        ids = windows(
+        found = windows(
             context.tokenizer,
             context.where,
             dataset=dataset,
@@ -55,7 +55,7 @@ def stable_rank(
             sequence_length=min(sequence_length, positions(model) or sequence_length),
             tokens=tokens,
         )
-        rows += _activations(model, layers, ids, context.device)
+        rows += _activations(model, layers, found.ids, context.device)
     context.details["rows"] = rows
     kinds = dict.fromkeys(row["kind"] for row in rows)
     means = {kind: [row["value"] for row in rows if row["kind"] == kind] for kind in kinds}

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lillama.contract import Weight
+from lillama.dense.experts import layout_of
 from lillama.errors import LillamaError
 from lillama.factorise.known import Known, TokenSample, WeightStatistics, refuse_unless_finite
-from lillama.lowrank.experts import dense_weight
 from lillama.lowrank.swap import module_of
 from lillama.pretrained.calls import Batch
 
@@ -103,10 +103,11 @@ class Grams:
 
     def _on_experts(self, experts: _Experts) -> Any:
         def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = dict(zip(("hidden_states", "top_k_index"), args)) | kwargs
-            hidden, index = given["hidden_states"].detach(), given["top_k_index"]
-            if self._mask is not None and self._mask.numel() == len(hidden):
-                keep = self._mask.reshape(-1).bool()
+            hidden, index, _weights = experts.layout.given(experts.experts, args, kwargs)
+            hidden = hidden.detach()
+            copies = experts.experts if experts.layout.sorted else 1  # the tokens once for each expert
+            if self._mask is not None and self._mask.numel() * copies == len(hidden):
+                keep = self._mask.reshape(-1).bool().repeat(copies)
                 hidden, index = hidden[keep], index[keep]
             experts.add(hidden, index)
 
@@ -119,7 +120,7 @@ class Grams:
         for batch, hidden in zip(batches, stream):
             if seen >= self.limit:
                 break
-            self._mask = batch.mask
+            self._mask = batch.calls[position].mask
             batch.calls[position](self.module, hidden)
             seen += batch.tokens
         self.tokens += seen
@@ -133,7 +134,9 @@ class Grams:
         """
         for hook in self._hooks:
             hook.remove()
-        found: Known = {name: WeightStatistics(**{key[0]: self._sums[key]}) for name, key in self._keys.items()}
+        # Of a module that the forward pass never calls nothing is known.
+        seen = {name: key for name, key in self._keys.items() if key in self._sums}
+        found: Known = {name: WeightStatistics(**{key[0]: self._sums[key]}) for name, key in seen.items()}
         for experts in self._experts:
             found |= experts.close()
         for name, about in found.items():
@@ -150,14 +153,15 @@ class _Experts:
 
     def __init__(self, module: nn.Module, arguments: dict[str, str]) -> None:
         self.module, self.arguments = module, arguments
-        self.experts = dense_weight(module, "down").shape[0]
+        self.layout = layout_of(module)
+        self.experts = len(self.layout.weight(module, "down"))
         self.tokens = [0] * self.experts
         self._sums: dict[str, list[Tensor | None]] = {}
         self._sample = TokenSample()
 
     def add(self, hidden: Tensor, index: Tensor) -> None:
         """Count a batch: hidden T x H, the experts chosen for its tokens T x K."""
-        self._sample.add(hidden)
+        self._sample.add(hidden[(index < self.experts).any(dim=-1)])
         for expert in range(self.experts):
             x = hidden[(index == expert).any(dim=-1)]
             self.tokens[expert] += len(x)
@@ -182,15 +186,22 @@ class _Experts:
 
     def _observed(self, expert: int, x: Tensor, wanted: set[str]) -> dict[str, Tensor]:
         """The rows whose Gram matrices are `wanted`, in float32, from the inputs of one expert."""
-        weights = {n: dense_weight(self.module, n)[expert] for n in ("gate", "up", "down")}
+        layout, module = self.layout, self.module
+        weights = {n: layout.weight(module, n)[expert] for n in layout.projections}
+        biases = {n: layout.bias(module, n) for n in layout.projections}
 
         def linear(name: str, rows: Tensor) -> Tensor:
             return F.linear(rows.to(weights[name].dtype), weights[name])
 
+        def biased(name: str, y: Tensor) -> Tensor:
+            bias = biases[name]
+            return y if bias is None else y + bias[expert]
+
         found = {"in": x}
         if wanted - {"in"}:
-            found["gate output"], found["up output"] = linear("gate", x), linear("up", x)
-            found["down"] = self.module.act_fn(found["gate output"]) * found["up output"]  # type: ignore[operator]
+            found |= {f"{name} output": linear(name, x) for name in layout.entries}
+            entries = {name: biased(name, found[f"{name} output"]) for name in layout.entries}
+            found["down"] = layout.activated(module, entries)
             if "down output" in wanted:
                 found["down output"] = linear("down", found["down"])
         return {key: found[key].float() for key in wanted}
@@ -210,6 +221,6 @@ class _Experts:
 
     def _rows(self) -> dict[str, int]:
         """The size of every matrix that is wanted."""
-        _, hidden, inner = dense_weight(self.module, "down").shape
+        _, hidden, inner = self.layout.weight(self.module, "down").shape
         sizes = {"in": hidden, "down": inner, "gate output": inner, "up output": inner, "down output": hidden}
         return {key: sizes[key] for key in self._keys().values()}

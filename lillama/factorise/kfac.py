@@ -10,6 +10,7 @@ as the predictions are uncertain (mean |g|^2 = 1 - sum p_t^2): both uses togethe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,13 +20,18 @@ from torch.nn import functional as F
 
 from lillama.base.device import Device, factorising
 from lillama.contract import Layer, Weight, relative
-from lillama.errors import LillamaError
+from lillama.dense.experts import layout_of
+from lillama.dense.plain import around, is_plain_embedding
 from lillama.factorise.embedding import weighted_gram
 from lillama.factorise.initialisers import TINY, fisher_spectrum
 from lillama.factorise.known import FisherFactors, TokenSample, refuse_unless_finite
-from lillama.lowrank.experts import PROJECTIONS, dense_weight
 from lillama.lowrank.swap import dense, module_of
 from lillama.plan.plan import observable
+
+log = logging.getLogger(__name__)
+
+UNCALLED = "the model's forward pass never calls its module, so nothing is known of it"
+BLIND = "no gradient of the predictions reaches it (it chooses what others read, say), so nothing is known of it"
 
 
 class Sums:
@@ -88,6 +94,7 @@ class Listener:
         self.sums: dict[str, list[Sums]] = {}  # one per copy of the weight
         self.stacks: list[_Experts] = []
         self.hooks: list[Any] = []
+        self.called: set[str] = set()  # weights whose modules the forward pass calls
         stacks: dict[str, list[Weight]] = {}
         for weight in layer.weights:
             name = relative(weight, layer)
@@ -98,26 +105,47 @@ class Listener:
                 continue
             sums = Sums(W.T, True) if weight.kind == "embedding" else Sums(W)
             self.sums[weight.name] = [sums]
-            self.hooks.append(module.get_submodule(name).register_forward_hook(self._one(sums)))
+            hook = (self._embedding if sums.embedding else self._one)(weight.name, sums)
+            self.hooks.append(module.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
         for name, weights in stacks.items():
             stack = module.get_submodule(name)
             inside = {weight.name.rpartition(".")[2]: self.sums[weight.name] for weight in weights}
             self.stacks.append(_Experts(stack, inside))
-            self.hooks.append(stack.register_forward_hook(self._experts(self.stacks[-1]), with_kwargs=True))
+            names = [weight.name for weight in weights]
+            self.hooks.append(stack.register_forward_hook(self._experts(names, self.stacks[-1]), with_kwargs=True))
 
-    def _one(self, sums: Sums) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], out: Tensor) -> None:
-            # Detached: a hook that held the output it hangs on would keep it, and all that led to it, for good.
-            x = _rows(out if sums.embedding else args[0])
+    def _one(self, name: str, sums: Sums) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            self.called.add(name)
+            x = _rows(next(iter((*args, *kwargs.values()))))
             self._at(out, lambda gradient: sums.add(x, gradient))
 
         return hook
 
-    def _experts(self, experts: _Experts) -> Any:
+    def _embedding(self, name: str, sums: Sums) -> Any:
+        """Vectors as the table has them, and the gradients at these: before the module scales them, say."""
+
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            self.called.add(name)
+            ids: Tensor = next(iter((*args, *kwargs.values())))
+
+            def add(gradient: Tensor) -> None:
+                rows = F.embedding(ids, module.weight.detach())
+                if not is_plain_embedding(module):
+                    with torch.enable_grad():
+                        made = around(module, ids, rows.requires_grad_(True))
+                    gradient = torch.autograd.grad(made, rows, gradient.view(made.shape).to(made.dtype))[0]
+                sums.add(_rows(rows), _rows(gradient))
+
+            self._at(out, add)
+
+        return hook
+
+    def _experts(self, names: list[str], experts: _Experts) -> Any:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-            names = ("hidden_states", "top_k_index", "top_k_weights")
-            given = dict(zip(names, args)) | kwargs
-            hidden, index, weights = (given[name].detach() for name in names)
+            self.called.update(names)
+            given = experts.layout.given(experts.experts, args, kwargs)
+            hidden, index, weights = (one.detach() for one in given)
             self._at(out, lambda gradient: experts.add(hidden, index, weights, gradient))
 
         return hook
@@ -141,7 +169,9 @@ class Listener:
     def close(self, tokens: int, tied: Mapping[str, Tensor] | None = None) -> dict[str, FisherFactors]:
         """The factors and the spectrum of every weight of its own, by name, `tokens` predicted.
 
-        `tied`: that of a head. Factors of experts are stacked. They get the same rank, so their spectra are added.
+        `tied`: that of a head. Factors of experts are stacked. They get the same rank, so their spectra are added. A
+        weight that no prediction depends on in a way that gradients show (it is never called, or it chooses what others
+        read) is left out, with a warning: nothing says what its errors would cost.
         """
         for hook in self.hooks:
             hook.remove()
@@ -152,11 +182,8 @@ class Listener:
         for weight in observable(self.layer):
             sums = self.sums.pop(weight.name)
             if not any(one.calls for one in sums):
-                raise LillamaError(
-                    "the model's forward pass never calls the module of this weight, so nothing is known of it",
-                    where=weight.name,
-                    hint="List it under compress.skip, or use strategy: uniform and init: svd.",
-                )
+                log.warning("%s stays dense: %s", weight.name, BLIND if weight.name in self.called else UNCALLED)
+                continue
             if weight.kind == "embedding":
                 sums[0].count_every_token(self.floor)
             place = factorising(self.device.device)
@@ -173,12 +200,14 @@ class _Experts:
 
     def __init__(self, module: Any, sums: dict[str, list[Sums]]) -> None:
         self.module, self.sums = module, sums
+        self.layout = layout_of(module)
+        self.experts = len(self.layout.weight(module, "down"))
         self.sample = TokenSample()
 
     def add(self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:
         """Count a batch: hidden T x H, the K experts chosen per token and their weights, the gradient at the output."""
-        self.sample.add(hidden)
-        for expert in range(len(dense_weight(self.module, "down"))):
+        self.sample.add(hidden[(index < self.experts).any(dim=-1)])
+        for expert in range(self.experts):
             token, choice = torch.where(index == expert)
             if len(token):
                 # The module's output is the sum of the experts' own, each times its weight.
@@ -186,18 +215,30 @@ class _Experts:
 
     def _expert(self, expert: int, x: Tensor, gradient: Tensor | None) -> None:
         """Count the inputs of one expert and, unless they are borrowed (None), the gradients at its output."""
-        W = {name: dense_weight(self.module, name)[expert] for name in PROJECTIONS}
-        x = x.to(W["gate"].dtype)
+        layout, module = self.layout, self.module
+        W = {name: layout.weight(module, name)[expert] for name in layout.projections}
+        biases = {name: layout.bias(module, name) for name in layout.projections}
+
+        def linear(name: str, rows: Tensor) -> Tensor:
+            bias = biases[name]
+            return F.linear(rows, W[name], None if bias is None else bias[expert]).requires_grad_(True)
+
+        x = x.to(W["up"].dtype)
         with torch.enable_grad():
-            gate, up = (F.linear(x, W[name]).requires_grad_(True) for name in ("gate", "up"))
-            inner = self.module.act_fn(gate) * up
-        seen = {"gate": x, "up": x, "down": inner.detach()}
+            entries = {name: linear(name, x) for name in layout.entries}
+            inner = layout.activated(module, entries)
+        seen = {**dict.fromkeys(entries, x), "down": inner.detach()}
         if gradient is None:
             for name, sums in self.sums.items():
                 sums[expert].borrow_inputs(seen[name])
             return
+        if layout.normed:
+            with torch.enable_grad():
+                out = linear("down", inner.detach())
+                normed = layout.finished(module, out)
+            gradient = torch.autograd.grad(normed, out, gradient.to(normed.dtype))[0]
         below = F.linear(gradient.to(W["down"].dtype), W["down"].T)
-        at = dict(zip(("gate", "up"), torch.autograd.grad(inner, (gate, up), below.to(inner.dtype))))
+        at = dict(zip(entries, torch.autograd.grad(inner, [*entries.values()], below.to(inner.dtype))))
         for name, sums in self.sums.items():
             sums[expert].add(seen[name], gradient if name == "down" else at[name])
 
@@ -206,7 +247,7 @@ class _Experts:
         sample = self.sample.take()
         if sample is None:  # the module was never called, which whoever asks for its factors says
             return
-        for expert in range(len(dense_weight(self.module, "down"))):
+        for expert in range(self.experts):
             if any(sums[expert].rows < len(sums[expert].inputs) for sums in self.sums.values()):
                 self._expert(expert, sample, None)
 

@@ -101,4 +101,4 @@ def _input(module: nn.Module, path: str, batch: Batch, position: int, hidden: Te
         pass
     finally:
         hook.remove()
-    return counted(found[0], batch.mask)
+    return counted(found[0], batch.calls[position].mask)

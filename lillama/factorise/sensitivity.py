@@ -27,8 +27,9 @@ from lillama.contract import Layer
 from lillama.factorise.kfac import Listener
 from lillama.factorise.statistics import FISHER, fisher_file, read_fisher, write_fisher
 from lillama.plan.plan import observable
-from lillama.pretrained.calls import Batch, Batches, arguments, stand_in
-from lillama.pretrained.predictions import divergence, draw_tokens
+from lillama.pretrained.calls import Batch, Batches, arguments, run_model, stand_in
+from lillama.pretrained.players import end_with, main_output, predicts_classes
+from lillama.pretrained.predictions import KEEP, Predicted, backward_in_chunks, positions_at_once
 from lillama.pretrained.streams import Shelf, Stream, budgets
 from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Recipe
@@ -123,15 +124,27 @@ class _Measurement:
         gradients, tokens = self.shelf.new("top-gradients"), 0
         with walk.hold_outside(predicts=True) as model:
             listener = Listener(head, model.get_submodule(head.name), device) if head else None
+            modules = [model.get_submodule(layer.name) for layer in walk.layers]
+            forms = [walk.source.forms.get(layer.name) for layer in walk.layers]
+            held = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            for parameter in held:
+                parameter.requires_grad_(False)  # the gradient of a head is as large as the head
             for raw, batch, x in zip(self.raw, batches, hidden):
                 leaf = x.detach().requires_grad_(True)
                 given = {name: value.to(device.device) for name, value in arguments(raw).items()}
-                with torch.enable_grad(), device.autocast(), self.end_with(leaf):
-                    logits = model(**given, use_cache=False).logits
-                    logits = logits.flatten(0, -2) if batch.mask is None else logits[batch.mask.bool()]
-                divergence(logits, draw_tokens(logits, generator)).backward()
-                tokens += len(logits)
+                at_once = positions_at_once(model, len(leaf))
+
+                def run(keep: Tensor | None, given: Any = given) -> Predicted:
+                    more = {} if keep is None else {KEEP: keep}
+                    with device.autocast():
+                        outputs = run_model(model, given, **more)
+                    return Predicted(main_output(outputs), predicts_classes(outputs))
+
+                with end_with(modules, forms, batch.calls[-1], leaf):
+                    tokens += backward_in_chunks(run, leaf, batch.calls[-1].mask, generator, at_once)
                 gradients.append(_gradient_of(leaf))
+            for parameter in held:
+                parameter.requires_grad_(True)
             tied = {}
             if listener and head:
                 tied = listener.tied(tokens)
@@ -139,11 +152,6 @@ class _Measurement:
                     write_fisher(self.directory, head, listener.close(tokens))
         hidden.drop()
         return gradients, tokens, tied
-
-    def end_with(self, leaf: Tensor) -> contextlib.AbstractContextManager[None]:
-        """In the model's forward pass, let blocks hand on what they get, and the last one give `leaf`."""
-        modules = [self.walk.source.model.get_submodule(layer.name) for layer in self.walk.layers]
-        return stand_in(modules, [*[_hand_on] * (len(modules) - 1), lambda *_, **__: leaf])
 
     def run_back(self, position: int, batches: list[Batch], streams: tuple[Stream, Stream], tokens: int) -> Stream:
         """Store what the predictions are sensitive to in a layer's weights; the gradients at what enters it.
@@ -186,7 +194,7 @@ class _Measurement:
                 given = {name: value.to(device.device) for name, value in arguments(raw).items()}
                 first = stand_in([model.get_submodule(self.walk.layers[0].name)], [record])
                 with torch.enable_grad(), device.autocast(), contextlib.suppress(_Entered), first:
-                    model(**given, use_cache=False)
+                    run_model(model, given)
                 x = entered.pop()
                 x.backward(gradient.to(x.dtype))
             write_fisher(self.directory, layer, listener.close(tokens, tied))

@@ -25,6 +25,7 @@ from lillama.pretrained.walk import LayerPass
 from lillama.recipe.schema import Recipe
 from lillama.registry import INITIALISERS, LOSSES
 
+UNUSED = "nothing is known of it: the model never calls it, or no prediction depends on it"
 FISHER_FACTORS = frozenset(("input_fisher", "output_fisher"))
 
 
@@ -78,6 +79,13 @@ class Initialiser:
             A, B = self._start(W, rank, known, generator)
         return Factors(A.float().to(device), B.float().to(device))
 
+    def lacks(self, weight: Weight, known: WeightStatistics | None) -> bool:
+        """Whether nothing was measured of what the initialiser names: the model does not use the weight."""
+        wanted = self.names & (FISHER_FACTORS if weight.kind == "embedding" else FISHER_FACTORS | GRAMS)
+        if wanted and (known is None or not known.known(wanted)):
+            self.refused[weight.name] = UNUSED
+        return weight.name in self.refused
+
     def usable(self, weight: Weight, factors: Factors, storage: str) -> bool:
         """Whether factors stay finite in `storage` and in the checkpoint's type; where not, the reason is kept."""
         if not is_finite(*factors):
@@ -111,7 +119,9 @@ def initial_factors(
     for weight in plan.planned(at.layer) if weights is None else weights:
         if not weight.tied:
             W = swap.dense(at.teacher, relative(weight, at.layer), weight.kind)
-            about = None if known is None else known[weight.name]
+            about = None if known is None else known.get(weight.name)
+            if initialise.lacks(weight, about):
+                continue
             both = initialise(weight, W, plan.ranks[weight.name], about)
             if initialise.usable(weight, both, plan.storage):
                 found[weight.name] = both

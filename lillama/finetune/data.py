@@ -17,6 +17,7 @@ Examples = list[dict[str, Any]]
 
 def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune) -> Examples:
     """Blocks of text as examples of a causal model; the data set is the calibration's unless the section names one."""
+    from lillama.data.special import find_around, text_tokenizer
     from lillama.data.text import token_blocks
 
     own = section.dataset is not None
@@ -32,11 +33,14 @@ def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune) -> Examples
             "fraction": 1.0,
             "tokens": section.tokens,
             "sequence_length": section.sequence_length,
+            "special_tokens": section.special_tokens or base.special_tokens,
             "seed": section.seed,
         }
     )
-    blocks = token_blocks(tokenizer, data, "finetune" if own else "calibration")
-    return [{"input_ids": block, "labels": block} for block in blocks]
+    blocks = token_blocks(tokenizer, data, "finetune" if own else "calibration", ended=False)
+    labels = blocks.clone()
+    labels[:, : len(find_around(text_tokenizer(tokenizer), data.special_tokens).before)] = IGNORED
+    return [{"input_ids": block, "labels": label} for block, label in zip(blocks, labels)]
 
 
 def split(examples: Examples, share: float, generator: torch.Generator) -> tuple[Examples, Examples]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lillama.finetune.data import IGNORED
-from lillama.pretrained.predictions import divergence
+from lillama.pretrained.predictions import Body, divergence, parts_of, positions_at_once
+
+Losses = Callable[[Tensor], Iterator[Tensor]]
 
 
 def loss_of(
@@ -17,15 +21,20 @@ def loss_of(
     """(loss, outputs): (1 - share) cross entropy of the labels + share KL(teacher || student), per label.
 
     `shifted`: a causal model, whose position t predicts label t + 1. `items` is the number of labels to divide by
-    (None: those of these inputs).
+    (None: those of these inputs). Where the logits are too many to be made at once, `outputs` has none.
     """
     given = {name: value for name, value in inputs.items() if name != "labels"}
-    labels = inputs["labels"]
-    outputs = model(**given, use_cache=False)
-    logits = outputs.logits[:, :-1] if shifted else outputs.logits
-    labels = labels[:, 1:] if shifted else labels
+    labels = inputs["labels"][:, 1:] if shifted else inputs["labels"]
     counts = labels != IGNORED
     items = counts.sum().clamp_min(1) if items is None else items
+    # The adapters of peft's model are in the modules of the one below it.
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parts = parts_of(range(labels.shape[1]), positions_at_once(own, len(labels)) if shifted else None)
+    if len(parts) > 1:
+        learns = teacher if share > 0 else None
+        return _in_parts(own, learns, given, (labels, counts, parts), share) / items, {}
+    outputs = model(**given, use_cache=False)
+    logits = outputs.logits[:, :-1] if shifted else outputs.logits
     wanted = None
     if teacher is not None and share > 0:
         with torch.no_grad():
@@ -37,3 +46,59 @@ def loss_of(
 def _chosen(logits: Tensor, counts: Tensor) -> Tensor:
     """The rows that count; not a copy where all do."""
     return logits.flatten(0, -2) if bool(counts.all()) else logits[counts]
+
+
+def _in_parts(
+    model: Any, teacher: Any, given: dict[str, Any], at: tuple[Tensor, Tensor, list[range]], share: float
+) -> Tensor:
+    """The sum of the loss, a few positions' logits at a time; `at`: labels, which of them count, the positions."""
+    labels, counts, parts = at
+    taught = None
+    if teacher is not None:
+        with torch.no_grad():
+            taught = Body(teacher, given)
+    body = Body(model, given)
+
+    def losses(hidden: Tensor) -> Iterator[Tensor]:
+        for part in parts:
+            here, keep = slice(part.start, part.stop), torch.tensor(part)
+            some = counts[:, here]
+            if not some.any():
+                continue
+            wanted = None
+            if taught is not None:
+                with torch.no_grad():
+                    wanted = _chosen(taught.logits(keep), some)
+            yield divergence(_chosen(body.logits(keep, hidden), some), labels[:, here][some], wanted, share)
+
+    if not torch.is_grad_enabled():
+        return sum(losses(body.hidden), torch.zeros((), device=labels.device))
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found: Tensor = _Summed.apply(losses, body.hidden, *learned)
+    return found
+
+
+class _Summed(torch.autograd.Function):
+    """A sum of losses of hidden states and parameters, each run back at once, so that one's logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Losses, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        leaf = hidden.detach().requires_grad_()
+        wanted = (leaf, *parameters)
+        gradients: list[Tensor | None] = [None] * len(wanted)
+        total = torch.zeros((), device=hidden.device)
+        with torch.enable_grad():
+            for loss in losses(leaf):
+                total += loss.detach()
+                for number, more in enumerate(torch.autograd.grad(loss, wanted, allow_unused=True)):
+                    held = gradients[number]
+                    if more is not None:
+                        gradients[number] = more if held is None else held.add_(more)
+        ctx.gradients = gradients
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *(None if gradient is None else gradient.mul_(scale) for gradient in gradients)

@@ -77,8 +77,12 @@ class _Grouped(torch.autograd.Function):
 
 
 def _has_kernel(x: Tensor, W: Tensor) -> bool:
-    """Whether torch's grouped product serves: it wants strides (and starts) of whole 16 bytes."""
-    if not hasattr(F, "grouped_mm") or x.device.type not in ("cpu", "cuda"):
+    """Whether torch's grouped product serves: it wants strides (and starts) of whole 16 bytes, and no float64."""
+    if (
+        W.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        or not hasattr(F, "grouped_mm")
+        or x.device.type not in ("cpu", "cuda")
+    ):
         return False
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
         return False

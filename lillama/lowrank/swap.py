@@ -7,22 +7,25 @@ cannot be replaced in place: `replace` and `store_as` return the new root.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from lillama.contract import Weight
+from lillama.dense.experts import experts_layout, layout_of, replaced_parameters
+from lillama.dense.plain import is_embedding, is_linear, matrix
 from lillama.errors import LillamaError
 from lillama.lowrank.embedding import LowRankEmbedding
-from lillama.lowrank.experts import PROJECTIONS, LowRankExperts, dense_weight, is_fused, replaced_parameters
+from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.linear import LowRankLinear
 from lillama.lowrank.module import FactorModule, OneMatrix
 from lillama.lowrank.storage import Factors, get_storage
 
-KINDS: dict[str, tuple[type[nn.Module] | None, type[FactorModule]]] = {
-    "linear": (nn.Linear, LowRankLinear),
-    "embedding": (nn.Embedding, LowRankEmbedding),
-    "experts": (None, LowRankExperts),  # fused experts are told by their layout
+KINDS: dict[str, type[FactorModule]] = {
+    "linear": LowRankLinear,
+    "embedding": LowRankEmbedding,
+    "experts": LowRankExperts,
 }
 
 
@@ -52,10 +55,31 @@ def dense(root: nn.Module, name: str, kind: str) -> Tensor:
     where, projection = _split(name, kind)
     module = root.get_submodule(where)
     if projection:
-        return dense_weight(module, projection)
-    if not isinstance(module, nn.Linear | nn.Embedding):  # either, for a tied head is its embedding's matrix
-        raise LillamaError(f"the plan has {kind} here, the model a {type(module).__name__}", where=name)
-    return module.weight.detach()
+        try:
+            return layout_of(module).weight(module, projection)
+        except LillamaError as error:
+            raise LillamaError(error.what, where=name, hint=error.hint) from error
+    if is_factorised(module) or not (is_linear(module) or is_embedding(module)):  # a tied head may be either
+        raise _other(module, kind, name)
+    return matrix(module)
+
+
+def check_served(root: nn.Module, weights: Iterable[Weight]) -> None:
+    """LillamaError at the first of `weights` (names below `root`) that no factors could stand for.
+
+    There is no such module, it is of another kind or size, or its class computes something of its own. Reads no
+    numbers: the model may be a skeleton.
+    """
+    for weight in weights:
+        try:
+            found = tuple(dense(root, weight.name, weight.kind).shape)
+            if weight.kind != "experts":
+                _start(root.get_submodule(weight.name), weight.kind, weight.name)
+        except AttributeError as error:
+            raise LillamaError("the model has no such module", where=weight.name) from error
+        wanted = (weight.copies, *weight.shape) if weight.kind == "experts" else weight.shape
+        if found != wanted:
+            raise LillamaError(f"the plugin has a weight of {wanted} here, the model one of {found}", where=weight.name)
 
 
 def leaving(root: nn.Module, weights: Sequence[tuple[str, str]]) -> list[nn.Parameter]:
@@ -63,7 +87,7 @@ def leaving(root: nn.Module, weights: Sequence[tuple[str, str]]) -> list[nn.Para
     names = [f"{name}.weight".removeprefix(".") for name, kind in weights if kind != "experts"]
     for owner in {module_of(name, kind) for name, kind in weights if kind == "experts"}:
         projections = [n.rpartition(".")[2] for n, kind in weights if module_of(n, kind) == owner and kind == "experts"]
-        names += [f"{owner}.{parameter}" for parameter in replaced_parameters(projections)]
+        names += [f"{owner}.{parameter}" for parameter in replaced_parameters(root.get_submodule(owner), projections)]
     return [root.get_parameter(name) for name in names]
 
 
@@ -86,7 +110,7 @@ def replace(root: nn.Module, name: str, *, kind: str, storage: str, rank: int, d
         new.factorise(projection, wanted, rank, device)
     else:
         try:
-            new = cast(Any, KINDS[kind][1]).like(old, wanted, rank, device)
+            new = cast(Any, KINDS[kind]).like(old, wanted, rank, device)
         except LillamaError as error:
             raise LillamaError(error.what, where=name, hint=error.hint) from error
     return _put(root, where, new.train(old.training))
@@ -95,12 +119,20 @@ def replace(root: nn.Module, name: str, *, kind: str, storage: str, rank: int, d
 def _start(old: nn.Module, kind: str, name: str) -> nn.Module:
     """`old` if it is a dense module of `kind`; for fused experts the module whose projections can be replaced."""
     projection = name.rpartition(".")[2]
-    if kind == "experts" and is_fused(old) and projection in PROJECTIONS:
+    layout = experts_layout(old) if kind == "experts" else None
+    if layout and projection in layout.projections:
         return LowRankExperts(old)
-    dense_class = KINDS[kind][0] if kind in KINDS else None
-    if dense_class is None or not isinstance(old, dense_class):
-        raise LillamaError(f"the plan has {kind} here, the model a {type(old).__name__}", where=name)
+    served = {"linear": is_linear, "embedding": is_embedding}.get(kind)
+    if served is None or is_factorised(old) or not served(old):
+        raise _other(old, kind, name)
     return old
+
+
+def _other(module: nn.Module, kind: str, name: str) -> LillamaError:
+    """The error of a weight that the plan takes for one of `kind`."""
+    known = (nn.Linear, nn.Embedding)
+    more = " whose forward is its own" if isinstance(module, known) and type(module) not in known else ""
+    return LillamaError(f"the plan has {kind} here, the model a {type(module).__name__}{more}", where=name)
 
 
 def _put(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
@@ -151,12 +183,12 @@ def is_factor(root: nn.Module, name: str) -> bool:
 
 def markers(module_name: str, kind: str) -> dict[str, Tensor]:
     """The tensors stored beside the factors of a module under names of the dense module's (see FactorModule)."""
-    return {f"{module_name}.{leaf}": tensor for leaf, tensor in KINDS[kind][1].markers().items()}
+    return {f"{module_name}.{leaf}": tensor for leaf, tensor in KINDS[kind].markers().items()}
 
 
 def dense_names(name: str, kind: str) -> list[str]:
     """Parameters that the model loses when the weight `name` is replaced; a checkpoint's are to be ignored."""
-    return [f"{module_of(name, kind)}.{leaf}" for leaf in KINDS[kind][1].dense_parameters]
+    return [f"{module_of(name, kind)}.{leaf}" for leaf in KINDS[kind].dense_parameters]
 
 
 def tie(head: nn.Module, embedding: nn.Module) -> list[str]:

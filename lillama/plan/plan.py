@@ -10,10 +10,11 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 from lillama.contract import Layer, Weight
-from lillama.errors import LillamaError
+from lillama.errors import LillamaError, did_you_mean
 from lillama.lowrank.counts import stored
 from lillama.plan.strategies import Ranks, Spectra, uniform
 from lillama.recipe.schema import Compress
@@ -148,7 +149,8 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spect
     """Run the recipe's strategy over the weights that are not skipped.
 
     A strategy that wants `spectra` and has none yet gives a provisional plan.
-    Raises LillamaError with the largest possible reduction when the strategy cannot reach the recipe's.
+    Raises LillamaError with the largest possible reduction when the strategy cannot reach the recipe's, and for ranks
+    that are none or remove less than was asked for.
     """
     # What is tied has the factors of its embedding, or both stay dense.
     stay = {w.tied for layer in layers for w in layer.weights if _skipped(w, compress.skip)}
@@ -175,8 +177,36 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spect
             where="compress.reduction",
             hint=f"{error.hint}, ask for less, or skip fewer weights.",
         ) from error
+    _check_ranks(ranks, offered, remove, compress)
+    ranks = {name: int(rank) for name, rank in ranks.items()}
     tied = {w.name: ranks[w.tied] for layer in layers for w in layer.weights if w.tied in ranks}
     return Plan(tuple(layers), ranks | tied, compress.storage, before, compress.strategy, wanting and spectra is None)
+
+
+def _check_ranks(ranks: Ranks, offered: Iterable[Layer], remove: int, compress: Compress) -> None:
+    """LillamaError for what a strategy must not give."""
+    who, weights = f"the strategy '{compress.strategy}'", {w.name: w for layer in offered for w in layer.weights}
+    for name, rank in ranks.items():
+        if name not in weights:
+            hint = f"It was not offered. {did_you_mean(name, weights)}"
+            raise LillamaError(f"{who} gives a rank to '{name}'", where="compress.strategy", hint=hint)
+        most = min(weights[name].shape)
+        if not isinstance(rank, Integral) or not 1 <= rank <= most:
+            hint = f"A rank of it is a whole number from 1 to {most}."
+            raise LillamaError(f"{who} gives '{name}' the rank {rank!r}", where="compress.strategy", hint=hint)
+
+    def saved(weight: Weight, rank: int) -> int:
+        return weight.parameters - stored(weight, rank, compress.storage)
+
+    removed = sum(saved(weights[name], rank) for name, rank in ranks.items())
+    if removed < remove:
+        smallest = min(compress.rank_multiple, compress.min_rank)
+        possible = sum(max(saved(w, min(smallest, *w.shape)), 0) for w in weights.values())
+        raise LillamaError(
+            f"{who} removes {removed:,} of the {remove:,} parameters asked for, of {possible:,} that can be removed",
+            where="compress.reduction",
+            hint=f"Ask for less, or choose another strategy; with rank {smallest} everywhere so many can be removed.",
+        )
 
 
 def _skipped(weight: Weight, globs: Iterable[str]) -> bool:

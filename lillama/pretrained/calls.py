@@ -2,13 +2,16 @@
 
 A layer is driven as the model drives it: its arguments are captured once from a forward pass of the skeleton in
 which the layers themselves only hand their input on, then it is called on whichever stream is wanted with
-the same remaining arguments. The result is bitwise that of the full forward pass.
+the same remaining arguments. Where in its arguments the stream goes, and where in what it returns it comes out, its
+form says (forms.py). The result is bitwise that of the full forward pass (learn.py makes sure of it).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lillama.contract import Layer
 from lillama.errors import LillamaError
+from lillama.pretrained.forms import Form, Part, pack, unpack
 
 HIDDEN = "hidden_states"
 # What a batch may hold besides the model's arguments (hookspecs.calibration_stream).
@@ -36,24 +40,40 @@ def arguments(batch: RawBatch) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name not in BESIDES}
 
 
-def find_mask(batch: RawBatch, shape: Sequence[int]) -> Tensor | None:
+def find_mask(batch: RawBatch, shape: Sequence[int], names: Sequence[str] = MASKS) -> Tensor | None:
     """The mask of a batch's tokens of that `shape` [B, T], 1 where one counts; None: all do."""
-    return next((batch[name] for name in MASKS if name in batch and batch[name].shape == tuple(shape)), None)
+    return next((batch[name] for name in names if name in batch and batch[name].shape == tuple(shape)), None)
 
 
 @dataclass
 class Call:
-    """How the model called a layer, less the hidden states: further arguments and keyword arguments."""
+    """How the model called a layer, less the stream: its other arguments, flattened.
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    keyword: bool  # whether the hidden states were passed by keyword
+    `shapes` are those of the parts of the stream that enters, `after` of those that leave; `mask` is 1 where a token
+    [B, T] counts (None: all do), `loss_mask` the same of all parts of the stream that leaves.
+    """
 
-    def __call__(self, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Run `module` on `hidden` as the model would; the first output where it returns several."""
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(hidden.device), (self.args, self.kwargs))
-        out = module(*args, **kwargs, **{HIDDEN: hidden}) if self.keyword else module(hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+    form: Form
+    shapes: tuple[tuple[int, ...], ...] = ()
+    after: tuple[tuple[int, ...], ...] = ()
+    mask: Tensor | None = None
+    loss_mask: Tensor | None = None
+
+    def __call__(self, module: nn.Module, stream: Tensor) -> Tensor:
+        """Run `module` on a stream as the model would; the stream that leaves it."""
+        leaves = [one.to(stream.device) if isinstance(one, Tensor) else one for one in self.leaves]
+        parts = unpack(stream, self.shapes) if len(self.shapes) > 1 else [stream]
+        for argument, part in self.form.takes:
+            leaves[argument] = parts[part]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        out = module(*args, **kwargs)
+        if self.form.spec is None:  # nobody looked at what it returns
+            return out[0] if isinstance(out, tuple) else out
+        returned = [out] if isinstance(out, Tensor) else pytree.tree_leaves(out)
+        gives = self.form.gives
+        return pack([parts[one.kept or 0] if one.made is None else returned[one.made] for one in gives])
 
 
 @dataclass
@@ -61,11 +81,11 @@ class Batch:
     """One calibration batch as its layers see it: how each of them is called."""
 
     calls: list[Call]
-    mask: Tensor | None  # [B, T], 1 where a token counts; None: all do
+    mask: Tensor | None  # of the first layer [B, T], 1 where a token counts; None: all do
     tokens: int
 
 
-class _Stop(Exception):  # noqa: N818  not an error: it ends the forward pass after the last layer of interest
+class Stopped(Exception):  # noqa: N818  not an error: it ends the forward pass after the last layer of interest
     pass
 
 
@@ -99,16 +119,17 @@ def stand_in(modules: Sequence[nn.Module], forwards: Sequence[Forward]) -> Itera
 class Capture:
     """Turns batches of model arguments into `Batch`es, for the layers `layers` of the skeleton `model`.
 
-    With each comes the first layer's input. Everything that is not a layer must be materialised. Equal tensors among
-    the arguments of the batches that are still in use (rotary embeddings, masks) are kept once. A tensor that a batch
-    brought along itself (encoder states) is handed on as it is; with `park` it stays where the batch had it, on the
-    host, until a layer needs it.
+    With each comes the stream that enters the first layer. Everything that is not a layer must be materialised, and so
+    must layers whose form has something `computed`. Equal tensors among the arguments of the batches that are still in
+    use (rotary embeddings, masks) are kept once. A tensor that a batch brought along itself (encoder states) is handed
+    on as it is; with `park` it stays where the batch had it, on the host, until a layer needs it.
     """
 
     model: nn.Module
     layers: Sequence[Layer]
     device: torch.device
     park: bool = False
+    forms: Mapping[str, Form] = field(default_factory=dict)  # by name of the layer; none: hidden states in and out
     # Weak, so that what no batch uses any more is freed.
     _seen: MutableMapping[bytes, Tensor] = field(default_factory=weakref.WeakValueDictionary)
     # Of the batch at hand, by place in memory: its own tensors, and what became of those already looked at.
@@ -123,10 +144,13 @@ class Capture:
             for name, value in arguments(batch).items()
             if there[name].is_contiguous()
         }
-        captured: list[tuple[Tensor, Call]] = []
+        captured: list[Call] = []
+        entering: list[Tensor] = []
+        modules = [self.model.get_submodule(layer.name) for layer in self.layers]
+        recording = _Recording(self, batch, captured, entering, modules)
         try:
-            with self._recording(captured), contextlib.suppress(_Stop):
-                self.model(**there, use_cache=False)
+            with stand_in(modules, recording.forwards()), contextlib.suppress(Stopped):
+                run_model(self.model, there)
         finally:
             self._own, self._known = {}, {}
         if len(captured) < len(self.layers):
@@ -135,52 +159,170 @@ class Capture:
                 where=self.layers[len(captured)].name,
                 hint="The plugin must list the layers in the order in which the model runs them.",
             )
-        hidden = captured[0][0]
-        mask = find_mask(batch, hidden.shape[:2])
-        mask = mask if mask is None else mask.to(hidden.device)
-        tokens = int(mask.sum()) if mask is not None else hidden.shape[0] * hidden.shape[1]
-        return Batch([call for _, call in captured], mask, tokens), hidden
+        hidden = entering[0]
+        mask = captured[0].mask
+        tokens = int(mask.sum()) if mask is not None else hidden.shape[0] * hidden[0].numel() // _width(hidden)
+        return Batch(captured, mask, tokens), hidden
 
-    def _recording(self, captured: list[tuple[Tensor, Call]]) -> contextlib.AbstractContextManager[None]:
-        modules = [self.model.get_submodule(layer.name) for layer in self.layers]
-        return stand_in(
-            modules, [self._recorder(layer, module, captured) for layer, module in zip(self.layers, modules)]
-        )
-
-    def _recorder(self, layer: Layer, module: nn.Module, captured: list[tuple[Tensor, Call]]) -> Any:
-        def record(*args: Any, **kwargs: Any) -> Tensor:
-            position = len(captured)
-            if position >= len(self.layers) or self.layers[position] is not layer:
-                raise LillamaError(
-                    "the model ran this layer out of the listed order",
-                    where=layer.name,
-                    hint="The plugin must list the layers in the order in which the model runs them.",
-                )
-            keyword = not args
-            hidden, rest = (kwargs.pop(HIDDEN), ()) if keyword else (args[0], args[1:])
-            rest, kwargs = pytree.tree_map_only(Tensor, self._once, (rest, kwargs))
-            captured.append((hidden, Call(rest, kwargs, keyword)))
-            if len(captured) == len(self.layers):
-                raise _Stop
-            if layer.kind == "embedding":
-                weight = cast(nn.Embedding, module).weight
-                return torch.zeros(*hidden.shape, weight.shape[1], device=hidden.device, dtype=weight.dtype)
-            return hidden
-
-        return record
-
-    def _once(self, tensor: Tensor) -> Tensor:
+    def once(self, tensor: Tensor) -> Tensor:
         """`tensor`, or the equal one seen before."""
         _, found = self._known.get(id(tensor), (None, None))
         if found is None:
             own = self._own.get((tensor.data_ptr(), tensor.numel())) if tensor.is_contiguous() else None
-            found = self._equal(tensor) if own is None else own.reshape(tensor.shape)
+            found = self._seen.setdefault(digest(tensor), tensor) if own is None else own.reshape(tensor.shape)
             # The tensor is kept beside it so that its id stays its own.
             self._known[id(tensor)] = (tensor, found)
         return found
 
-    def _equal(self, tensor: Tensor) -> Tensor:
-        flat = tensor.detach().cpu().contiguous()
-        digest = hashlib.blake2b(flat.reshape(-1).view(torch.uint8).numpy().data, digest_size=16).digest()
-        key = digest + str((tensor.dtype, tuple(tensor.shape))).encode()
-        return self._seen.setdefault(key, tensor)
+
+def digest(tensor: Tensor) -> bytes:
+    """A hash of a tensor's numbers, type and shape."""
+    flat = tensor.detach().cpu().contiguous()
+    found = hashlib.blake2b(flat.reshape(-1).view(torch.uint8).numpy().data, digest_size=16).digest()
+    return found + str((tensor.dtype, tuple(tensor.shape))).encode()
+
+
+def run_model(model: nn.Module, given: Mapping[str, Any], **more: Any) -> Any:
+    """A forward pass without a cache of keys and values."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
+    return model(**given, **options, **more)
+
+
+def _width(hidden: Tensor) -> int:
+    """Numbers per token: an embedding's input has one, hidden states [B, T, ...] have as many as follow."""
+    return 1 if hidden.dim() == 2 else hidden[0, 0].numel()
+
+
+class _Recording:
+    """One pass in which layers hand on what they are given, and their calls are taken down."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        batch: RawBatch,
+        captured: list[Call],
+        entering: list[Tensor],
+        modules: Sequence[nn.Module],
+    ) -> None:
+        self.capture, self.batch, self.captured, self.entering = capture, batch, captured, entering
+        self.modules = modules
+        self.own = [module.forward for module in modules]  # a plugin may have set one
+        forms = [capture.forms.get(layer.name) for layer in capture.layers]
+        self.begun = next((i for i, form in enumerate(forms) if form and form.begins), 0)  # where a decoder begins
+        self.parts: list[tuple[int, ...]] = []  # shapes of what the stream consists of here
+
+    def forwards(self) -> list[Forward]:
+        """What plays the layers."""
+        return [self._player(number) for number in range(len(self.modules))]
+
+    def _player(self, number: int) -> Forward:
+        layer = self.capture.layers[number]
+
+        def play(*args: Any, **kwargs: Any) -> Any:
+            if number != len(self.captured):
+                raise LillamaError(
+                    "the model ran this layer out of the listed order",
+                    where=layer.name,
+                    hint="The plugin must list the layers in the order in which the model runs them, each once.",
+                )
+            return self._record(number, args, kwargs)
+
+        return play
+
+    def _record(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer = self.capture.layers[number]
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        form = self.capture.forms.get(layer.name) or _usual_form(args, kwargs)
+        if not number:
+            places = {part: argument for argument, part in reversed(form.takes)}
+            parts = [leaves[places[part]] for part in range(len(places))]
+            self.parts = [tuple(part.shape) for part in parts]
+            self.entering.append(pack(parts))
+        main = next((argument for _, argument in form.echoes), form.takes[0][0])
+        taken = {argument for argument, _ in form.takes}
+        kept = [
+            None if i in taken else self.capture.once(leaf) if isinstance(leaf, Tensor) else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        mask = self._mask(number, leaves[main])
+        call = Call(kept, spec, form, tuple(self.parts), mask=mask)
+        self.captured.append(call)
+        incoming, self.parts = self.parts, []
+        masks = []
+        for part in form.gives:
+            echo = dict(form.echoes).get(-1 if part.made is None else part.made, main)
+            self.parts.append(incoming[part.kept or 0] if part.made is None else tuple(leaves[echo].shape))
+            masks.append(
+                self._part_mask(self.parts[-1], mask, counts=part.made is not None, device=leaves[main].device)
+            )
+        call.after = tuple(self.parts)
+        call.loss_mask = mask if len(masks) < 2 else torch.cat(masks, 1)
+        if len(self.captured) == len(self.modules):
+            raise Stopped
+        if layer.kind == "embedding":
+            weight = cast(nn.Embedding, self.modules[number]).weight
+            hidden = leaves[main]
+            return torch.zeros(*hidden.shape, weight.shape[1], device=hidden.device, dtype=weight.dtype)
+        if form.spec is None:
+            return leaves[main]
+        return give_back(form, leaves, {}, self._computed(number, form, args, kwargs))
+
+    def _computed(self, number: int, form: Form, args: Any, kwargs: Any) -> dict[int, Any]:
+        """Output leaves that no token has an influence on, which the layer itself must say."""
+        if not form.computed:
+            return {}
+        module, own = self.modules[number], self.own[number]
+        with play_by(module, own):
+            returned = pytree.tree_leaves(module(*args, **kwargs))
+        return {leaf: returned[leaf] for leaf in form.computed}
+
+    def _mask(self, number: int, hidden: Any) -> Tensor | None:
+        if not isinstance(hidden, Tensor):
+            return None
+        names: Sequence[str] = MASKS
+        if self.begun:  # an encoder's tokens are others than its decoder's
+            names = MASKS[-1:] if number < self.begun else MASKS[:-1]
+        found = find_mask(self.batch, hidden.shape[:2], names)
+        return None if found is None else found.to(hidden.device)
+
+    @staticmethod
+    def _part_mask(shape: tuple[int, ...], mask: Tensor | None, counts: bool, device: torch.device) -> Tensor:
+        """The mask [B, n] of a part of the stream: what a layer only hands on does not count for it."""
+        tokens = torch.Size(shape[1:-1]).numel() if len(shape) > 2 else 1
+        if not counts:
+            return torch.zeros(shape[0], tokens, device=device)
+        if mask is None or tokens % mask.shape[1]:
+            return torch.ones(shape[0], tokens, device=device)
+        return mask.repeat_interleave(tokens // mask.shape[1], 1).to(torch.float32)
+
+
+def _usual_form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
+    """Hidden states are the first argument, or the one called so, and what comes back."""
+    if args:
+        return Form(((0, 0),), (Part(made=0),))
+    before = itertools.takewhile(lambda name: name != HIDDEN, kwargs)
+    place = len(pytree.tree_leaves([kwargs[name] for name in before]))
+    return Form(((place, 0),), (Part(made=0),))
+
+
+def give_back(form: Form, arguments: Sequence[Any], made: Mapping[int, Tensor], computed: Mapping[int, Any]) -> Any:
+    """What a layer of that form returns, if it `made` these output leaves; others are what it was given, or zeros."""
+    if form.spec is None:
+        return next(iter(made.values()))
+    echoes, passes = dict(form.echoes), dict(form.passes)
+    batch = next((arguments[a].shape[0] for _, a in form.echoes), None)
+    leaves = []
+    for number, leaf in enumerate(form.outputs):
+        if number in made:
+            leaves.append(made[number])
+        elif number in computed:
+            leaves.append(computed[number])
+        elif number in echoes or number in passes:
+            leaves.append(arguments[echoes.get(number, passes.get(number, 0))])
+        elif leaf.value is None:
+            leaves.append(leaf.said)
+        else:
+            like = next(a for a in arguments if isinstance(a, Tensor))
+            shape = (batch or leaf.shape[0], *leaf.shape[1:]) if leaf.shape else ()
+            leaves.append(torch.zeros(shape, dtype=leaf.dtype, device=like.device))
+    return pytree.tree_unflatten(leaves, form.spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from lillama.pretrained.vetted import check_config, shards_of
 from lillama.recipe.schema import Model
 
 PACKAGE = "package:"
+
+_OF_TOKENIZER = re.compile(r"token|vocab|merges|processor|\.(model|tiktoken|py)$")
 
 Place = tuple[str, str | None]  # (hub id or directory, name of a GGUF file in it)
 
@@ -136,7 +139,7 @@ def read_tokenizer(model: Model, where: str, gguf: str | None, unpacked: Path) -
     """The tokenizer of the model at `where` (see `resolve`); that of a GGUF file is in `unpacked` once that exists."""
     from transformers import AutoTokenizer
 
-    with explained(f"the tokenizer of '{model.id}'", "model.id"):
+    with explained(f"the tokenizer of '{model.id}'", "model.id"), _where_one_is(where, "model.id", gguf):
         if gguf and unpacked.is_dir():
             return AutoTokenizer.from_pretrained(unpacked)
         options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
@@ -145,6 +148,22 @@ def read_tokenizer(model: Model, where: str, gguf: str | None, unpacked: Path) -
         elif own := own_configuration(where, revision=model.revision, trust=model.trust_remote_code):
             options = {"trust_remote_code": False, "config": own}
         return AutoTokenizer.from_pretrained(where, revision=model.revision, **options)
+
+
+@contextlib.contextmanager
+def _where_one_is(place: str | Path, where: str, gguf: str | None = None) -> Iterator[None]:
+    """Say that there is no tokenizer where a directory holds no file of one: libraries list what they tried."""
+    try:
+        yield
+    except Exception as error:
+        directory = Path(place)
+        if gguf or not directory.is_dir() or any(_OF_TOKENIZER.search(file.name) for file in directory.iterdir()):
+            raise
+        raise LillamaError(
+            f"there is no tokenizer in '{place}', and what reads text needs one",
+            where=where,
+            hint="Put its files beside the model, or leave out what reads text: batches of token ids need none.",
+        ) from error
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -189,7 +208,7 @@ def processor(directory: Path, **options: Any) -> Any:
 
 def read_processor(place: str | Path, trust: bool = False) -> Any:
     """The processor or tokenizer of the model in a directory, read with a plugin's configuration where one makes it."""
-    with explained(f"the tokenizer of '{place}'", "directory"):
+    with explained(f"the tokenizer of '{place}'", "directory"), _where_one_is(place, "directory"):
         own = own_configuration(place, trust=trust)
         options = {"trust_remote_code": trust} if own is None else {"trust_remote_code": False, "config": own}
         return processor(Path(place), **options)

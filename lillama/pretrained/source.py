@@ -24,6 +24,7 @@ from lillama.base.rundir import ORIGINAL
 from lillama.base.tensorfile import Lazy, TensorFile
 from lillama.errors import LillamaError
 from lillama.pretrained import identity, sharing
+from lillama.pretrained.forms import Form
 from lillama.pretrained.headers import index_of, open_files
 from lillama.pretrained.locate import Place, download, explained
 from lillama.recipe.schema import Model
@@ -68,6 +69,7 @@ class Source:
         self.dtype = weights_dtype(section, config)
         self.working = working or self.dtype
         self.shared: list[list[str]] = []  # see `share`
+        self.forms: dict[str, Form] = {}  # of layers, by name, once they were learned (learn.py)
         self.aliases: dict[str, str] = {}
         self.model = self.skeleton()
         self.directory: Path | None = None  # of safetensors files, once `fetch` was called
@@ -82,7 +84,10 @@ class Source:
             explained(f"the model '{self.section.id}'", "model.id"),
             init_empty_weights(include_buffers=False),
         ):
-            model = self.auto_class.from_config(self.config, dtype=self.working, trust_remote_code=trust)
+            if hasattr(self.auto_class, "from_config"):
+                model = self.auto_class.from_config(self.config, dtype=self.working, trust_remote_code=trust)
+            else:  # a class of models, where no auto class opens this one
+                model = self.auto_class._from_config(self.config, dtype=self.working)
         model.tie_weights()
         sharing.share(model, self.shared)
         return model.eval().requires_grad_(False)
@@ -255,14 +260,23 @@ class Source:
         An output head of its own is left out, which no layer needs, unless the model is to predict.
         """
         names = tuple(f"{name}." for name in names)
-        head = self.model.get_output_embeddings()
-        inputs = self.model.get_input_embeddings()
-        own = [] if predicts or head is None else [p for p in head.parameters() if p is not inputs.weight]
+        head = None if predicts else _unless_lacking(self.model.get_output_embeddings)
+        theirs = {id(module) for module in head.modules()} if isinstance(head, nn.Module) else set()
+        not_needed = {name for name, module in self.model.named_modules() if id(module) in theirs}
         return [
             key
-            for key, parameter in self.model.named_parameters()
-            if not key.startswith(names) and not any(parameter is one for one in own)
+            # A tied parameter is filled under each of its names: on the meta device they are several.
+            for key, _ in self.model.named_parameters(remove_duplicate=False)
+            if not key.startswith(names) and key.rpartition(".")[0] not in not_needed
         ]
+
+
+def _unless_lacking(getter: Callable[[], Any]) -> Any | None:
+    """What a model says of its embeddings; None where it has none to name."""
+    try:
+        return getter()
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 def unpack_gguf(source: Source, cache: Path, put: PutDirectory) -> Path:

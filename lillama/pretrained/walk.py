@@ -92,8 +92,12 @@ class Walk:
     @contextlib.contextmanager
     def capture(self, park: bool = False) -> Iterator[Capture]:
         """What captures the calls of the layers while the block lasts (`park`: see Capture)."""
-        with self.hold_outside() as model:
-            yield Capture(model, self.layers, self.device.device, park)
+        forms = self.source.forms
+        asked = [layer for layer in self.layers if layer.name in forms and forms[layer.name].computed]
+        with self.hold_outside() as model, contextlib.ExitStack() as stack:
+            for layer in asked:  # which must say what no token has an influence on
+                stack.enter_context(self.open_layer(layer))
+            yield Capture(model, self.layers, self.device.device, park, forms)
 
     @contextlib.contextmanager
     def open_layer(self, layer: Layer) -> Iterator[nn.Module]:

@@ -121,6 +121,11 @@ class Calibration(Section):
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the rows to use.")
     tokens: int | None = Field(None, gt=0, description="How many tokens to use at most; null: all.")
     sequence_length: int = Field(512, ge=2, description="Tokens per sequence; rows are joined and cut to this.")
+    special_tokens: Literal["auto", "text"] = Field(
+        "auto",
+        description="auto: around every sequence stand the special tokens that the tokenizer puts around a text (BOS; "
+        "[CLS] ... [SEP]), and count towards its length; text: sequences are cut from the text as it runs.",
+    )
     variants: int = Field(
         0,
         ge=0,
@@ -160,6 +165,9 @@ class Finetune(Section):
     augment: int = Field(0, ge=0, description="Speech: altered copies of every clip, as for calibration.")
     tokens: int | None = Field(None, gt=0, description="Tokens of text to use at most; null: all.")
     sequence_length: int = Field(512, ge=2, description="Tokens per sequence of text.")
+    special_tokens: Literal["auto", "text"] | None = Field(
+        None, description="What stands at the start of every sequence, as for calibration; null: the calibration's own."
+    )
     epochs: int = Field(1, ge=1, description="Passes over the data.")
     steps: int | None = Field(None, ge=1, description="Updates; null: as many as the epochs take.")
     batch_size: int = Field(8, ge=1, description="Clips or sequences per forward pass.")
@@ -311,7 +319,8 @@ class Recipe(Readable):
     )
     evaluate: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="Evaluators by name, each with its options; NAME/LABEL runs one evaluator several times.",
+        description="Evaluators by name, each with its options. NAME/LABEL runs one several times, and its metrics are "
+        "called LABEL/METRIC: perplexity/wiki gives wiki/perplexity.",
     )
     run: Run = Field(description="Where and how the run happens.")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lillama.contract import Layer
 from lillama.data.files import missing
 from lillama.errors import LillamaError, did_you_mean
+from lillama.plan.plan import Plan
 from lillama.recipe.schema import Calibration, Finetune, Recipe
-from lillama.registry import EVALUATORS
+from lillama.registry import EVALUATORS, INITIALISERS
+from lillama.signature import parameters
 
 # What configurations call the number of positions; later names are those of models that lack the first.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
@@ -70,6 +73,26 @@ def check_skip(globs: Sequence[str], layers: Sequence[Layer], model: Any) -> Non
 
 def _ends(glob: str, names: set[str]) -> bool:
     return bool(fnmatch.filter(names, f"*{glob}"))
+
+
+def check_initialiser(recipe: Recipe, plan: Plan) -> None:
+    """LillamaError for an initialiser that some planned weight has nothing to give."""
+    init = recipe.compress.init
+    asked = parameters(INITIALISERS.get(init))
+    grams = {parameter.name: parameter.default for parameter in asked if parameter.name in ("gram", "output_gram")}
+    if len(grams) == 2 and any(default is inspect.Parameter.empty for default in grams.values()):
+        raise LillamaError(
+            f"the initialiser '{init}' wants both gram and output_gram, and every weight has one of them",
+            where="compress.init",
+            hint="Give both parameters the default None: the one that costs less is measured.",
+        )
+    tables = [name for name in plan.ranks if plan.weights[name].kind == "embedding"]
+    if tables and "gram" in grams and len(grams) == 1:
+        raise LillamaError(
+            f"the initialiser '{init}' wants the Gram of a weight's inputs, and '{tables[0]}', an embedding, has none",
+            where="compress.init",
+            hint="One that names output_gram serves, such as whitened; or list the embedding under compress.skip.",
+        )
 
 
 def check_data(recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lillama.distill.build import restore_layer
 from lillama.distill.job import Job, OpenAt
@@ -24,7 +24,7 @@ from lillama.recipe.schema import Recipe
 AT_ONCE = 8192  # tokens per forward pass
 
 
-def text(recipe: Recipe, tokenizer: Callable[[], Any], batches: Any) -> Tensor | None:
+def text(recipe: Recipe, tokenizer: Callable[[], Any], batches: Any) -> perplexity.Windows | None:
     """The windows to measure on: of the recipe's first perplexity evaluator, else of the held-out batches.
 
     None where the recipe wants no curve. Raises LillamaError for a model that reads no text.
@@ -37,8 +37,8 @@ def text(recipe: Recipe, tokenizer: Callable[[], Any], batches: Any) -> Tensor |
     given = next((o for name, o in recipe.evaluate.items() if name.partition("/")[0] == "perplexity"), None)
     if given is None:
         ids = torch.cat([batch["input_ids"] for batch in reversed(batches) if "attention_mask" not in batch][:most])
-        return ids[: max(most // ids.shape[1], 1)]
-    names = ("dataset", "config", "split", "column", "sequence_length", "tokens")
+        return perplexity.Windows(ids[: max(most // ids.shape[1], 1)])
+    names = ("dataset", "config", "split", "column", "sequence_length", "tokens", "special_tokens")
     options = {name: given[name] for name in names if name in given}
     options["tokens"] = min(options.get("tokens") or most, most)
     return perplexity.windows(tokenizer(), "evaluate.perplexity", **options)
@@ -50,7 +50,7 @@ class Curve:
     Whatever fails here is said and costs the run nothing but the curve.
     """
 
-    def __init__(self, windows: Tensor, points: int) -> None:
+    def __init__(self, windows: perplexity.Windows, points: int) -> None:
         self.windows, self.points = windows, points
         self.known: dict[str, float] = {}
         self.failed = False
@@ -91,11 +91,9 @@ class Curve:
     def _measure(self, job: Job, open_at: OpenAt, trained: Mapping[int, nn.Module], original: bool = False) -> float:
         total, count = 0.0, 0
         with job.walk.hold_outside(predicts=True) as model, _play_students(job, open_at, trained, original):
-            for ids in self.windows.split(max(AT_ONCE // self.windows.shape[1], 1)):
-                ids = ids.to(job.device.device)
+            for ids in self.windows.ids.split(max(AT_ONCE // self.windows.ids.shape[1], 1)):
                 with job.device.autocast():
-                    logits = model(input_ids=ids, use_cache=False).logits
-                losses = perplexity.token_losses(logits, ids)
+                    losses = perplexity.token_losses(model, ids.to(job.device.device), self.windows.given)
                 total += float(losses.double().sum())
                 count += losses.numel()
         return perplexity.exponential(total / count)

@@ -12,7 +12,8 @@ import torch
 from lillama.base.device import Device
 from lillama.contract import Weight
 from lillama.factorise.grams import choose_gram
-from lillama.plan.plan import Plan
+from lillama.plan.plan import Plan, observable
+from lillama.pretrained.predictions import LOGITS, READ
 from lillama.pretrained.source import Source
 from lillama.recipe.schema import Recipe
 from lillama.run import disk
@@ -20,7 +21,11 @@ from lillama.run.counts import Counts
 from lillama.run.prepare import Prepared
 
 SINGLE = 3  # times that a product in float32 takes longer than one in the compute type, about
-PROCESS_BYTES = 700_000_000  # Python, torch and transformers themselves, on a CPU
+PROCESS_BYTES = 600_000_000  # Python, torch, transformers and datasets themselves, on a CPU
+# Of a number of an embedding's table while its factors are found, in float64, and learn: as measured
+# (benchmarks/memory.py) of 49 k x 576 and 262 k x 256 numbers, by the default recipe.
+TABLE_BYTES = 60
+LOGITS_HELD = 4  # times the logits made at once: they, their gradient, and what two products of that size take
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
         memory = _one_by_one(run) + (stream_bytes if own else 0)
     else:
         memory = _all_at_once(run)
+    memory = max(memory, _measuring_bytes(run), _table_bytes(run))
     memory = max(memory, _evaluation_bytes(source, recipe), _finetuning_bytes(source, plan, recipe))
     if device.device.type == "cpu":
         memory += PROCESS_BYTES
@@ -128,16 +134,44 @@ def _finetuning_bytes(source: Source, plan: Plan, recipe: Recipe) -> int:
         return 0
     teacher = plan.before * source.working.itemsize if section.teacher else 0
     tokens = section.batch_size * (0 if source.config.is_encoder_decoder else section.sequence_length)
-    return 16 * plan.after + teacher + 16 * tokens * int(source.config.get_text_config().vocab_size)
+    return 16 * plan.after + teacher + 4 * LOGITS_HELD * min(tokens * _vocabulary(source), LOGITS)
+
+
+def _measuring_bytes(run: Counts) -> int:
+    """The predictions' sensitivity: what stands outside the blocks, all their streams, logits, or one block's step."""
+    if not run.measured:
+        return 0
+    recipe, source, item = run.recipe, run.source, run.source.working.itemsize
+    blocks = [layer for layer in run.plan.layers if layer.kind == "block"]
+    outside = source.outside([layer.name for layer in blocks], True)
+    around = item * sum(source.model.get_parameter(name).numel() for name in outside)
+    logits = run.device.compute.itemsize * LOGITS_HELD * min(run.batch * _vocabulary(source), LOGITS)
+    block = max((item * run.numbers.get(layer.name, 0) for layer in blocks), default=0)
+    squares = max((sum(w.copies * min(w.shape) ** 2 for w in observable(layer)) for layer in blocks), default=0)
+    tokens = min(recipe.calibration.tokens or 0, recipe.compress.fisher_tokens)
+    place, streams = disk.streams(run, len(blocks) + 2, tokens)
+    own = place == ("host" if run.device.device.type == "cpu" else "device")
+    return (streams if own else 0) + max(around + logits, block + 8 * squares + _step(run)[0])
+
+
+def _table_bytes(run: Counts) -> int:
+    """The largest embedding that becomes low-rank, and the logits of a batch where its head does as well."""
+    tables = [w.shape[0] * w.shape[1] for layer in run.planned for w in layer.weights if w.kind == "embedding"]
+    heads = any(layer.kind == "head" for layer in run.planned)
+    logits = LOGITS_HELD * 4 * run.batch * _vocabulary(run.source) if heads else 0
+    return TABLE_BYTES * max(tables) + logits if tables else 0
 
 
 def _evaluation_bytes(source: Source, recipe: Recipe) -> int:
     if not (recipe.evaluate or source.gguf):
         return 0
     whole = sum(p.numel() for p in source.model.parameters()) * source.dtype.itemsize
-    # Logits of the evaluators' usual four windows of 512 tokens, and what is computed from them.
-    vocabulary = source.config.get_text_config().vocab_size
-    return whole * 5 // 4 + 2048 * vocabulary * 4 * 2
+    # Logits of the evaluators' usual four windows of 512 tokens, and what is computed from them, in float32.
+    return whole * 5 // 4 + 4 * LOGITS_HELD * min(2048 * _vocabulary(source), READ)
+
+
+def _vocabulary(source: Source) -> int:
+    return int(getattr(source.config.get_text_config(), "vocab_size", None) or 0)
 
 
 def _through(weight: Weight, chosen: int) -> int:

@@ -35,6 +35,7 @@ from lillama.finetune import train as finetune
 from lillama.finetune.trainer import Setting
 from lillama.plan.plan import Plan, choose_ranks
 from lillama.pretrained import sharing
+from lillama.pretrained.learn import learn_forms
 from lillama.pretrained.locate import read_tokenizer
 from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Finetune, Recipe
@@ -42,6 +43,7 @@ from lillama.report import html, track
 from lillama.report.record import IN_TURN, STAGES
 from lillama.run import curve, fingerprint
 from lillama.run.estimate import check_disk
+from lillama.run.forms import needed
 from lillama.run.prepare import Prepared, prepare
 
 PLAN = "plan.json"
@@ -137,6 +139,8 @@ class Run:
         host.get().prepare(self.prepared.plugin, self.source.model, self.recipe)
         device, progress = self.prepared.device, self.progress
         walk = Walk(self.source, self.plan.layers, self.plan.layers, device, progress)
+        with progress.timed("learn forms"):
+            learn_forms(needed(walk, self.plan, self.recipe), batches[0])
         if self.plan.provisional:
             spectra = sensitivity.measure_spectra(walk, self.directory, batches, self.recipe)
             self.choose({name: spectrum.tolist() for name, spectrum in spectra.items()})

@@ -12,6 +12,7 @@ from lillama.base import device
 from lillama.contract import Layer
 from lillama.errors import LillamaError
 from lillama.factorise import refit
+from lillama.lowrank import swap
 from lillama.plan.plan import Plan, choose_ranks
 from lillama.pretrained import locate
 from lillama.pretrained.source import Source, weights_dtype
@@ -78,6 +79,7 @@ def _check_layers(layers: list[Layer], source: Source) -> None:
             raise LillamaError("an embedding must be the first layer", where=layer.name)
         if found := next((w.name for w in layer.weights if f"{w.name}.".startswith(shared)), None):
             raise LillamaError("a weight of shared modules cannot be factorised", where=found)
+        swap.check_served(source.model, layer.weights)
 
 
 def make_plan(recipe: Recipe, config: Any = None) -> Plan:

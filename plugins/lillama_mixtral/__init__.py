@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lillama import Layer, Weight, hookimpl
+from lillama import Layer, hookimpl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,18 +26,4 @@ def enumerate_layers(model: PreTrainedModel) -> list[Layer] | None:
 def layer(model: PreTrainedModel, name: str) -> Layer:
     """A block: attention by common input, then every projection of its experts as one stacked weight."""
     attention = Layer.of_linears(model, name, ATTENTION).weights
-    experts = f"{name}.mlp.experts"
-    copies, hidden, inner = model.get_parameter(f"{experts}.down_proj").shape
-
-    def stacked(projection: str, shape: tuple[int, int], group: str) -> Weight:
-        return Weight(f"{experts}.{projection}", shape, copies, "experts", f"{experts}.{group}")
-
-    return Layer(
-        name,
-        (
-            *attention,
-            stacked("gate", (inner, hidden), "in"),
-            stacked("up", (inner, hidden), "in"),
-            stacked("down", (hidden, inner), "down"),
-        ),
-    )
+    return Layer(name, attention + Layer.of_experts(model, f"{name}.mlp.experts"))

@@ -1,0 +1,81 @@
+"""Whether layers that are driven one by one compute what the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lillama.base.progress import Progress
+from lillama.contract import Layer
+from lillama.pretrained.calls import arguments, run_model
+from lillama.pretrained.forms import pack, unpack
+from lillama.pretrained.learn import learn_forms
+from lillama.pretrained.walk import Walk
+from lillama.run.prepare import Prepared
+
+
+class StreamsDifferError(AssertionError):
+    """A layer driven by itself put out something else than it does inside the model."""
+
+
+def check_streams(prepared: Prepared, model: Any, batch: Mapping[str, Tensor]) -> None:
+    """Assert that driving the layers of `prepared` one by one gives what `model` gives at every layer, bit for bit.
+
+    `model` is the whole original, loaded, in the type of `prepared.source.working`; the source was fetched, and the
+    plugin's `prepare` was called on both. `batch` holds the model's forward arguments. Raises StreamsDifferError, which
+    names the first layer that differs.
+    """
+    source, layers = prepared.source, prepared.layers
+    walk = Walk(source, layers, layers, prepared.device, Progress())
+    learn_forms(walk, batch)
+    wanted = _outputs(model, layers, batch)
+    with walk.capture() as capture:
+        captured, hidden = capture(batch)
+    parts = unpack(hidden, captured.calls[0].shapes)
+    for position, layer in enumerate(layers):
+        call = captured.calls[position]
+        with torch.no_grad(), walk.open_layer(layer) as module:
+            hidden = call(module, hidden)
+        made = wanted[position]
+        if made is not None:
+            parts = [parts[part.kept or 0] if part.made is None else made[part.made] for part in call.form.gives]
+        _compare(layer, hidden, None if made is None else pack(parts))
+
+
+def _outputs(model: Any, layers: Sequence[Layer], batch: Mapping[str, Tensor]) -> list[list[Any] | None]:
+    """What every layer of `model` puts out on a batch, flattened."""
+    found: dict[str, list[Any]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            found.setdefault(name, pytree.tree_leaves(output))
+
+        return hook
+
+    hooks = [model.get_submodule(layer.name).register_forward_hook(keep(layer.name)) for layer in layers]
+    try:
+        with torch.no_grad():
+            run_model(model, arguments(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found.get(layer.name) for layer in layers]
+
+
+def _compare(layer: Layer, driven: Tensor, inside: Tensor | None) -> None:
+    if inside is None:
+        raise StreamsDifferError(f"the model's forward pass does not run {layer.name}")
+    if driven.shape != inside.shape:
+        shapes = f"{tuple(driven.shape)}, and {tuple(inside.shape)} inside the model"
+        raise StreamsDifferError(f"{layer.name}, driven by itself, puts out {shapes}")
+    if not torch.equal(driven, inside):
+        worst = float((driven.double() - inside.double()).abs().max())
+        size = float(inside.double().abs().max())
+        raise StreamsDifferError(
+            f"{layer.name}, driven by itself, puts out something else than inside the model: "
+            f"by {worst:.2g} at most, where the largest number is {size:.2g}"
+        )
