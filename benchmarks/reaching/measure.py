@@ -22,7 +22,7 @@ from lillama.recipe.schema import Recipe
 from lillama.run import pipeline, prepare
 from reaching import build, classes, watch
 
-EQUAL = 1e-5  # of the largest logit
+EQUAL = 1e-5  # of the largest logit, or of one
 STAGES = ("builds", "forward", "reloads", "plan", "full", "default")
 
 
@@ -110,7 +110,7 @@ def described(prepared: prepare.Prepared) -> dict[str, Any]:
     head = model.get_output_embeddings()
     embedded |= {id(p) for p in head.parameters()} if head is not None else set()
     whole = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in embedded)
-    offered = sum(weight.parameters for block in blocks for weight in block.weights)
+    offered = _offered(model, [weight for block in blocks for weight in block.weights])
     names = [b.name for b in blocks]
     return {
         "plugin": prepared.plugin.name,
@@ -121,6 +121,13 @@ def described(prepared: prepare.Prepared) -> dict[str, Any]:
         "groups": _groups(blocks[-1]) if blocks else "",
         "left": _left(model, blocks),
     }
+
+
+def _offered(model: torch.nn.Module, weights: list[Any]) -> int:
+    """How many numbers `weights` have, such as share one matrix counted once."""
+    modules = dict(model.named_modules())
+    found = {id(getattr(modules.get(weight.name), "weight", weight)): weight.parameters for weight in weights}
+    return sum(found.values())
 
 
 def _groups(block: Any) -> str:
@@ -198,10 +205,10 @@ def _default(
 
 
 def differs(found: Tensor, expected: Tensor) -> str:
-    """`yes` where two results are equal to 1e-5 of the largest, else how far they are apart."""
+    """`yes` where two results are equal to 1e-5, of the largest where that is more than one, else how far apart."""
     if found.shape != expected.shape:
         return f"shape {list(found.shape)} in place of {list(expected.shape)}"
-    worst = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    worst = float((found - expected).abs().max() / expected.abs().max().clamp_min(1.0))
     return "yes" if worst <= EQUAL else f"differs by {worst:.1e}"
 
 

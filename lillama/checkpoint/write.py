@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
 
 from lillama.base import tensorfile
 from lillama.base.rundir import RunDirectory
@@ -58,17 +59,42 @@ def _entries(source: Source, plan: Plan, run: RunDirectory, layer_files: list[st
                 entries += _as_in_the_file(source, name, tensors, key)
                 replaced.add(name)
     opened: dict[Path, TensorFile] = {}
+    several = _several(source)
     for name, parts in source.index.items():
-        if name not in replaced and name not in source.aliases:
+        if name in replaced or name in source.aliases:
+            continue
+        if replaced.intersection(several.get(name, ())):
+            entries.append(Entry.of(name, _part(source, name, several[name])))
+        else:
             for path, key in parts:
                 tensors = opened.get(path) or opened.setdefault(path, TensorFile(path))
                 entries.append(tensors.entry(key, source.dtype))
     return entries
 
 
+def _several(source: Source) -> dict[str, set[str]]:
+    """Parameters that one tensor of the files is split into -> all that it becomes."""
+    becomes: dict[tuple[Path, str], set[str]] = {}
+    for name, parts in source.index.items():
+        for part in parts:
+            becomes.setdefault(part, set()).add(name)
+    together = [names - source.aliases.keys() for names in becomes.values()]
+    return {name: names for names in together if len(names) > 1 for name in names}
+
+
+def _part(source: Source, name: str, together: set[str]) -> Tensor:
+    """The parameter `name`, split from the tensor that holds all of `together`."""
+    source.materialise([name])
+    tensor = source.model.get_parameter(name).detach().to(source.dtype).clone()
+    source.release_keys(together)
+    return tensor
+
+
 def _as_in_the_file(source: Source, name: str, tensors: TensorFile, key: str) -> list[Entry]:
     """A dense tensor under the name (or names) the original's files use for it."""
     parts = source.index.get(name, [])
+    if name in _several(source):
+        return [tensors.entry(key, source.dtype, name)]
     if len(parts) == 1:
         return [tensors.entry(key, source.dtype, parts[0][1])]
     from transformers.core_model_loading import revert_weight_conversion

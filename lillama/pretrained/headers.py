@@ -50,7 +50,10 @@ def index_of(
     for file, tensors in files.items():
         for key in tensors:
             name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-            index.setdefault(name, []).append((file, key))
+            if name not in state and key in state:  # transformers takes it for the model's own name then, too
+                name, converted = key, None
+            for made in _made_of(name, converted, converters):
+                index.setdefault(made, []).append((file, key))
             if converted is None and name in state and tensors.shape(key) != tuple(state[name].shape):
                 there, here = list(tensors.shape(key)), list(state[name].shape)
                 what = f"'{key}' has the shape {there}, where config.json makes it {here}"
@@ -63,6 +66,13 @@ def index_of(
             hint=OTHER,
         )
     return index
+
+
+def _made_of(name: str, pattern: str | None, converters: Iterable[Any]) -> list[str]:
+    """All the model's keys that a tensor of a file becomes, of which `name` is the first: fused ones are split."""
+    targets: list[str] = next((c.target_patterns for c in converters if pattern in c.source_patterns), [])
+    first = next((target for target in targets if target in name), None)
+    return [name] if first is None else [name.replace(first, target) for target in targets]
 
 
 def check_size(model: Any, files: Iterable[TensorFile], where: str) -> None:
