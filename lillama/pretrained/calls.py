@@ -184,7 +184,11 @@ def digest(tensor: Tensor) -> bytes:
 
 def run_model(model: nn.Module, given: Mapping[str, Any], **more: Any) -> Any:
     """A forward pass without a cache of keys and values."""
-    options = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
+    takes = inspect.signature(type(model).forward).parameters
+    config: Any = model.config
+    # Some take it among others that they hand on to what is inside them.
+    handed_on = hasattr(config.get_text_config(), "use_cache") and any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    options = {"use_cache": False} if "use_cache" in takes or handed_on else {}
     return model(**given, **options, **more)
 
 

@@ -59,6 +59,9 @@ def index_of(
                 what = f"'{key}' has the shape {there}, where config.json makes it {here}"
                 raise LillamaError(what, where=str(file), hint=OTHER)
     tied = {*(getattr(model, "all_tied_weights_keys", None) or {}), *aliases}
+    # What a class says no file needs to hold is made by the class itself (see Source.materialise).
+    made = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
+    tied |= {key for key in state if any(re.search(pattern, key) for pattern in made)}
     if missing := [k for k, t in state.items() if t.is_meta and k not in index and k not in tied]:
         raise LillamaError(
             f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}",

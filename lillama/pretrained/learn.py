@@ -36,7 +36,13 @@ def learn_forms(walk: Walk, raw: RawBatch) -> dict[str, Form]:
         return {}
     batch = {name: value[:ROWS] for name, value in raw.items() if isinstance(value, Tensor)}
     whole = [layer.name for layer in walk.layers] == [layer.name for layer in walk.every]
-    records, ending, expected = _watch(walk, batch, whole)
+    try:
+        records, ending, expected = _watch(walk, batch, whole)
+    except LillamaError:
+        raise
+    except Exception:  # rows that belong together, such as the codebooks of one piece of sound
+        batch = raw
+        records, ending, expected = _watch(walk, batch, whole)
     other = None
     if any(len([leaf for leaf in record.outputs if leaf.value]) > 1 for record in records):
         other, _, _ = _watch(walk, altered(batch), False)

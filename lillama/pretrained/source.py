@@ -183,8 +183,19 @@ class Source:
             setattr(self.model.get_submodule(parent), leaf, self.model.get_parameter(stored))
             if stored in absent and not stored.startswith(tuple(f"{p}." for p in prefixes)) and stored not in prefixes:
                 self.release_keys([stored])
+        self._make_rest(prefixes, device)
         self.model.requires_grad_(False)
         self._check_numbers(prefixes)
+
+    def _make_rest(self, prefixes: tuple[str, ...], device: torch.device | str) -> None:
+        """Have the model's class fill what no file holds, since it is no result of training (positions, say)."""
+        dotted = tuple(f"{p}." for p in prefixes)
+        for name, parameter in list(self.model.named_parameters()):
+            known = name in self._keys or not parameter.is_meta
+            if not known and (name in prefixes or name.startswith(dotted)):
+                module = self.model.get_submodule(name.rpartition(".")[0])
+                module._parameters[name.rpartition(".")[2]] = nn.Parameter(torch.empty_like(parameter, device=device))
+                self.model._init_weights(module)
 
     def _check_numbers(self, prefixes: tuple[str, ...]) -> None:
         """LillamaError for the first parameter below `prefixes` whose numbers are not finite, once for each of them.

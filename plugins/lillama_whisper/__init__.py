@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lillama.base.progress import Progress
 
 MODEL_TYPE = "whisper"
+ARCHITECTURE = "WhisperForConditionalGeneration"
 # Linears by common input, in the order a block runs them. The keys and values of the cross-attention read the encoder.
 GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -33,7 +34,8 @@ GROUPS = (
 
 @hookimpl
 def auto_class(config: PreTrainedConfig) -> Any | None:
-    if config.model_type != MODEL_TYPE:
+    # Its decoder alone, and its encoder with a classifier, are other models (WhisperForCausalLM).
+    if config.model_type != MODEL_TYPE or (config.architectures or [ARCHITECTURE])[0] != ARCHITECTURE:
         return None
     from transformers import AutoModelForSpeechSeq2Seq
 
@@ -42,7 +44,7 @@ def auto_class(config: PreTrainedConfig) -> Any | None:
 
 @hookimpl
 def enumerate_layers(model: PreTrainedModel) -> list[Layer] | None:
-    if model.config.model_type != MODEL_TYPE:
+    if model.config.model_type != MODEL_TYPE or type(model).__name__ != ARCHITECTURE:
         return None
     return [Layer.of_linears(model, f"model.decoder.layers.{i}", GROUPS) for i in range(model.config.decoder_layers)]
 
