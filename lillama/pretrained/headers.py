@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ def index_of(
                 raise LillamaError(what, where=str(file), hint=OTHER)
     tied = {*(getattr(model, "all_tied_weights_keys", None) or {}), *aliases}
     # What a class says no file needs to hold is made by the class itself (see Source.materialise).
-    made = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
-    tied |= {key for key in state if any(re.search(pattern, key) for pattern in made)}
+    by_class = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
+    tied |= {key for key in state if any(re.search(pattern, key) for pattern in by_class)}
     if missing := [k for k, t in state.items() if t.is_meta and k not in index and k not in tied]:
         raise LillamaError(
             f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}",

@@ -34,7 +34,7 @@ def learn_forms(walk: Walk, raw: RawBatch) -> dict[str, Form]:
     """
     if not walk.layers:
         return {}
-    batch = {name: value[:ROWS] for name, value in raw.items() if isinstance(value, Tensor)}
+    batch: RawBatch = {name: value[:ROWS] for name, value in raw.items() if isinstance(value, Tensor)}
     whole = [layer.name for layer in walk.layers] == [layer.name for layer in walk.every]
     try:
         records, ending, expected = _watch(walk, batch, whole)
