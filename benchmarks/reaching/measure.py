@@ -219,6 +219,9 @@ def differs(found: Tensor, expected: Tensor, rounding: float = 0.0) -> str:
 def reason(error: BaseException) -> str:
     """One line for an error: of Lillama's own what it says, of others their type too."""
     if isinstance(error, LillamaError):
+        passed_over = [line.strip() for line in (error.hint or "").splitlines()[1:]]
+        if error.what.startswith("no plugin knows") and passed_over:
+            return f"refused: {passed_over[-1]}"  # what the last one asked, which takes any model, had to say
         where = f"{error.where}: " if error.where else ""
         return f"{where}{error.what}"
     lines = [line for line in str(error).splitlines() if line.strip()]
