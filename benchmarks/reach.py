@@ -11,6 +11,7 @@ A class runs in a process of its own, one at a time, with a limit of time and of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from reaching import causes, classes, page
 
 
@@ -34,7 +36,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", metavar="NAME", help="classes or model types; none: measure nothing")
     parser.add_argument("--again", choices=["no", "failed", "all"], default="no", help="what to measure once more")
     parser.add_argument("--plugin", default="auto")
-    parser.add_argument("--seconds", type=float, default=60, help="limit of time for a class")
+    parser.add_argument("--seconds", type=float, default=60, help="limit of processor time for a class")
     parser.add_argument("--gib", type=float, default=12, help="limit of address space for a class")
     parser.add_argument("--keep", type=Path, help="folder that keeps what the classes leave")
     parser.add_argument("--page", type=Path, help="write the page of all that --out holds")
@@ -98,9 +100,7 @@ def in_own_process(one: classes.Class, options: argparse.Namespace) -> dict[str,
     start = time.monotonic()
     child = multiprocessing.get_context("fork").Process(target=_child, args=(one, folder, options))
     child.start()
-    child.join(options.seconds)
-    late = child.is_alive()
-    if late:
+    if late := not in_time(child, options.seconds):
         child.kill()
         child.join()
     basis = {"kind": one.kind, "model_type": one.model_type, "class": one.name}
@@ -113,6 +113,18 @@ def in_own_process(one: classes.Class, options: argparse.Namespace) -> dict[str,
     if not options.keep:
         shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+def in_time(child: Any, seconds: float) -> bool:
+    """Wait for a child; False where it has used `seconds` of a processor, or ten times that by the clock."""
+    end = time.monotonic() + 10 * seconds
+    while child.is_alive():
+        with contextlib.suppress(psutil.Error):
+            used = psutil.Process(child.pid).cpu_times()
+            if used.user + used.system > seconds or time.monotonic() > end:
+                return False
+        child.join(0.2)
+    return True
 
 
 def _child(one: classes.Class, folder: Path, options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -70,6 +71,16 @@ def result(output: Any) -> Tensor:
         return logits
     first = output[0]
     return first if isinstance(first, Tensor) else first[0]
+
+
+def rounding(model: Any, inputs: Inputs, found: Tensor) -> float:
+    """How far float32 is from float64 in a model's result, of its largest number; 0 where it cannot run in float64."""
+    try:
+        given = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+        exact = run(copy.deepcopy(model).double(), given)
+    except Exception:  # a type is fixed somewhere inside
+        return 0.0
+    return float((exact - found).abs().max() / exact.abs().max().clamp_min(1.0))
 
 
 def batches(model: Any, inputs: Inputs, count: int = 6) -> list[Inputs]:

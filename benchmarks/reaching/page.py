@@ -23,7 +23,7 @@ to four layers that have all kinds of its blocks, in float32), and compressed on
 A class **runs** when transformers builds it small and its outputs are finite. It **works** when
 
 - at full rank, saved and loaded again, its outputs are the original's to 1e-5, of the largest where that is above
-  one,
+  one, or to twice what float32 loses against float64 in the original where that is more,
 - its blocks, driven one at a time, put out what they do in the whole model, to 1e-4 of the largest,
 - the default recipe (`reduction: 0.2`) finishes, and its checkpoint loads, has as many parameters as were planned and
   gives finite outputs.

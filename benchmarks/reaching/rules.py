@@ -81,7 +81,7 @@ _TABLE: list[tuple[str, Rule]] = [
         at_most(8),
     ),
     (
-        r"chunk_size|mamba_chunk_size|max_inference_chunksize|index_block_size|block_size|global_block_size"
+        r"chunk_size|mamba_chunk_size|index_block_size|block_size|global_block_size"
         r"|keep_window_size|rel_extent|prompt_length",
         at_most(8),
     ),
