@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lillama.errors import LillamaError
 from lillama.pretrained.calls import Forward, play_by
 
 CHUNK = 1 << 20  # logits at once: 4 MB, which a cache holds
@@ -141,6 +142,13 @@ def backward_in_chunks(
                 noise = torch.randn(logits.shape, generator=generator, device=logits.device)
                 loss = (logits.float() * noise).sum()
         del logits  # the gradient is there
+        if not loss.requires_grad:
+            raise LillamaError(
+                "no gradient comes back from the model's predictions to what its last layer puts out, so nothing is "
+                "known of how much they depend on a weight",
+                where="compress.strategy",
+                hint="Use compress.strategy: uniform and compress.init: whitened.",
+            )
         loss.backward()
     return tokens
 
