@@ -220,6 +220,19 @@ def unlike():
     return model, [Layer.of_linears(model, f"model.layers.{i}", (whole, split, whole)[i]) for i in range(3)]
 
 
+def t5():
+    """Two lists of blocks, and what stands between them."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from lillama.pretrained.trace import trace
+
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes))
+    layers = trace(model)
+    assert {layer.name.partition(".")[0] for layer in layers} == {"encoder", "decoder"}
+    return model, layers
+
+
 def built_in(plugin, name="llama"):
     model = tiny(name)
     return model, host.get().layers(model, None, plugin)[1]
@@ -248,15 +261,16 @@ CASES = {
     "deepseek": deepseek,
     "unlike": unlike,
     "odd": odd_ends,
+    "t5": t5,
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_file_lists_what_was_traced(case):
     model, layers = CASES[case]()
-    text = pluginfile.plugin_file(model, layers)
-    lines = [line for line in text.splitlines() if line]
-    assert len(lines) <= 20, text
+    text = pluginfile.plugin_file(model, layers, "AutoModelForSeq2SeqLM" if case == "t5" else "AutoModelForCausalLM")
+    code = [line for line in text.splitlines() if line and not line.startswith('"""')]
+    assert len(code) <= 20, text
     scope = {}
     exec(text, scope)
     found = scope["enumerate_layers"](model)

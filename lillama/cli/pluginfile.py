@@ -77,9 +77,13 @@ class Writer:
         self.tables: list[str] = []
         self.helpers: list[str] = []
         self.names = {"Layer"}
+        self.shared: Signature = ()  # a table that serves every list of blocks
 
     def write(self, layers: Sequence[Layer]) -> str:
         """The whole text."""
+        blocks = [layer for name, run in runs(layers) if name for layer in run if layer.weights]
+        whole = merged([signature(block) for block in blocks])
+        self.shared = whole if self.gives(whole, blocks) else ()
         parts = [self.one(run[0]) if name is None else self.stack(name, run) for name, run in runs(layers)]
         kind = self.model.config.model_type
         hooks = [_ENUMERATE.format(kind=kind, answer=_answer(parts))]
@@ -118,7 +122,7 @@ class Writer:
         """The expression for the blocks in the list of modules `name`, a star before it."""
         numbers = [int(block.name.rpartition(".")[2]) for block in blocks]
         if numbers == list(range(len(self.model.get_submodule(name)))):
-            over = f'range(len(model.get_submodule("{name}")))'
+            over = f"range(len({_module(name)}))"
         else:
             over = repr(tuple(numbers))
         if not any(block.weights for block in blocks):
@@ -130,8 +134,10 @@ class Writer:
 
     def table(self, blocks: Sequence[Layer], numbers: Sequence[int]) -> str:
         """The name of a table of groups for all `blocks`, or an expression with `i` that finds a block's own."""
+        if self.shared and self.tables:
+            return "GROUPS"
         own = f"GROUPS_{len(self.tables) + 1}" if self.tables else "GROUPS"
-        whole = merged([signature(block) for block in blocks])
+        whole = self.shared or merged([signature(block) for block in blocks])
         if self.gives(whole, blocks):
             self.tables.append(_filled(f"{own} = (", [_tuple(map(_quoted, group)) for group in whole], ")"))
             return own
@@ -146,7 +152,7 @@ class Writer:
         """The name of a function that lists a block with experts, those that some blocks lack passed over."""
         name = f"block_{len(self.helpers) + 1}" if self.helpers else "block"
         holders = list(dict.fromkeys(holder for block in blocks for holder in experts(block)))
-        whole = merged([signature(block) for block in blocks])
+        whole = self.shared or merged([signature(block) for block in blocks])
         cut = _cut(blocks, whole) if self.gives(whole, blocks) else 0
         lines, parts = [f"def {name}(model, name, groups):"], []
         for holder in holders:
@@ -187,6 +193,12 @@ def _cut(blocks: Sequence[Layer], table: Signature) -> int:
             names = {relative(weight, block) for weight in block.weights[len(kinds) - behind :]}
             return next(i for i, group in enumerate(table) if names & set(group))
     return 0
+
+
+def _module(name: str) -> str:
+    """The expression for a module of the model."""
+    plain = all(part.isidentifier() for part in name.split("."))
+    return f"model.{name}" if plain else f'model.get_submodule("{name}")'
 
 
 def _kind(layer: Layer) -> str:
