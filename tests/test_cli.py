@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny, tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import XLMConfig, XLMWithLMHeadModel
 
 from lillama.cli import main as cli
 from lillama.recipe.schema import Recipe
@@ -146,12 +146,12 @@ def test_a_mistake_is_one_clear_error(home, tmp_path, capsys, monkeypatch, mista
 
 
 def test_a_model_that_no_plugin_knows(tmp_path, home, capsys):
-    config = GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    arguments = ["--set", f"model.id={tmp_path}/gpt2", "--set", f"run.out={tmp_path}/out"]
+    # Its attentions and its feed-forward layers stand in two lists, which it goes through side by side.
+    XLMWithLMHeadModel(XLMConfig(vocab_size=20, emb_dim=8, n_layers=2, n_heads=2)).save_pretrained(tmp_path / "xlm")
+    arguments = ["--set", f"model.id={tmp_path}/xlm", "--set", f"run.out={tmp_path}/out"]
     assert call("run", home / "recipe.yaml", *arguments) == 2
     error = capsys.readouterr().err
-    assert "no plugin knows GPT2LMHeadModel" in error
+    assert "no plugin knows XLMWithLMHeadModel" in error
     assert "enumerate_layers" in error
     assert not (tmp_path / "out").exists()
 
