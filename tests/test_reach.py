@@ -45,6 +45,14 @@ def test_a_class_is_built_small_and_runs(name: str) -> None:
     assert not torch.equal(build.run(model, other), first), "the outputs do not depend on the inputs"
 
 
+def test_a_class_of_two_mappings_is_of_the_first_kind() -> None:
+    every = classes.listed()
+    assert len({one.name for one in every}) == len(every)
+    apart = [one for kind in classes.KINDS for one in classes.listed((kind,))]
+    assert apart == sorted(every, key=lambda one: classes.KINDS.index(one.kind))
+    assert named("XLMWithLMHeadModel").kind == "clm"
+
+
 def test_a_small_model_has_every_kind_of_layer() -> None:
     from transformers import Gemma3TextConfig, Qwen3NextConfig, Zamba2Config
 

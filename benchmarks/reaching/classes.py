@@ -47,7 +47,7 @@ class Class:
 
 
 def listed(kinds: tuple[str, ...] = KINDS) -> list[Class]:
-    """Every class of the mappings, each once."""
+    """Every class of the mappings of `kinds`, each once: of the first kind that has it."""
     from transformers.models.auto import modeling_auto as auto
 
     mappings = {
@@ -56,12 +56,12 @@ def listed(kinds: tuple[str, ...] = KINDS) -> list[Class]:
         "encoder": {**auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, **ENCODERS},
     }
     found: dict[str, Class] = {}
-    for kind in kinds:
+    for kind in KINDS:
         for model_type, names in mappings[kind].items():
             for name in (names,) if isinstance(names, str) else names:
                 if name not in found or _names(model_type, name) > _names(found[name].model_type, name):
                     found[name] = Class(found[name].kind if name in found else kind, model_type, name)
-    return list(found.values())
+    return [one for one in found.values() if one.kind in kinds]
 
 
 def _names(model_type: str, name: str) -> bool:
