@@ -123,3 +123,9 @@ def _play_students(job: Job, open_at: OpenAt, trained: Mapping[int, nn.Module], 
 
     with stand_in(modules, [play(position) for position in range(len(modules))]):
         yield
+
+
+def of(recipe: Recipe, tokenizer: Callable[[], Any], batches: Any) -> Curve | None:
+    """What measures the whole model while its layers learn, where the recipe wants that."""
+    windows = text(recipe, tokenizer, batches)
+    return None if windows is None else Curve(windows, recipe.run.curve)

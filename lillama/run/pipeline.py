@@ -100,7 +100,7 @@ class Run:
         """All phases, each skipped when its result is already there."""
         # The data is read first: a mistake in it must leave nothing behind.
         batches = self.batches()
-        points = self.curve(batches)
+        points = curve.of(self.recipe, self.tokenizer, batches)
         track.modules(self.recipe)
         if self.restart or not (self.directory.path / "metrics.json").is_file():
             check_disk(self.prepared)
@@ -189,11 +189,6 @@ class Run:
         if not batches:
             raise LillamaError("the calibration data gives no batch", where="calibration")
         return batches
-
-    def curve(self, batches: list[dict[str, Tensor]]) -> curve.Curve | None:
-        """What measures the whole model while its layers learn, where the recipe wants that."""
-        windows = curve.text(self.recipe, self.tokenizer, batches)
-        return None if windows is None else curve.Curve(windows, self.recipe.run.curve)
 
     def tokenizer(self) -> Any:
         """The original's tokenizer."""
