@@ -36,7 +36,8 @@ def layers_of(model: Any, ends: bool = False) -> list[Layer]:
     ]
     name, found = max(lists, key=lambda item: len(item[1]))
     blocks = [block(model, f"{name}.{i}") for i in range(len(found))]
-    return [Layer.of_embedding(model), *blocks, Layer.of_head(model)] if ends else blocks
+    # What stands between blocks and head is a layer of the stream too.
+    return [Layer.of_embedding(model), *blocks, Layer("model.norm"), Layer.of_head(model)] if ends else blocks
 
 
 def serve(monkeypatch: Any, ends: bool = False) -> None:

@@ -142,7 +142,8 @@ def test_the_drawn_tokens_loss_runs_back_in_chunks(masked):
         def run(keep, leaf=leaf, asked=asked):
             asked.append(keep)
             # Certain predictions: the same tokens are drawn however many are drawn at a time.
-            return 1e4 * model.lm_head(leaf if keep is None else leaf[:, keep])
+            logits = 1e4 * model.lm_head(leaf if keep is None else leaf[:, keep])
+            return predictions.Predicted(logits, classes=True)
 
         generator = torch.Generator().manual_seed(0)
         tokens = predictions.backward_in_chunks(run, leaf, mask if masked else None, generator, at_once)

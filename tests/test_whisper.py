@@ -249,7 +249,8 @@ def test_captured_calls_share_one_copy_of_the_states_and_let_go_of_it():
     capture = Capture(model, layers, torch.device("cpu"))
     states = torch.randn(1, 2, 100, 32)
     batch, _ = capture({"encoder_outputs": states, "decoder_input_ids": torch.zeros(2, 3, dtype=torch.long)})
-    held = [call.args[1] for call in batch.calls]
+    held = [leaf for call in batch.calls for leaf in call.leaves if getattr(leaf, "shape", ()) == states.shape[1:]]
+    assert len(held) == len(layers)
     assert len({tensor.data_ptr() for tensor in held}) == 1 and held[0].data_ptr() == states.data_ptr()
     gone = weakref.ref(held[0])
     del batch, held

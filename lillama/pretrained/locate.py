@@ -155,6 +155,8 @@ def _where_one_is(place: str | Path, where: str, gguf: str | None = None) -> Ite
     """Say that there is no tokenizer where a directory holds no file of one: libraries list what they tried."""
     try:
         yield
+    except LillamaError:
+        raise
     except Exception as error:
         directory = Path(place)
         if gguf or not directory.is_dir() or any(_OF_TOKENIZER.search(file.name) for file in directory.iterdir()):

@@ -24,6 +24,9 @@ NOT_IN_THE_NUMBERS = {
     "track",
 }
 
+# Keys that earlier versions did not know, by section.
+NEW_KEYS = (("calibration", "special_tokens"), ("finetune", "special_tokens"))
+
 
 def of(prepared: Prepared, data: str) -> dict[str, Any]:
     """The fingerprint of a run; `data` is that of its batches. Where the model lies is no part of it."""
@@ -49,6 +52,7 @@ def like(new: dict[str, Any], held: dict[str, Any], place: Path) -> dict[str, An
     Earlier versions knew the model at `place` by its name and the sizes and dates of its files, of which a date decides
     nothing, and did not note the plugin.
     """
+    new = _less_new_keys(new, held)
     if "plugin" in held:
         return new
     compared = copy.deepcopy({key: value for key, value in new.items() if key != "plugin"})
@@ -57,4 +61,14 @@ def like(new: dict[str, Any], held: dict[str, Any], place: Path) -> dict[str, An
         sizes = {name: about[0] for name, about in held["model"].items() if name not in ("id", "commit")}
         if sizes and all((place / name).stat().st_size == size for name, size in sizes.items()):
             compared["model"] = held["model"]
+    return compared
+
+
+def _less_new_keys(new: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
+    """`new` without keys of the recipe that there were none of: what they decide is in the hash of the data."""
+    compared = copy.deepcopy(new)
+    with contextlib.suppress(KeyError, TypeError):
+        for section, name in NEW_KEYS:
+            if name not in (held["recipe"][section] or {}):
+                (compared["recipe"][section] or {}).pop(name, None)
     return compared
