@@ -77,12 +77,6 @@ class Form:
     computed: frozenset[int] = frozenset()
     begins: bool = False  # whether what it makes is new: the first block of a decoder behind an encoder
 
-    @property
-    def incoming(self) -> int:
-        """How many parts the stream that enters may have, at least."""
-        kept = (part.kept for part in self.gives if part.kept is not None)
-        return 1 + max([part for _, part in self.takes] + list(kept), default=0)
-
 
 def pack(parts: Sequence[Tensor]) -> Tensor:
     """One stream tensor of several values [B, ..., D]: B x (tokens of all) x (the widest D)."""

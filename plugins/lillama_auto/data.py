@@ -15,7 +15,7 @@ from lillama.data.audio import read_clips
 from lillama.data.rows import load_rows
 from lillama.data.text import token_blocks
 from lillama.errors import LillamaError
-from lillama.pretrained.locate import explained, read_tokenizer, resolve
+from lillama.pretrained.locate import explained, read_configuration, read_tokenizer, resolve
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -129,8 +129,6 @@ def text_pairs(recipe: Recipe, progress: Progress) -> list[Batch]:
     blocks = token_blocks(tokenizer, recipe.calibration)
     trust = recipe.model.trust_remote_code
     with explained(f"the configuration of '{recipe.model.id}'", "model.id"):
-        from lillama.pretrained.locate import read_configuration
-
         auto = get().auto_class(read_configuration(where, revision=recipe.model.revision, trust=trust), recipe)
     place = device.choose(recipe.run.device, recipe.run.compute).device
     model = open_model(where, torch.float32, auto, trust).to(place)
