@@ -8,6 +8,7 @@ import importlib
 import mmap
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import datasets  # noqa: F401
 import jinja2  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import torch
+import tqdm.std
 import transformers
 
 import lillama.finetune.train as finetune_train
@@ -54,6 +56,7 @@ class Child:
             try:
                 handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(handle, 1), os.dup2(handle, 2)
+                _own_lock_of_bars()
                 _mark_phases(self._said)
                 code = work()
             except SystemExit as error:
@@ -86,6 +89,18 @@ class Child:
 def run(recipe: Path, log: Path, *more: str) -> Child:
     """`lillama run RECIPE` in a child."""
     return Child(lambda: cli.main(["run", str(recipe), *more]), log)
+
+
+def _own_lock_of_bars() -> None:
+    """Give this process a lock of its own for tqdm's bars: forks share theirs, and whoever is killed keeps it.
+
+    Two commands that a user gives are two processes that share nothing; forks of one process must not either.
+    """
+    lock, classes = threading.RLock(), [tqdm.std.tqdm]
+    while classes:
+        found = classes.pop()
+        found.set_lock(lock)
+        classes += found.__subclasses__()
 
 
 def _mark_phases(said: mmap.mmap) -> None:

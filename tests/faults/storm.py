@@ -137,6 +137,8 @@ def storm(home: Path, kills: int, cases: list[tuple[str, str]], seed: int = 0, n
             if found.kills.total() >= kills:
                 break
             trial(case, phase, draw, found, number)
+            if found.trials % 20 == 0:
+                sys.stderr.write(f"{found.kills.total()} kills, {found.same} of {found.trials} the same\n")
     return found
 
 
