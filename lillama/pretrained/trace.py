@@ -30,7 +30,7 @@ NARROW = 64  # times longer than wide: a router, or a vector
 
 
 @dataclass
-class _Run:
+class Run:
     """One forward pass: what every module was called with, in order."""
 
     model: nn.Module
@@ -52,7 +52,7 @@ def trace(model: Any) -> list[Layer]:
 
     Raises LillamaError, with the reason, where no blocks are found that could be run one by one.
     """
-    run, other = _passes(model)
+    run, other = watch_passes(model)
     lists = _lists(run)
     if not lists:
         raise LillamaError(
@@ -68,7 +68,7 @@ def trace(model: Any) -> list[Layer]:
     return _Weights(model, run, names).layers()
 
 
-def _passes(model: Any) -> tuple[_Run, _Run | None]:
+def watch_passes(model: Any) -> tuple[Run, Run | None]:
     """A pass of a copy that runs, and one on other arguments of the same shapes."""
     trouble: Exception | None = None
     for made in copies(model):
@@ -90,8 +90,8 @@ def _passes(model: Any) -> tuple[_Run, _Run | None]:
 
 
 @torch.no_grad()
-def _watched(model: nn.Module, given: Mapping[str, Tensor]) -> _Run:
-    run = _Run(model)
+def _watched(model: nn.Module, given: Mapping[str, Tensor]) -> Run:
+    run = Run(model)
     hooks: list[Any] = []
     pending: dict[str, list[tuple[tuple[Leaf, ...], Any]]] = {}
 
@@ -125,7 +125,7 @@ def _watched(model: nn.Module, given: Mapping[str, Tensor]) -> _Run:
     return run
 
 
-def _lists(run: _Run) -> list[list[str]]:
+def _lists(run: Run) -> list[list[str]]:
     """The names of the elements of every list of blocks, none inside a block of another, in the order they run."""
     found: list[tuple[int, list[str]]] = []
     for name, module in run.model.named_modules():
@@ -142,11 +142,11 @@ def _lists(run: _Run) -> list[list[str]]:
     return [elements for _, elements in sorted(found)]
 
 
-def _size(run: _Run, elements: Sequence[str]) -> int:
+def _size(run: Run, elements: Sequence[str]) -> int:
     return sum(p.numel() for one in elements for p in run.model.get_submodule(one).parameters())
 
 
-def _longest_stream(run: _Run, other: _Run | None, lists: list[list[str]], reasons: list[str]) -> list[str]:
+def _longest_stream(run: Run, other: Run | None, lists: list[list[str]], reasons: list[str]) -> list[str]:
     """The names of the layers of the stream with the most parameters: one list, or several that follow each other."""
     good: list[list[str]] = []
     for elements in lists:
@@ -160,12 +160,12 @@ def _longest_stream(run: _Run, other: _Run | None, lists: list[list[str]], reaso
     for elements in good:
         joined = None
         for stream in sorted(streams, key=lambda one: -_size(run, one)):
-            joined = joined or _joined(run, other, stream, elements)
+            joined = joined or join(run, other, stream, elements)
         streams.append(joined or elements)
     return max(streams, key=lambda one: _size(run, one), default=[])
 
 
-def _trouble(run: _Run, other: _Run | None, names: Sequence[str]) -> str | None:
+def _trouble(run: Run, other: Run | None, names: Sequence[str]) -> str | None:
     """Why layers cannot be run one by one; None: they can."""
     try:
         records = [run.records[name][0] for name in names]
@@ -175,7 +175,7 @@ def _trouble(run: _Run, other: _Run | None, names: Sequence[str]) -> str | None:
     return None
 
 
-def _joined(run: _Run, other: _Run | None, first: list[str], second: list[str]) -> list[str] | None:
+def join(run: Run, other: Run | None, first: list[str], second: list[str]) -> list[str] | None:
     """Two lists as one stream, with what stands between them, if the second takes what the first gave."""
     bridge: list[str] = []
     taken = {leaf.value for name in second for leaf in run.records[name][0].arguments if leaf.value}
@@ -216,7 +216,7 @@ class _Weights:
     """What may be factorised inside the layers of a stream."""
 
     model: Any
-    run: _Run
+    run: Run
     names: Sequence[str]
 
     def layers(self) -> list[Layer]:

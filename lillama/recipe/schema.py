@@ -69,6 +69,11 @@ class Compress(Section):
     fisher_tokens: int = Field(
         32768, ge=1, description="Calibration tokens that the predictions' sensitivity is measured on (fisher)."
     )
+    embedding: bool = Field(
+        False,
+        description="Whether the token embedding and the output head are compressed too, where the plugin lists the "
+        "blocks alone: for models with a large vocabulary. One pair of factors is both where they are tied.",
+    )
     embedding_floor: float = Field(
         0.1,
         ge=0,

@@ -24,8 +24,14 @@ NOT_IN_THE_NUMBERS = {
     "track",
 }
 
-# Keys that earlier versions did not know, by section.
-NEW_KEYS = (("calibration", "special_tokens"), ("finetune", "special_tokens"))
+ANY = object()
+# Keys that earlier versions did not know, by section, and the value that says what those did; ANY: what the key decides
+# is in the hash of the data.
+NEW_KEYS: tuple[tuple[str, str, Any], ...] = (
+    ("calibration", "special_tokens", ANY),
+    ("finetune", "special_tokens", ANY),
+    ("compress", "embedding", False),
+)
 
 
 def of(prepared: Prepared, data: str) -> dict[str, Any]:
@@ -65,10 +71,11 @@ def like(new: dict[str, Any], held: dict[str, Any], place: Path) -> dict[str, An
 
 
 def _less_new_keys(new: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
-    """`new` without keys of the recipe that there were none of: what they decide is in the hash of the data."""
+    """`new` without keys of the recipe that there were none of, as far as they say what was done without them."""
     compared = copy.deepcopy(new)
     with contextlib.suppress(KeyError, TypeError):
-        for section, name in NEW_KEYS:
-            if name not in (held["recipe"][section] or {}):
-                (compared["recipe"][section] or {}).pop(name, None)
+        for section, name, before in NEW_KEYS:
+            given = compared["recipe"][section] or {}
+            if name not in (held["recipe"][section] or {}) and (before is ANY or given.get(name) == before):
+                given.pop(name, None)
     return compared

@@ -15,6 +15,7 @@ from lillama.factorise import refit
 from lillama.lowrank import swap
 from lillama.plan.plan import Plan, choose_ranks
 from lillama.pretrained import locate
+from lillama.pretrained.ends import with_ends
 from lillama.pretrained.source import Source, weights_dtype
 from lillama.recipe.schema import Recipe
 from lillama.run import check
@@ -41,6 +42,8 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
     chosen.activate()
     hosts, source = host.get(), open_source(recipe, chosen, config)
     plugin, layers = hosts.layers(source.model, recipe)
+    if recipe.compress.embedding and not any(layer.kind != "block" for layer in layers):
+        layers = with_ends(source.model, layers)
     source.share(hosts.shared_modules(plugin, source.model, recipe))
     if not any(layer.weights for layer in layers):
         raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
