@@ -284,6 +284,7 @@ LIGHT = (
     ["validate", "recipes/quickstart.yaml"],
     ["validate", "quickstart"],
     ["recipes"],
+    ["compress", "--help"],
     ["plugins"],
     ["plugins", "check", "--help"],
     ["plugins", "trace", "--help"],

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lillama.base import disk, stop
+from lillama.cli import compress as cli_compress
 from lillama.cli import plugins as cli_plugins
 from lillama.cli import recipes as cli_recipes
 from lillama.cli.console import console
@@ -212,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lillama",
         description="Compress pretrained models by low-rank feature distillation (arXiv 2412.16719).",
-        epilog="Start with: lillama run quickstart",
+        epilog="Start with: lillama run quickstart, or: lillama compress MODEL",
         parents=[common],
     )
     parser.add_argument("--version", action="version", version=f"lillama {__version__}")
@@ -237,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(run)
     takes_recipe(sub)
     sub.add_argument("--restart", action="store_true", help="discard what the run directory holds")
+    cli_compress.add_arguments(verb(cli_compress.compress))
     sub = verb(plan)
     takes_recipe(sub)
     sub.add_argument("--config", metavar="FILE", help="plan for this config.json instead of the model's own")
@@ -297,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait starve whatever shares the machine; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     verb: Verb = args.verb
-    advice = stop.GO_ON if verb in (run, sweep) else ""
+    advice = stop.GO_ON if verb in (run, sweep, cli_compress.compress) else ""
     try:
         with stop.signals(advice):
             return verb(args)
