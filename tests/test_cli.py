@@ -234,6 +234,38 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(recipe, capsys):
     assert f"lillama {verb} recipes/{recipe.relative_to(REPOSITORY / 'recipes')}" in recipe.read_text()
 
 
+@pytest.mark.parametrize("given", ["quickstart", "quickstart.yaml", "paper/ratios"])
+def test_shipped_recipes_are_known_by_name_wherever_one_is(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("validate", given) == 0
+    assert call("recipes", given) == 0
+    shown = capsys.readouterr().out
+    assert (REPOSITORY / "recipes" / given).with_suffix(".yaml").read_text() in shown
+
+
+def test_a_file_of_ones_own_comes_before_a_shipped_recipe_of_that_name(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart.yaml").write_text("axes: 3")
+    assert call("validate", "quickstart.yaml") == 2
+    assert "quickstart.yaml" in capsys.readouterr().err
+
+
+def test_a_misspelt_name_of_a_recipe_is_told_the_nearest(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("run", "quikstart") == 2
+    assert "Did you mean 'quickstart'?" in capsys.readouterr().err
+    assert call("run", "nothing-like-it") == 2
+    assert "`lillama recipes` lists" in capsys.readouterr().err
+
+
+def test_recipes_are_listed_with_what_they_do(capsys):
+    assert call("recipes") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for path in (REPOSITORY / "recipes").rglob("*.yaml"):
+        assert f"{path.relative_to(REPOSITORY / 'recipes').with_suffix('')} " in out
+    assert "quickstart A real model, 20 % smaller" in out
+
+
 PROBE = """
 import sys, time
 start = time.perf_counter()
@@ -250,6 +282,9 @@ print(f"{code} {time.perf_counter() - start:.3f} {heavy}", file=sys.stderr)
 LIGHT = (
     ["--help"],
     ["validate", "recipes/quickstart.yaml"],
+    ["validate", "quickstart"],
+    ["recipes"],
+    ["compress", "--help"],
     ["plugins"],
     ["plugins", "check", "--help"],
     ["plugins", "trace", "--help"],

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lillama.base import disk, stop
+from lillama.cli import compress as cli_compress
 from lillama.cli import plugins as cli_plugins
+from lillama.cli import recipes as cli_recipes
 from lillama.cli.console import console
 from lillama.errors import LillamaError
 from lillama.version import __version__
@@ -20,9 +22,10 @@ Verb = Callable[[argparse.Namespace], int]
 
 
 def _recipe(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from lillama.recipe import shipped
     from lillama.recipe.schema import Recipe
 
-    return Recipe.load(args.recipe, args.set or [])
+    return Recipe.load(shipped.find(args.recipe), args.set or [])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,8 +66,10 @@ def plan(args: argparse.Namespace) -> int:
 
 def validate(args: argparse.Namespace) -> int:
     """check a recipe, or all of a sweep's, without opening a model"""
+    from lillama.recipe import shipped
     from lillama.run import sweep, sweepfile
 
+    args.recipe = shipped.find(args.recipe)
     if sweepfile.is_sweep(args.recipe):
         found, base = sweepfile.load(args.recipe)
         count = len(sweep.recipes(base, list(sweepfile.rows(found, args.set))))
@@ -131,9 +136,10 @@ def bench(args: argparse.Namespace) -> int:
 
 def sweep(args: argparse.Namespace) -> int:
     """run a recipe with every combination of chosen keys, and table the results"""
+    from lillama.recipe import shipped
     from lillama.run import sweep, sweepfile
 
-    found, base = sweepfile.load(args.sweep)
+    found, base = sweepfile.load(shipped.find(args.sweep))
     out = console()
     if args.table:
         rows = sweep.collected(found)
@@ -207,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lillama",
         description="Compress pretrained models by low-rank feature distillation (arXiv 2412.16719).",
-        epilog="Start with: lillama run recipes/quickstart.yaml",
+        epilog="Start with: lillama run quickstart, or: lillama compress MODEL",
         parents=[common],
     )
     parser.add_argument("--version", action="version", version=f"lillama {__version__}")
@@ -221,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     def takes_recipe(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("recipe", help="a recipe file (YAML)")
+        sub.add_argument("recipe", help="a recipe file (YAML), or the name of a shipped one (`lillama recipes`)")
         sub.add_argument(
             "--set",
             action="append",
@@ -232,11 +238,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(run)
     takes_recipe(sub)
     sub.add_argument("--restart", action="store_true", help="discard what the run directory holds")
+    cli_compress.add_arguments(verb(cli_compress.compress))
     sub = verb(plan)
     takes_recipe(sub)
     sub.add_argument("--config", metavar="FILE", help="plan for this config.json instead of the model's own")
     sub.add_argument("--json", action="store_true", help="print the plan as JSON")
     takes_recipe(verb(validate))
+    sub = verb(cli_recipes.recipes)
+    sub.add_argument("name", nargs="?", metavar="NAME", help="show this one")
     sub = verb(evaluate, "eval")
     sub.add_argument("directory", help="a run directory, a checkpoint directory, or a hub id")
     sub.add_argument("--tasks", help="measure these tasks of lm-eval alone: names with commas between; paper: its nine")
@@ -262,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
     sub.add_argument("--out", metavar="FILE", help="write it to this JSON file too (a run directory gets bench.json)")
     sub = verb(sweep)
-    sub.add_argument("sweep", help="a sweep file (YAML): base, axes, out")
+    sub.add_argument("sweep", help="a sweep file (YAML): base, axes, out; or the name of a shipped one")
     sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a key in every run (repeatable)")
     sub.add_argument("--table", action="store_true", help="run nothing, show what there is")
     sub = verb(report)
@@ -290,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait starve whatever shares the machine; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     verb: Verb = args.verb
-    advice = stop.GO_ON if verb in (run, sweep) else ""
+    advice = stop.GO_ON if verb in (run, sweep, cli_compress.compress) else ""
     try:
         with stop.signals(advice):
             return verb(args)

@@ -280,7 +280,7 @@ class Readable(Section):
     def _validated(cls, data: Any, overrides: Iterable[str], document: yamlfile.Document) -> Self:
         if not isinstance(data, Mapping):
             what = "the recipe is empty" if data is None else "a recipe is a mapping of keys to values"
-            raise LillamaError(what, where=document.name, hint="recipes/ holds examples.")
+            raise LillamaError(what, where=document.name, hint="`lillama recipes` shows examples.")
         data, origin = plain_copy(data), Origin(document)
         for override in overrides:
             origin.overrides[apply_override(data, override)] = f"--set {override}"

