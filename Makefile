@@ -1,10 +1,10 @@
-# make run · make test · make lint · make bench · make storm          (all of them make .venv first)
+# make run · make test · make lint · make docs · make bench · make storm          (all of them make .venv first)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test lint bench storm install clean
+.PHONY: run test lint docs bench storm install clean
 
 run: install
 	$(BIN)/lillama run recipes/quickstart.yaml
@@ -19,6 +19,10 @@ lint: install
 	$(BIN)/lint-imports
 # Known vulnerabilities of what constraints.txt pins are asked of a service on the network, so not here:
 # pip install pip-audit && pip-audit -r constraints.txt --no-deps --disable-pip
+
+# The documentation site, in build/site: a link that leads nowhere is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Kills, damages, full disks and mutations, whole: an hour. Small versions are among the tests.
 storm: install
