@@ -1,4 +1,4 @@
-"""What the documentation site needs beside its pages: those that lie in the repository's root, where people look first."""
+"""What the site needs beside its pages: those that lie in the root of the repository, where people look first."""
 
 from __future__ import annotations
 
