@@ -318,6 +318,9 @@ def test_an_interrupted_run_says_how_to_go_on(home, tmp_path):
     assert "the same command continues" in done.stderr
 
 
-def test_the_reference_page_is_up_to_date(capsys):
+def test_the_reference_page_is_up_to_date_and_names_types_as_people_do(capsys):
     assert call("schema", "--markdown") == 0
-    assert capsys.readouterr().out == (REPOSITORY / "docs" / "recipe.md").read_text()
+    page = capsys.readouterr().out
+    assert page == (REPOSITORY / "docs" / "recipe.md").read_text()
+    types = {line.split("|")[2].strip() for line in page.splitlines() if line.startswith("| `")}
+    assert not [one for one in types if "=" in one or "." in one.replace("`", "")]
