@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +129,7 @@ class Run:
         measured["after"] = self.measure("after")
         if self.recipe.finetune is not None:
             self.finetune(self.recipe.finetune)
+            memory.give_back()  # gradients, moments and the original: more than all that follows needs
             measured["finetuned"] = self.measure("finetuned")
         self.compare(measured)
         return self.finish(measured)
@@ -235,7 +235,7 @@ class Run:
             model = self.opened(when)
             found = measure.measure(model, self.place(when), asked, self.prepared.device.device)
             del model
-            gc.collect()
+            memory.give_back()
         self.details[when] = found.details
         self.directory.put_json(name, {"evaluate": wanted, "metrics": found.metrics, "details": found.details})
         self.directory.event("measured", stage=when, **found.metrics)
