@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import soundfile
+import speech_models
 import torch
 import transformers as tf
 from conftest import tokenizer
+from lillama_auto.data import calibration_batches
 from PIL import Image
 from test_trace import t5, vit
 
 import lillama
+from lillama.base.progress import Progress
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Recipe
 
@@ -84,3 +87,36 @@ def test_sound_goes_through_the_models_own_feature_extractor(tmp_path):
     result = run(tmp_path / "model", tmp_path / "sound", tmp_path / "out")
     assert type(lillama.load(result.path)).__name__ == "Wav2Vec2ForCTC"
     assert result.plan.after < result.plan.before
+
+
+def test_an_encoder_of_sound_and_its_decoder_learn_together(tmp_path):
+    """The encoder hears tones, and the decoder is fed what the original writes for them, its first tokens included."""
+    model = speech_models.whisper(speech_models.MULTILINGUAL)
+    speech_models.save(tmp_path / "model", speech_models.MULTILINGUAL)
+    speech_models.folder(tmp_path / "speech", clips=8)
+    recipe = {
+        "model": {"id": str(tmp_path / "model")},
+        "plugin": "traced",
+        "compress": {"reduction": 0.1, "of": "weights", "rank_multiple": 2},
+        "calibration": {"dataset": str(tmp_path / "speech")},
+        "distill": {"batch_size": 4, "loss": "teacher+student"},
+        "run": {"out": str(tmp_path / "out"), "device": "cpu", "compute": "float32"},
+    }
+    parsed = Recipe.parse(recipe)
+    batches = calibration_batches(model, parsed, Progress())
+    for batch in batches:
+        assert batch["input_features"].shape == (4, 8, 200)
+        ids = batch["decoder_input_ids"]
+        assert ids[0, 0] == model.config.decoder_start_token_id and ids.shape == batch["decoder_attention_mask"].shape
+        assert ids.shape[1] > 3
+    result = lillama.compress(parsed)
+    halves = {name.split(".")[1] for name in result.plan.ranks}
+    assert halves == {"encoder", "decoder"}
+    loaded = lillama.load(result.path).eval()
+    assert type(loaded).__name__ == "WhisperForConditionalGeneration"
+    assert sum(p.numel() for p in loaded.parameters()) == result.plan.after < result.plan.before
+    with torch.no_grad():
+        given = {name: value[:2] for name, value in batches[0].items()}
+        found, wanted = (one(**given).logits for one in (loaded, model))
+    assert found.shape == wanted.shape and bool(found.isfinite().all())
+    assert (found - wanted).abs().mean() < 0.3 * wanted.abs().mean(), "a tenth fewer numbers, and much the same"

@@ -45,6 +45,13 @@ run: {{out: {home}/out, device: cpu, compute: float32}}
     return home / "out"
 
 
+def test_the_report_says_which_special_tokens_begin_a_window(finished: Path) -> None:
+    held = record.read(finished)
+    cut = {"special_tokens": "auto", "before": ["<s>", "<lang>"], "length": 64}
+    held.stages = {"before": {"details": {"perplexity/wiki": {"windows": cut}}}}
+    assert "perplexity/wiki: windows of 64 tokens, each begins with &lt;s&gt; &lt;lang&gt;." in report.render(held)
+
+
 class Page(HTMLParser):
     """What a browser would make of a page: tags that match, addresses, text."""
 
@@ -95,6 +102,7 @@ def test_the_report_says_what_was_measured(finished: Path) -> None:
         assert wanted in said, wanted
     assert str(plan["weights"][0]["rank"]) in said
     assert f'from_pretrained("{finished}/model")' in said and "MistralForCausalLM" in said
+    assert "perplexity: windows of 16 tokens, without special tokens." in said
     assert "the <b>cat" in said and "<script>alert(1)</script>" in said, "shown as they were written"
     assert "not drawn" not in said
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as tf
 
+import lillama
 from lillama.base.progress import Progress
 from lillama.contract import Layer
 from lillama.errors import LillamaError
@@ -13,7 +16,7 @@ from lillama.host import Host
 from lillama.pretrained import examples, trace
 from lillama.pretrained.forms import Leaf, Record, find_forms, pack, unpack
 from lillama.run import pipeline, prepare
-from lillama.testing import check_architecture, recipe_for
+from lillama.testing import check_architecture, full_rank_plan, recipe_for
 
 SMALL = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
 
@@ -112,6 +115,29 @@ def test_the_contract(which, tmp_path):
     check_architecture(model, tmp_path, batches, storages=["pivoted"])
 
 
+def test_a_table_that_a_model_calls_its_output_embeddings_feeds_the_decoder(tmp_path):
+    config = tf.FSMTConfig(
+        langs=["en", "de"], src_vocab_size=64, tgt_vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.FSMTForConditionalGeneration(config).eval()
+    assert model.get_output_embeddings() is model.model.decoder.embed_tokens
+    model.save_pretrained(tmp_path / "model")
+    changes = {"compress.init": "svd", "compress.storage": "factors", "distill.epochs": 0}
+    prepared = prepare.prepare(recipe_for(tmp_path / "model", tmp_path / "run", "traced", changes))
+    plan = full_rank_plan(prepared.layers, prepared.source.parameters, "factors")
+    result = pipeline.Run(replace(prepared, plan=plan), Progress(), batches=pairs()).execute()
+    loaded = lillama.load(result.path).eval()
+    with torch.no_grad():
+        found, wanted = (one(**pairs()[0]).logits for one in (loaded, model))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    changes = {"compress.strategy": "fisher", "compress.init": "fisher", "distill.loss": "teacher+student"}
+    result = pipeline.compress(recipe_for(tmp_path / "model", tmp_path / "two", "traced", changes), batches=pairs())
+    assert sum(p.numel() for p in lillama.load(result.path).parameters()) == result.plan.after < result.plan.before
+
+
 def test_parts_of_a_stream_come_back_as_they_were():
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(2, 5, 8, generator=generator), torch.randn(2, 7, 8, generator=generator)]
@@ -120,6 +146,9 @@ def test_parts_of_a_stream_come_back_as_they_were():
     narrow = [torch.randn(2, 5, 8, generator=generator), torch.randn(2, 3, 2, 4, generator=generator)]
     again = unpack(pack(narrow), [tuple(part.shape) for part in narrow])
     assert all(torch.equal(*both) for both in zip(narrow, again))
+    turned = [part.transpose(0, 1) for part in parts]  # tokens first, as many as there are of each
+    again = unpack(pack(turned), [tuple(part.shape) for part in turned])
+    assert all(torch.equal(*both) for both in zip(turned, again))
 
 
 def test_layers_with_something_between_them_are_refused():

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lillama.pretrained.examples import Text, arguments_to_try
 from reaching import rules
 
 Inputs = dict[str, Tensor]
 LIMIT = 5_000_000  # parameters
-BATCH, LENGTH = 2, 16
+TEXT = Text(16, *rules.TOKENS)
 
 
 class TooLarge(Exception):  # noqa: N818  it is a finding, not an error
@@ -45,7 +45,7 @@ def build(model_class: type[Any], config: Any, seed: int = 0) -> Any:
 def find_inputs(model: Any) -> Inputs:
     """Arguments that `model` gives finite outputs on. Raises what the last try raised."""
     error: Exception = ValueError("no arguments to try")
-    for inputs in candidates(model):
+    for inputs in arguments_to_try(model, TEXT):
         try:
             found = run(model, inputs)
         except Exception as raised:
@@ -100,66 +100,3 @@ def _other(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
 def _range(value: Tensor) -> tuple[int, int]:
     first, highest = rules.TOKENS[0], int(value.max())
     return (first if highest >= first else 0), highest + 1
-
-
-def candidates(model: Any) -> Iterator[Inputs]:
-    """Sets of arguments to try, the plainest first."""
-    names = set(inspect.signature(model.forward).parameters)
-    main = model.main_input_name
-    decoder = {"decoder_input_ids": ids(model.config)} if "decoder_input_ids" in names else {}
-    if "num_codebooks" in vars(model.config) and main == "input_ids":  # one row for every codebook
-        yield {"input_ids": ids(model.config, 1).repeat(model.config.num_codebooks, 1)}
-        yield {"input_ids": ids(model.config, 1)[..., None].repeat(1, 1, model.config.num_codebooks + 1)}
-    for first in _firsts(model, main, names):
-        full = next(iter(first.values()))
-        mask = {"attention_mask": torch.ones(full.shape[0], full.shape[1], dtype=torch.long)} if full.ndim > 1 else {}
-        for extra in ({}, decoder) if main == "input_ids" and not model.config.is_encoder_decoder else (decoder, {}):
-            yield {**first, **extra}
-            if "attention_mask" in names:
-                yield {**first, **extra, **mask}
-
-
-def _firsts(model: Any, main: str, names: set[str]) -> Iterator[Inputs]:
-    config = model.config
-    text = {"input_ids": ids(model.config, 1)}
-    if main == "input_ids":
-        yield text
-    small = rules.TOKENS[0]
-    if main == "pixel_values" or "pixel_values" in names:
-        channels, side = getattr(config, "num_channels", 3), getattr(config, "image_size", 32)
-        side = side if isinstance(side, int) else side[0]
-        frames = getattr(config, "num_frames", None)
-        yield {"pixel_values": floats(BATCH, *((frames,) if frames else ()), channels, side, side)}
-    if "input_values" in names:
-        yield {"input_values": floats(BATCH, 1200)}
-        yield {"input_values": floats(BATCH, getattr(config, "max_length", 64), getattr(config, "num_mel_bins", 16))}
-        yield {"input_values": floats(BATCH, 1, 1200)}
-    if "input_features" in names or main == "input_features":
-        mels = _first_of(config, ("num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim"), 16)
-        frames = 2 * _first_of(config, ("max_source_positions",), 32)
-        for shape in ((mels, frames), (frames, mels), (mels, 64), (64, mels), (mels, 8 * LENGTH)):
-            yield {"input_features": floats(BATCH, *shape)}
-            if "input_ids" in names:
-                yield {"input_features": floats(BATCH, *shape), **text}
-    if main != "input_ids" and "input_ids" in names:
-        yield text
-    if "bbox" in names:
-        yield {**text, "bbox": torch.zeros(BATCH, LENGTH, 4, dtype=torch.long) + small}
-
-
-def _first_of(config: Any, names: tuple[str, ...], default: int) -> int:
-    """The first of these attributes in a configuration or one inside it."""
-    nested = [v for v in vars(config).values() if hasattr(v, "to_dict")]
-    found = (getattr(one, name, None) for one in (config, *nested) for name in names)
-    return next((value for value in found if isinstance(value, int)), default)
-
-
-def ids(config: Any, seed: int = 0) -> Tensor:
-    """Random token ids, none of them special."""
-    first, end = rules.TOKENS
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or end
-    return torch.randint(first, min(end, vocabulary), (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
-
-
-def floats(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))

@@ -184,7 +184,8 @@ def _default(
         "plugin": plugin,
         "compress": {"reduction": 0.2},
         "calibration": {"dataset": "given"},
-        "run": {"out": str(out), "device": "cpu"},
+        # Streams are compared with the model's own, in the same arithmetic whatever the machine.
+        "run": {"out": str(out), "device": "cpu", "compute": "float32"},
     }
     try:
         prepared = prepare.prepare(Recipe.parse(settings))

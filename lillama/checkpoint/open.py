@@ -29,10 +29,26 @@ def open_model(place: str | Path, dtype: Any = "auto", auto_class: Any = None, t
     with explained(f"the model '{place}'", "directory", _hint(place)):
         config = read_configuration(place, trust=trust)
         if is_compressed(config):
-            return load(place, trust_remote_code=trust, dtype=dtype).eval()
+            model = load(place, trust_remote_code=trust, dtype=dtype).eval()
+            _derive(model)
+            return model
         auto = auto_class or AutoModelForCausalLM
         options = {"config": config, "dtype": dtype, "trust_remote_code": trust, "use_safetensors": True}
         return auto.from_pretrained(place, **options).eval()
+
+
+def _derive(model: Any) -> None:
+    """Have factor modules derive what they want of their indices before anything runs.
+
+    Small tensors that stay, made between the large ones of a first forward pass, leave holes in memory: of a model of
+    135 M parameters that read four windows of 512 tokens 750 MB.
+    """
+    from lillama.lowrank.module import FactorModule
+
+    for module in model.modules():
+        if isinstance(module, FactorModule):
+            for matrix in module.matrices().values():
+                matrix.derived(module)
 
 
 def is_compressed(config: Any) -> bool:

@@ -18,14 +18,14 @@ from lillama.base.finite import unless_finite
 from lillama.contract import Layer
 from lillama.distill.job import Job, Watch
 from lillama.distill.snapshot import Snapshot
-from lillama.distill.student import Student
+from lillama.distill.student import Inputs, Student
 from lillama.distill.teachers import Teachers
 from lillama.factorise.grams import Grams
 from lillama.factorise.start import from_tensors, initial_factors, to_tensors
 from lillama.lowrank.storage import Factors
 from lillama.pretrained.calls import Batch, Capture
 from lillama.pretrained.streams import Shelf, Stream
-from lillama.pretrained.walk import LayerPass
+from lillama.pretrained.walk import HeadTarget, LayerPass, Target
 
 Students = dict[int, Student]  # by position
 
@@ -107,6 +107,11 @@ def _pass(job: Job, teachers: Teachers, students: Students, feed: _Feed, update:
     x = {"teacher": feed.hidden, "student": feed.hidden}
     for position in range(len(job.layers)):
         student = students.get(position)
+        if student is not None and job.layers[position].kind == "head":  # which is the last
+            with teachers.at(position) as teacher:
+                to = HeadTarget(batch.calls[position], teacher, x["teacher"], job.walk, student.layer.name, feed.number)
+                losses[position] = _learn(student, feed, to, x, update)[0]
+            break
         with teachers.at(position) as teacher, torch.no_grad(), job.device.autocast():
             target = batch.calls[position](teacher, x["teacher"])
             after = target
@@ -114,14 +119,18 @@ def _pass(job: Job, teachers: Teachers, students: Students, feed: _Feed, update:
                 after = batch.calls[position](teacher, x["student"])
         job.walk.originals.add(job.layers[position].name, feed.number, target)
         if student is not None:
-            if update:
-                losses[position], outputs = student.step(batch, target, x)
-            else:
-                with torch.no_grad():
-                    losses[position], outputs = student.measure(batch, target, x)
+            losses[position], outputs = _learn(student, feed, target, x, update)
             after = outputs.get("student", target)
         x = {"teacher": target, "student": after if after is target else unless_finite(after, target)}
     return losses
+
+
+def _learn(student: Student, feed: _Feed, target: Target, x: Inputs, update: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and the outputs of a student on a batch, before the step that it takes with `update`."""
+    if update:
+        return student.step(feed.batch, target, x)
+    with torch.no_grad():
+        return student.measure(feed.batch, target, x)
 
 
 def _mean(losses: dict[int, Tensor]) -> Tensor:

@@ -15,8 +15,8 @@ from lillama.base import memory
 from lillama.base.progress import Bar
 from lillama.distill.build import restore_layer
 from lillama.distill.job import Job, Watch
-from lillama.distill.student import Student
-from lillama.distill.tied import Example, distill_tied
+from lillama.distill.student import Example, Student
+from lillama.distill.tied import distill_tied
 from lillama.factorise.grams import Grams
 from lillama.factorise.refit import refit_layer
 from lillama.factorise.start import initial_factors

@@ -17,6 +17,7 @@ from lillama.contract import relative
 from lillama.distill.best import Best
 from lillama.distill.build import build_layer, find_unfit, tensors_of
 from lillama.distill.embedding import VocabularyLoss
+from lillama.distill.heads import head_distances
 from lillama.distill.losses import token_mean
 from lillama.distill.losslog import LossLog
 from lillama.errors import DistillationError
@@ -26,7 +27,7 @@ from lillama.lowrank.fit import stored_fit
 from lillama.lowrank.storage import Factors, get_storage
 from lillama.plan.plan import Plan
 from lillama.pretrained.calls import Batch
-from lillama.pretrained.walk import LayerPass, Originals
+from lillama.pretrained.walk import HeadTarget, LayerPass, Originals, Target
 from lillama.recipe.schema import Distill
 from lillama.registry import LOSSES, OBJECTIVES
 from lillama.signature import parameters
@@ -37,6 +38,7 @@ RETRIES = 2  # how often a layer tries again from its best state, before it stop
 SLOWER = 0.25  # times the learning rate, every time
 
 Inputs = Mapping[str, Tensor]  # what a layer is fed, by whose activations they are: "teacher", "student"
+Example = tuple[Batch, Target, Inputs]  # arguments of Student.step
 
 
 def _say_nothing(kind: str, line: str, **data: Any) -> None:
@@ -161,8 +163,12 @@ class Student:
                 parameter.requires_grad_(True)
         return chosen
 
-    def measure(self, batch: Batch, target: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, outputs by stream) of one batch; `inputs` holds the streams the loss wants."""
+    def measure(self, batch: Batch, target: Target, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, outputs by stream) of one batch; `inputs` holds the streams the loss wants. A head has no outputs."""
+        if isinstance(target, HeadTarget):
+            entering = {name: inputs[name] for name in self.streams}
+            found = head_distances(self.module, entering, target, self.objective)
+            return self.loss(**{f"on_{name}": distance for name, distance in found.items()}), {}
         outputs: dict[str, Tensor] = {}
         distances: dict[str, Tensor] = {}
         for name in self.streams:
@@ -183,7 +189,7 @@ class Student:
             distances[f"on_{name}"] = distance
         return self.loss(**distances), outputs
 
-    def step(self, batch: Batch, target: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(self, batch: Batch, target: Target, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """One update; returns the loss and the outputs before it, detached.
 
         Where the loss or the gradient is not finite no step is taken but one back (`_go_back`): at once on a CPU,
@@ -258,7 +264,7 @@ class Student:
         self.training.tell("recovered", line, **said, **({"weight": bad} if bad else {}))
 
     @torch.no_grad()
-    def average(self, held: Iterable[tuple[Batch, Tensor, Inputs]]) -> float:
+    def average(self, held: Iterable[Example]) -> float:
         """The mean loss over batches now."""
         total, loss = 0, 0.0
         for batch, target, inputs in held:
@@ -266,7 +272,7 @@ class Student:
             total += batch.tokens
         return loss / max(total, 1)
 
-    def check(self, held: Iterable[tuple[Batch, Tensor, Inputs]]) -> float:
+    def check(self, held: Iterable[Example]) -> float:
         """The held-out loss now; remembers the state when it is the best so far."""
         return self.note_held_out(self.average(held))
 

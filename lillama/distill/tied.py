@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lillama.base.progress import Bar
 from lillama.distill.job import Job
-from lillama.distill.student import Inputs, Student
+from lillama.distill.student import Example, Student
 from lillama.factorise.grams import Grams
 from lillama.factorise.known import Known
 from lillama.factorise.start import initial_factors
-from lillama.pretrained.calls import Batch
 from lillama.pretrained.streams import Stream
 from lillama.pretrained.walk import HeadTargets, LayerPass
 
-Example = tuple[Batch, Tensor, Inputs]  # arguments of Student.step
 Pair = Callable[[int], tuple[Example, Example]]  # of batch i: the embedding's and the head's
 
 

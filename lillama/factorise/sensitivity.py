@@ -15,11 +15,12 @@ layer: no more than one layer is in memory besides what stands outside them.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lillama.base import memory
 from lillama.base.rundir import RunDirectory
@@ -122,13 +123,10 @@ class _Measurement:
         walk, head, device = self.walk, self.head, self.walk.device
         generator = torch.Generator(device.device).manual_seed(self.recipe.run.seed)
         gradients, tokens = self.shelf.new("top-gradients"), 0
-        with walk.hold_outside(predicts=True) as model:
+        with walk.hold_outside(predicts=True) as model, _fixed(model):  # or there is a gradient as large as the head
             listener = Listener(head, model.get_submodule(head.name), device) if head else None
             modules = [model.get_submodule(layer.name) for layer in walk.layers]
             forms = [walk.source.forms.get(layer.name) for layer in walk.layers]
-            held = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            for parameter in held:
-                parameter.requires_grad_(False)  # the gradient of a head is as large as the head
             for raw, batch, x in zip(self.raw, batches, hidden):
                 leaf = x.detach().requires_grad_(True)
                 given = {name: value.to(device.device) for name, value in arguments(raw).items()}
@@ -143,8 +141,6 @@ class _Measurement:
                 with end_with(modules, forms, batch.calls[-1], leaf):
                     tokens += backward_in_chunks(run, leaf, batch.calls[-1].mask, generator, at_once)
                 gradients.append(_gradient_of(leaf))
-            for parameter in held:
-                parameter.requires_grad_(True)
             tied = {}
             if listener and head:
                 tied = listener.tied(tokens)
@@ -198,6 +194,19 @@ class _Measurement:
                 x = entered.pop()
                 x.backward(gradient.to(x.dtype))
             write_fisher(self.directory, layer, listener.close(tokens, tied))
+
+
+@contextlib.contextmanager
+def _fixed(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of `model` get a gradient for as long as the block lasts."""
+    learn = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learn:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learn:
+            parameter.requires_grad_(True)
 
 
 def _gradient_of(leaf: Tensor) -> Tensor:

@@ -20,12 +20,11 @@ from lillama.factorise.known import Known, WeightStatistics
 from lillama.lowrank import swap
 from lillama.lowrank.fit import factors_fit, rescaled
 from lillama.lowrank.storage import Factors
-from lillama.plan.plan import Plan
+from lillama.plan.plan import UNUSED, Plan
 from lillama.pretrained.walk import LayerPass
 from lillama.recipe.schema import Recipe
 from lillama.registry import INITIALISERS, LOSSES
 
-UNUSED = "nothing is known of it: the model never calls it, or no prediction depends on it"
 FISHER_FACTORS = frozenset(("input_fisher", "output_fisher"))
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lillama.finetune.data import IGNORED
-from lillama.pretrained.predictions import Body, divergence, parts_of, positions_at_once
-
-Losses = Callable[[Tensor], Iterator[Tensor]]
+from lillama.pretrained.predictions import Body, divergence, parts_of, positions_at_once, summed
 
 
 def loss_of(
@@ -71,34 +68,4 @@ def _in_parts(
                     wanted = _chosen(taught.logits(keep), some)
             yield divergence(_chosen(body.logits(keep, hidden), some), labels[:, here][some], wanted, share)
 
-    if not torch.is_grad_enabled():
-        return sum(losses(body.hidden), torch.zeros((), device=labels.device))
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found: Tensor = _Summed.apply(losses, body.hidden, *learned)
-    return found
-
-
-class _Summed(torch.autograd.Function):
-    """A sum of losses of hidden states and parameters, each run back at once, so that one's logits are there."""
-
-    @staticmethod
-    def forward(ctx: Any, losses: Losses, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        leaf = hidden.detach().requires_grad_()
-        wanted = (leaf, *parameters)
-        gradients: list[Tensor | None] = [None] * len(wanted)
-        total = torch.zeros((), device=hidden.device)
-        with torch.enable_grad():
-            for loss in losses(leaf):
-                total += loss.detach()
-                for number, more in enumerate(torch.autograd.grad(loss, wanted, allow_unused=True)):
-                    held = gradients[number]
-                    if more is not None:
-                        gradients[number] = more if held is None else held.add_(more)
-        ctx.gradients = gradients
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        return None, *(None if gradient is None else gradient.mul_(scale) for gradient in gradients)
+    return summed(losses, body.hidden, [parameter for parameter in model.parameters() if parameter.requires_grad])

@@ -20,13 +20,15 @@ from lillama.plan.strategies import Ranks, Spectra, uniform
 from lillama.recipe.schema import Compress
 from lillama.registry import STRATEGIES
 
+UNUSED = "nothing is known of it: the model never calls it, or no prediction depends on it"
+
 
 @dataclass(frozen=True)
 class Plan:
     """Ranks and exact counts. `before` counts the unique parameters of the original model.
 
     `provisional`: uniform ranks stand for those that the run will choose by what it measures, for the same size.
-    `kept` are weights that had a rank and stay dense after all, each with the reason.
+    `kept` are weights that had a rank, or were to have one, and stay dense after all, each with the reason.
     """
 
     layers: tuple[Layer, ...]
@@ -180,7 +182,11 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spect
     _check_ranks(ranks, offered, remove, compress)
     ranks = {name: int(rank) for name, rank in ranks.items()}
     tied = {w.name: ranks[w.tied] for layer in layers for w in layer.weights if w.tied in ranks}
-    return Plan(tuple(layers), ranks | tied, compress.storage, before, compress.strategy, wanting and spectra is None)
+    plan = Plan(tuple(layers), ranks | tied, compress.storage, before, compress.strategy, wanting and spectra is None)
+    if spectra is None:
+        return plan
+    unseen = (w.name for layer in offered for w in layer.weights if not (w.name in spectra or w.name in ranks))
+    return plan.keep_dense(dict.fromkeys(unseen, UNUSED))
 
 
 def _check_ranks(ranks: Ranks, offered: Iterable[Layer], remove: int, compress: Compress) -> None:

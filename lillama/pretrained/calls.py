@@ -260,6 +260,8 @@ class _Recording:
                 self._part_mask(self.parts[-1], mask, counts=part.made is not None, device=leaves[main].device)
             )
         call.after = tuple(self.parts)
+        if len({len(one) for one in masks}) > 1:  # as `pack` does
+            masks = [one.reshape(1, -1) for one in masks]
         call.loss_mask = mask if len(masks) < 2 else torch.cat(masks, 1)
         if len(self.captured) == len(self.modules):
             raise Stopped

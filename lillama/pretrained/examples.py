@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,17 +71,27 @@ def _less_deep(config: Any) -> Any:
     return less
 
 
-def arguments_to_try(model: nn.Module) -> Iterator[Arguments]:
+@dataclass(frozen=True)
+class Text:
+    """What texts to try are like: `length` tokens, from `first` (less are special) to `end`."""
+
+    length: int = LENGTH
+    first: int = 8
+    end: int = VOCABULARY
+
+
+def arguments_to_try(model: nn.Module, text: Text | None = None) -> Iterator[Arguments]:
     """Arguments that a model may run on, the plainest first: token ids, images, or sound."""
     anything: Any = model
     config, main = anything.config, anything.main_input_name
+    text = text or Text()
     names = set(inspect.signature(type(model).forward).parameters)
-    decoder = {"decoder_input_ids": _ids(config)} if "decoder_input_ids" in names else {}
+    decoder = {"decoder_input_ids": _ids(config, text)} if "decoder_input_ids" in names else {}
     books = getattr(config, "num_codebooks", None)
     if isinstance(books, int) and main == "input_ids":  # one row of tokens for every codebook
-        yield {"input_ids": _ids(config).repeat(books, 1)}
-        yield {"input_ids": _ids(config)[..., None].repeat(1, 1, books + 1)}
-    for first in _first_arguments(config, main, names):
+        yield {"input_ids": _ids(config, text).repeat(books, 1)}
+        yield {"input_ids": _ids(config, text)[..., None].repeat(1, 1, books + 1)}
+    for first in _first_arguments(config, main, names, text):
         tries = [decoder, {}] if config.is_encoder_decoder or main != "input_ids" else [{}, decoder]
         for more in tries:
             yield first | more
@@ -97,8 +108,8 @@ def altered(given: Mapping[str, Tensor]) -> Arguments:
     }
 
 
-def _first_arguments(config: Any, main: str, names: set[str]) -> Iterator[Arguments]:
-    text = {"input_ids": _ids(config, 1)}
+def _first_arguments(config: Any, main: str, names: set[str], like: Text) -> Iterator[Arguments]:
+    text = {"input_ids": _ids(config, like, 1)}
     if main == "input_ids":
         yield text
     if "pixel_values" in names:
@@ -114,14 +125,14 @@ def _first_arguments(config: Any, main: str, names: set[str]) -> Iterator[Argume
     if "input_features" in names:
         mels = _said(config, ("num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim"), 16)
         frames = 2 * _said(config, ("max_source_positions",), 32)
-        for shape in ((mels, frames), (frames, mels), (mels, 64), (64, mels), (mels, 8 * LENGTH)):
+        for shape in ((mels, frames), (frames, mels), (mels, 64), (64, mels), (mels, 8 * like.length)):
             yield {"input_features": _numbers(*shape)}
             if "input_ids" in names:
                 yield {"input_features": _numbers(*shape)} | text
     if main != "input_ids" and "input_ids" in names:
         yield text
     if "bbox" in names:
-        yield text | {"bbox": torch.ones(ROWS, LENGTH, 4, dtype=torch.int64)}
+        yield text | {"bbox": torch.ones(ROWS, like.length, 4, dtype=torch.int64)}
 
 
 def _said(config: Any, names: tuple[str, ...], otherwise: int) -> int:
@@ -132,12 +143,12 @@ def _said(config: Any, names: tuple[str, ...], otherwise: int) -> int:
     return int(first) if isinstance(first, int) else int(first[0])
 
 
-def _ids(config: Any, seed: int = 0) -> Tensor:
+def _ids(config: Any, text: Text, seed: int = 0) -> Tensor:
     """Token ids, none of the first few, which are special."""
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 32
-    first = min(8, vocabulary // 2)
+    first = min(text.first, vocabulary // 2)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(first, min(vocabulary, VOCABULARY), (ROWS, LENGTH), generator=generator)
+    return torch.randint(first, min(vocabulary, text.end), (ROWS, text.length), generator=generator)
 
 
 def _numbers(*shape: int) -> Tensor:

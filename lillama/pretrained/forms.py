@@ -79,10 +79,15 @@ class Form:
 
 
 def pack(parts: Sequence[Tensor]) -> Tensor:
-    """One stream tensor of several values [B, ..., D]: B x (tokens of all) x (the widest D)."""
+    """One stream tensor of several values [B, ..., D]: B x (tokens of all) x (the widest D).
+
+    Values [T, B, D] whose lengths differ have no first dimension in common: 1 x (tokens of all) x D.
+    """
     if len(parts) == 1:
         return parts[0]
     widest = max(part.shape[-1] for part in parts)
+    if len({part.shape[0] for part in parts}) > 1:
+        parts = [part[None] for part in parts]
     flat = [part.flatten(1, -2) if part.dim() > 2 else part[:, None] for part in parts]
     return torch.cat([torch.nn.functional.pad(one, (0, widest - one.shape[-1])) for one in flat], 1)
 
@@ -91,7 +96,8 @@ def unpack(stream: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """The values that `pack` made one of."""
     if len(shapes) == 1:
         return [stream]
-    lengths = [torch.Size(shape[1:-1]).numel() for shape in shapes]
+    first = 0 if len({shape[0] for shape in shapes}) > 1 else 1
+    lengths = [torch.Size(shape[first:-1]).numel() for shape in shapes]
     return [one[..., : shape[-1]].reshape(shape) for one, shape in zip(stream.split(lengths, 1), shapes)]
 
 

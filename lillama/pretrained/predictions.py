@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +101,44 @@ def in_chunks(model: Any, given: Mapping[str, Tensor], wanted: range | None = No
     body = Body(model, given)
     for part in parts:
         yield part, body.logits(torch.tensor(part))
+
+
+Losses = Callable[[Tensor], Iterator[Tensor]]
+
+
+def summed(losses: Losses, hidden: Tensor, learned: Sequence[Tensor]) -> Tensor:
+    """The sum of `losses(hidden)`, each of which is run back to `hidden` and to what is `learned` before the next.
+
+    So the logits of one are there at a time. The sum has a gradient like any other loss.
+    """
+    if not torch.is_grad_enabled():
+        return sum(losses(hidden), torch.zeros((), device=hidden.device))
+    found: Tensor = _Summed.apply(losses, hidden, *learned)
+    return found
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: Losses, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        leaf = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
+        wanted = (leaf, *parameters) if leaf.requires_grad else parameters
+        gradients: list[Tensor | None] = [None] * len(wanted)
+        total = torch.zeros((), device=hidden.device)
+        with torch.enable_grad():
+            for loss in losses(leaf):
+                total += loss.detach()
+                for number, more in enumerate(torch.autograd.grad(loss, wanted, allow_unused=True)):
+                    held = gradients[number]
+                    if more is not None:
+                        gradients[number] = more if held is None else held.add_(more)
+        ctx.gradients = gradients if leaf.requires_grad else [None, *gradients]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *(None if gradient is None else gradient.mul_(scale) for gradient in gradients)
 
 
 class Predicted(NamedTuple):

@@ -272,7 +272,9 @@ class Source:
         """
         names = tuple(f"{name}." for name in names)
         head = None if predicts else _unless_lacking(self.model.get_output_embeddings)
-        theirs = {id(module) for module in head.modules()} if isinstance(head, nn.Module) else set()
+        # Some name a table there that tokens are looked up in, which feeds layers.
+        alone = isinstance(head, nn.Module) and not isinstance(head, nn.Embedding)
+        theirs = {id(module) for module in head.modules()} if head is not None and alone else set()
         not_needed = {name for name, module in self.model.named_modules() if id(module) in theirs}
         return [
             key

@@ -19,7 +19,7 @@ from lillama.base.finite import finite
 from lillama.base.progress import Progress
 from lillama.contract import Layer
 from lillama.errors import DistillationError, LillamaError
-from lillama.pretrained.calls import Batch, Batches, Capture, arguments
+from lillama.pretrained.calls import Batch, Batches, Call, Capture, arguments
 from lillama.pretrained.source import Source
 from lillama.pretrained.streams import Place, Stream, choose
 
@@ -31,21 +31,24 @@ class Originals:
     """
 
     def __init__(self) -> None:
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: set[tuple[str, int, int]] = set()
         self._waiting: list[tuple[str, int, Tensor]] = []
 
-    def add(self, layer: str, batch: int, out: Tensor) -> None:
-        """Look at a layer's output of a batch, by its number. Raises as `read` does, at once on a CPU."""
-        if (layer, batch) in self._seen:
+    def add(self, layer: str, batch: int, out: Tensor, start: int = 0) -> None:
+        """Look at a layer's output of a batch, by its number. Raises as `read` does, at once on a CPU.
+
+        `start` is the first position of a part of it.
+        """
+        if (layer, batch, start) in self._seen:
             return
-        self._seen.add((layer, batch))
+        self._seen.add((layer, batch, start))
         self._waiting.append((layer, batch, finite(out)))
         if out.device.type == "cpu":
             self.read()
 
     def knows(self, layer: str) -> bool:
         """Whether the layer's output was looked at."""
-        return (layer, 0) in self._seen
+        return (layer, 0, 0) in self._seen
 
     def read(self) -> None:
         """Raise LillamaError for the first that was not finite, which names the layer and the batch."""
@@ -168,10 +171,37 @@ class Walk:
         return choose(copies * tokens * width * self.source.working.itemsize, *budgets)
 
 
+@dataclass(frozen=True)
+class HeadTarget:
+    """What a head is to make of one batch, a few positions at a time: logits are too wide to be there for all.
+
+    `call` is the head's, `head` the original, `hidden` [B, T, D] the teacher's final hidden states; `walk` is
+    told what comes out, by the `name` of the layer and the `number` of the batch.
+    """
+
+    call: Call
+    head: nn.Module
+    hidden: Tensor
+    walk: Walk
+    name: str
+    number: int
+
+    @torch.no_grad()
+    def of(self, part: range) -> Tensor:
+        """The original's logits [B, N, V] of the positions `part`."""
+        with self.walk.device.autocast():
+            made = self.call(self.head, self.hidden[:, part.start : part.stop])
+        self.walk.originals.add(self.name, self.number, made, part.start)
+        return made
+
+
+Target = Tensor | HeadTarget
+
+
 class Targets(Protocol):
     """What a layer is to reproduce, by the number of the batch."""
 
-    def __getitem__(self, index: int) -> Tensor: ...
+    def __getitem__(self, index: int) -> Target: ...
 
 
 @dataclass
@@ -192,15 +222,13 @@ class LayerPass:
 
 
 class HeadTargets:
-    """What a head is to reproduce, computed when it is asked for: logits are too wide to be kept for all batches."""
+    """What a head is to reproduce, by the number of the batch."""
 
     def __init__(self, at: LayerPass, stream: Stream, walk: Walk) -> None:
         """`at` is the head's pass, `stream` the teacher's final hidden states."""
         self.at, self.stream, self.walk = at, stream, walk
 
-    @torch.no_grad()
-    def __getitem__(self, index: int) -> Tensor:
-        with self.walk.device.autocast():
-            target = self.at.batches[index].calls[self.at.position](self.at.teacher, self.stream[index])
-        self.walk.originals.add(self.at.layer.name, index, target)
-        return target
+    def __getitem__(self, index: int) -> HeadTarget:
+        at = self.at
+        call = at.batches[index].calls[at.position]
+        return HeadTarget(call, at.teacher, self.stream[index], self.walk, at.layer.name, index)

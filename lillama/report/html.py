@@ -78,6 +78,7 @@ def render(record: RunRecord) -> str:
         incidents=incidents(record),
         samples=samples(record),
         tasks=_harness_note(record),
+        windows=_windows_note(record),
         environment=environment_of(record),
         seconds={phase: value for phase, value in record.metrics.get("seconds", {}).items() if value >= 0.5},
         load=how_to_load(record),
@@ -148,6 +149,18 @@ def _harness_note(record: RunRecord) -> str:
             error = math.sqrt(sum((d - mean) ** 2 for d in change) / (len(change) - 1) / len(change))
             pairs.append(f"{task} {own['metric']} {100 * mean:+.1f} ± {100 * error:.1f}")
     return text + (f" Change in points, paired by example: {'; '.join(pairs)}." if pairs else "")
+
+
+def _windows_note(record: RunRecord) -> str:
+    """How the text of every perplexity was cut, in a line: lengths, and the special tokens each window begins with."""
+    said = {}
+    for held in record.stages.values():
+        for key, detail in held.get("details", {}).items():
+            cut = detail.get("windows") if isinstance(detail, dict) else None
+            if cut:
+                begins = f"each begins with {' '.join(cut['before'])}" if cut["before"] else "without special tokens"
+                said[key] = f"{key}: windows of {cut['length']} tokens, {begins}."
+    return " ".join(said.values())
 
 
 def worst(record: RunRecord, most: int = 5) -> list[dict[str, str]]:

@@ -74,6 +74,7 @@ HARNESS = {
     "limit": Maybe(number),
     "tasks": Each({"metric": text, "hits": Maybe(outcomes)}),
 }
+WINDOWS = {"before": [text], "length": number}
 SAMPLE = {"prompt": text, "completion": text}
 IN_TURN = {"stages": Maybe(Each({"details": Each(anything)}))}
 PHASE = Maybe({"original": Maybe(number), "compressed": Maybe(number), "ratio": Maybe(SPREAD)})
@@ -101,6 +102,7 @@ def check_details(details: dict[str, Any], file: Path) -> None:
             check(detail, HARNESS, file)
         if "completion" in detail:
             check(detail, SAMPLE, file)
+        check(detail, {"windows": Maybe(WINDOWS)}, file)
         check(detail, {"ratio": Maybe(Each(SPREAD))}, file)
 
 

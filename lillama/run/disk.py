@@ -11,6 +11,7 @@ from lillama.errors import LillamaError
 from lillama.lowrank.counts import stored
 from lillama.plan.plan import observable
 from lillama.pretrained.streams import Place, budgets, choose
+from lillama.recipe.schema import Finetune
 from lillama.report.words import size
 from lillama.run.counts import Counts
 
@@ -87,15 +88,20 @@ def finetuning(counts: Counts) -> int:
     section, plan = counts.recipe.finetune, counts.plan
     if section is None:
         return 0
-    # It trains two factors, whatever the storage.
-    numbers = {storage: _numbers(counts, storage) for storage in ("factors", plan.storage)}
-    whole = plan.after + numbers["factors"] - numbers[plan.storage]
-    trained = whole - _frozen(counts, section.freeze)
-    if section.lora is not None:
-        trained = section.lora.rank * sum(w.copies * sum(w.shape) for layer in plan.layers for w in layer.weights)
+    _, trained = learning(counts, section)
     one = (SINGLE + MOMENTS) * trained
     held = min(section.checks, 3)
     return max(min(section.checks, 4) * one, held * one + counts.source.dtype.itemsize * plan.after)
+
+
+def learning(counts: Counts, section: Finetune) -> tuple[int, int]:
+    """Parameters of the model as it is fine-tuned, and how many of them learn: two factors, whatever the storage."""
+    plan = counts.plan
+    whole = plan.after + _numbers(counts, "factors") - _numbers(counts, plan.storage)
+    if section.lora is None:
+        return whole, whole - _frozen(counts, section.freeze)
+    adapters = section.lora.rank * sum(w.copies * sum(w.shape) for layer in plan.layers for w in layer.weights)
+    return whole + adapters, adapters
 
 
 def _numbers(counts: Counts, storage: str) -> int:

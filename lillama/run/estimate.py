@@ -11,6 +11,7 @@ import torch
 
 from lillama.base.device import Device
 from lillama.contract import Weight
+from lillama.evaluate.in_turn import divided
 from lillama.factorise.grams import choose_gram
 from lillama.plan.plan import Plan, observable
 from lillama.pretrained.predictions import LOGITS, READ
@@ -22,6 +23,8 @@ from lillama.run.prepare import Prepared
 
 SINGLE = 3  # times that a product in float32 takes longer than one in the compute type, about
 PROCESS_BYTES = 600_000_000  # Python, torch, transformers and datasets themselves, on a CPU
+TRAINER_BYTES = 100_000_000  # what fine-tuning imports besides
+NORMS = 2  # of a block
 # Of a number of an embedding's table while its factors are found, in float64, and learn: as measured
 # (benchmarks/memory.py) of 49 k x 576 and 262 k x 256 numbers, by the default recipe.
 TABLE_BYTES = 60
@@ -59,7 +62,7 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
     else:
         memory = _all_at_once(run)
     memory = max(memory, _measuring_bytes(run), _table_bytes(run))
-    memory = max(memory, _evaluation_bytes(source, recipe), _finetuning_bytes(source, plan, recipe))
+    memory = max(memory, _evaluation_bytes(run), _finetuning_bytes(run))
     if device.device.type == "cpu":
         memory += PROCESS_BYTES
     tokens = recipe.calibration.tokens
@@ -127,14 +130,43 @@ def _finetuning(source: Source, plan: Plan, recipe: Recipe) -> float:
     return float(updates) * (6 * plan.after + 2 * plan.before * (section.teacher > 0))
 
 
-def _finetuning_bytes(source: Source, plan: Plan, recipe: Recipe) -> int:
-    """Weights, gradients and two moments of everything, the original where it predicts, and the logits of a batch."""
-    section = recipe.finetune
+def _finetuning_bytes(run: Counts) -> int:
+    """Weights, gradients and two moments of what learns, the original where it predicts, and what a batch takes."""
+    source, section = run.source, run.recipe.finetune
     if section is None:
         return 0
-    teacher = plan.before * source.working.itemsize if section.teacher else 0
+    whole, trained = disk.learning(run, section)
+    weights = 4 * whole + 12 * trained + (run.plan.before * source.working.itemsize if section.teacher else 0)
+    if run.device.device.type == "cpu":
+        weights += TRAINER_BYTES
+    if run.device.compute.itemsize < 4:
+        weights += run.device.compute.itemsize * trained  # in the type of products, for as long as a step takes
+    # What a plugin's own examples hold nobody knows.
     tokens = section.batch_size * (0 if source.config.is_encoder_decoder else section.sequence_length)
-    return 16 * plan.after + teacher + 4 * LOGITS_HELD * min(tokens * _vocabulary(source), LOGITS)
+    logits = 4 * LOGITS_HELD * min(tokens * _vocabulary(source), LOGITS)
+    return weights + tokens * _kept_for_gradients(run) + logits
+
+
+def _kept_for_gradients(run: Counts) -> int:
+    """Bytes per token that a forward pass of the whole model keeps until its gradients are there.
+
+    They are what goes into and comes out of every weight, and between factors; where weights share an input, what
+    stands between them (attention, the activation) keeps as much again. Two norms of a block keep what they are given
+    and what they make of it, in float32.
+    """
+    plan, item = run.plan, run.device.compute.itemsize
+    kept = 0
+    for layer in plan.layers:
+        if layer.kind == "block" and layer.weights:
+            kept += 4 * 2 * NORMS * run.width
+            kept += item * sum(_through(w, run.chosen) + _rank(w, plan, run.chosen) for w in layer.weights)
+    return kept
+
+
+def _rank(weight: Weight, plan: Plan, chosen: int) -> int:
+    """Numbers per token between the factors of a weight."""
+    times = min(chosen, weight.copies) if weight.kind == "experts" else 1
+    return plan.ranks.get(weight.name, 0) * times
 
 
 def _measuring_bytes(run: Counts) -> int:
@@ -162,12 +194,18 @@ def _table_bytes(run: Counts) -> int:
     return TABLE_BYTES * max(tables) + logits if tables else 0
 
 
-def _evaluation_bytes(source: Source, recipe: Recipe) -> int:
+def _evaluation_bytes(run: Counts) -> int:
+    """The original and the logits of a batch, or all models at once where they are measured in turn."""
+    source, recipe = run.source, run.recipe
     if not (recipe.evaluate or source.gguf):
         return 0
+    results = 2 if recipe.finetune else 1
+    together = source.dtype.itemsize * (run.plan.before + results * run.plan.after)
+    if not divided(recipe)[1]:
+        together = 0
     whole = sum(p.numel() for p in source.model.parameters()) * source.dtype.itemsize
     # Logits of the evaluators' usual four windows of 512 tokens, and what is computed from them, in float32.
-    return whole * 5 // 4 + 4 * LOGITS_HELD * min(2048 * _vocabulary(source), READ)
+    return max(together, whole * 5 // 4 + 4 * LOGITS_HELD * min(2048 * _vocabulary(source), READ))
 
 
 def _vocabulary(source: Source) -> int:

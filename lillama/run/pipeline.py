@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,11 @@ from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Finetune, Recipe
 from lillama.report import html, track
 from lillama.report.record import IN_TURN, STAGES
-from lillama.run import curve, fingerprint
+from lillama.run import curve, decided, fingerprint
+from lillama.run.decided import PLAN
 from lillama.run.estimate import check_disk
 from lillama.run.forms import needed
 from lillama.run.prepare import Prepared, prepare
-
-PLAN = "plan.json"
 
 
 @dataclass
@@ -117,7 +115,7 @@ class Run:
 
     def phases(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> Result:
         """What follows when the data is read and the directory open."""
-        self.plan = kept.apply(self.decided(), self.directory)
+        self.plan = kept.apply(decided.apply(self.plan, self.directory), self.directory)
         self.describe()
         # Before anything large is allocated.
         (memory.return_large_blocks if self.recipe.run.low_memory else memory.keep_large_blocks)()
@@ -130,6 +128,7 @@ class Run:
         measured["after"] = self.measure("after")
         if self.recipe.finetune is not None:
             self.finetune(self.recipe.finetune)
+            memory.give_back()  # gradients, moments and the original: more than all that follows needs
             measured["finetuned"] = self.measure("finetuned")
         self.compare(measured)
         return self.finish(measured)
@@ -153,26 +152,12 @@ class Run:
         with progress.timed("write"):
             self.write(job)
 
-    def decided(self) -> Plan:
-        """The plan, with the ranks that an earlier process chose where it leaves them open."""
-        if not self.plan.provisional:
-            return self.plan
-        if self.directory.has(PLAN):
-            held = self.directory.json(PLAN)
-            if held.get("provisional"):
-                return self.plan
-            ranks = {row["weight"]: row["rank"] for row in held["weights"] if row["rank"] is not None}
-        elif self.directory.has(f"{MODEL}/config.json"):  # the plan was damaged since: the checkpoint knows its ranks
-            modules = self.directory.json(f"{MODEL}/config.json")["quantization_config"]["modules"]
-            ranks = {name: how["rank"] for name, how in modules.items()}
-        else:
-            return self.plan
-        return replace(self.plan, ranks=ranks, provisional=False)
-
     def choose(self, spectra: dict[str, list[float]]) -> None:
         """Settle a provisional plan."""
         self.plan = choose_ranks(self.prepared.layers, self.plan.before, self.recipe.compress, spectra)
         self.directory.put_json(PLAN, self.plan.to_dict())
+        for weight, reason in self.plan.kept.items():
+            self.directory.event("kept_dense", weight=weight, reason=reason)
         self.progress.say(self.plan.summary())
 
     def batches(self) -> list[dict[str, Tensor]]:
@@ -235,7 +220,7 @@ class Run:
             model = self.opened(when)
             found = measure.measure(model, self.place(when), asked, self.prepared.device.device)
             del model
-            gc.collect()
+            memory.give_back()
         self.details[when] = found.details
         self.directory.put_json(name, {"evaluate": wanted, "metrics": found.metrics, "details": found.details})
         self.directory.event("measured", stage=when, **found.metrics)

@@ -97,7 +97,10 @@ def _opened(value: Any) -> Image:
 
 
 def sound_batches(model: PreTrainedModel, recipe: Recipe, progress: Progress) -> list[Batch]:
-    """Batches of what the model's own feature extractor makes of clips of sound, padded with a mask."""
+    """Batches of what the model's own feature extractor makes of clips of sound, padded with a mask.
+
+    With a decoder, what the original itself writes for each clip is what its decoder is fed.
+    """
     from transformers import AutoFeatureExtractor
 
     with explained(f"the feature extractor of '{recipe.model.id}'", "model.id"):
@@ -108,42 +111,67 @@ def sound_batches(model: PreTrainedModel, recipe: Recipe, progress: Progress) ->
         where="calibration", fraction=section.fraction, seed=section.seed,
     )  # fmt: skip
     takes = inspect.signature(type(model).forward).parameters
+    writer = _Writer(recipe) if model.config.is_encoder_decoder and "decoder_input_ids" in takes else None
+    # Some hear pieces of one length only, and pad to it unless they are told otherwise.
+    padding = inspect.signature(type(extractor).__call__).parameters["padding"].default or True
     batches = []
     with progress.phase("read sound", len(clips)) as bar:
         for part in _parts(itertools.islice(clips, section.rows), recipe.distill.batch_size):
             samples = [clip.samples for clip in part]
-            found = extractor(samples, sampling_rate=rate, padding=True, return_tensors="pt")
-            batches.append({name: value for name, value in found.items() if name in takes})
+            found = extractor(samples, sampling_rate=rate, padding=padding, return_tensors="pt")
+            heard = {name: value for name, value in found.items() if name in takes}
+            batches.append(heard | (writer.write(heard) if writer else {}))
             bar.advance(len(part))
     return batches
 
 
 def text_pairs(recipe: Recipe, progress: Progress) -> list[Batch]:
     """Blocks of text for the encoder, and what the original itself writes for each, which its decoder is fed."""
-    from lillama.base import device
-    from lillama.checkpoint.open import open_model
-    from lillama.host import get
-
     where, gguf = resolve(recipe.model)
     tokenizer = read_tokenizer(recipe.model, where, gguf, Path())
     blocks = token_blocks(tokenizer, recipe.calibration)
-    trust = recipe.model.trust_remote_code
-    with explained(f"the configuration of '{recipe.model.id}'", "model.id"):
-        auto = get().auto_class(read_configuration(where, revision=recipe.model.revision, trust=trust), recipe)
-    place = device.choose(recipe.run.device, recipe.run.compute).device
-    model = open_model(where, torch.float32, auto, trust).to(place)
-    pad = model.generation_config.pad_token_id
+    writer = _Writer(recipe)
     batches = []
-    with progress.phase("let the original write", len(blocks)) as bar, torch.no_grad():
+    with progress.phase("let the original write", len(blocks)) as bar:
         for part in blocks.split(recipe.distill.batch_size):
-            written = model.generate(input_ids=part.to(place), max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)
-            written = written[:, :-1].cpu() if written.shape[1] > 1 else written.cpu()
-            mask = torch.ones_like(written)
-            if pad is not None:
-                mask[:, 1:] = (written[:, 1:] != pad).long()
-            batches.append({"input_ids": part, "decoder_input_ids": written, "decoder_attention_mask": mask})
+            batches.append({"input_ids": part, **writer.write({"input_ids": part})})
             bar.advance(len(part))
     return batches
+
+
+class _Writer:
+    """The original, which writes what its decoder is fed."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        from lillama.base import device
+        from lillama.checkpoint.open import open_model
+        from lillama.host import get
+
+        where, trust = resolve(recipe.model)[0], recipe.model.trust_remote_code
+        with explained(f"the configuration of '{recipe.model.id}'", "model.id"):
+            config = read_configuration(where, revision=recipe.model.revision, trust=trust)
+        self.place = device.choose(recipe.run.device, recipe.run.compute).device
+        self.model = open_model(where, torch.float32, get().auto_class(config, recipe), trust).to(self.place)
+        self.pad = self.model.generation_config.pad_token_id
+        # What its decoder begins with has to have room besides.
+        self.most = min(NEW_TOKENS, (getattr(config, "max_target_positions", None) or 2 * NEW_TOKENS) // 2)
+
+    @torch.no_grad()
+    def write(self, given: Batch) -> Batch:
+        """The ids [B, T] that the decoder writes for a batch, but the last, which it never reads, and their mask."""
+        said = self.model.generate(
+            **{name: value.to(self.place) for name, value in given.items()},
+            max_new_tokens=self.most,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,  # with what the decoder begins with, which some leave out otherwise
+        )
+        written = said["sequences"].cpu()
+        written = written[:, :-1] if written.shape[1] > 1 else written
+        mask = torch.ones_like(written)
+        if self.pad is not None:
+            mask[:, 1:] = (written[:, 1:] != self.pad).long()
+        return {"decoder_input_ids": written, "decoder_attention_mask": mask}
 
 
 def _parts(items: Any, size: int) -> Iterator[list[Any]]:
