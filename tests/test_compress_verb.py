@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import WORDS, tiny, tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lillama.base.progress import Progress
 from lillama.cli import main as cli
@@ -47,8 +48,8 @@ def short(monkeypatch):
     monkeypatch.setattr(owntext, "Writing", lambda tokens: writing(tokens, length=24, batch=4))
     recipe_of = oneline.recipe_of
 
-    def without_speed(asked, parameters):
-        settings = recipe_of(asked, parameters)
+    def without_speed(*arguments):
+        settings = recipe_of(*arguments)
         settings["evaluate"].pop("speed")
         return settings
 
@@ -98,6 +99,23 @@ def test_a_large_model_learns_layer_by_layer():
     assert "finetune" in oneline.recipe_of(asked, 500_000_000)
     large = Recipe.parse(oneline.recipe_of(asked, 7_000_000_000))
     assert large.finetune is None and large.distill.epochs == 1
+
+
+@pytest.mark.parametrize("kind, embedding", [("llama", True), ("gpt2", False)])
+def test_a_model_that_is_mostly_its_table_gives_of_it_where_that_can_be(kind, embedding, tmp_path, capsys):
+    shared = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "llama":
+        config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, **shared)
+        model = LlamaForCausalLM(config)
+    else:
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, **shared))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    command = ("compress", tmp_path / "model", "--reduction", "0.05", "--out", tmp_path / "run", "--plan")
+    assert call(*command, *small()) == 0
+    shown = capsys.readouterr().out
+    recipe = Recipe.parse(shown[shown.index("version: 1") :])
+    assert recipe.compress.embedding is embedding
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ def compress(args: argparse.Namespace) -> int:
     from lillama.base import quiet
     from lillama.base.progress import Progress
     from lillama.cli import show
-    from lillama.recipe.schema import Recipe
     from lillama.run import oneline, owntext, pipeline, prepare
 
     if not 0 < args.reduction < 1:
@@ -40,10 +39,7 @@ def compress(args: argparse.Namespace) -> int:
     text = Path(f"{place.rstrip('/')}{OWN_TEXT}")
     asked = oneline.Asked(args.model, args.reduction, args.data or str(text), place, args.tokens)
     overrides = [*_model(args.model), *(args.set or [])]
-    # What is measured on text that is still to be written cannot be looked for yet.
-    bare = Recipe.parse(oneline.recipe_of(asked, 0), overrides).model_copy(update={"evaluate": {}})
-    planned = prepare.prepare(bare)
-    recipe = Recipe.parse(oneline.recipe_of(asked, planned.plan.before), overrides)
+    recipe, planned = _planned(asked, overrides)
     out.print(show.plan(planned))
     if args.write_recipe:
         from lillama.base.files import write_text
@@ -60,6 +56,27 @@ def compress(args: argparse.Namespace) -> int:
     result = pipeline.Run(prepared, Progress(out), restart=args.restart).execute()
     out.print(show.result(result, recipe))
     return 0
+
+
+def _planned(asked: Any, overrides: list[str]) -> tuple[Any, Any]:
+    """The recipe for what is asked, and its plan: with the embedding in the budget where the model is mostly that."""
+    from lillama.pretrained.ends import KEY
+    from lillama.recipe.schema import Recipe
+    from lillama.run import oneline, prepare
+
+    source = prepare.open_source(Recipe.parse(oneline.recipe_of(asked, 0), overrides))
+
+    def planned(embedding: bool) -> tuple[Any, Any]:
+        recipe = Recipe.parse(oneline.recipe_of(asked, source.parameters, embedding), overrides)
+        # What is measured on text that is still to be written cannot be looked for yet.
+        return recipe, prepare.prepare(recipe.model_copy(update={"evaluate": {}}))
+
+    try:
+        return planned(oneline.is_mostly_table(source.model))
+    except LillamaError as error:
+        if error.where != KEY:
+            raise
+    return planned(False)  # the model does more between its embedding and its blocks
 
 
 def _model(given: str) -> list[str]:

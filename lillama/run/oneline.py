@@ -10,6 +10,7 @@ from typing import Any
 # (docs/results/quality.md).
 LEARNS_WHOLE = 1_000_000_000
 HELD_OUT = 0.1  # of the text, to measure on
+MOSTLY_TABLE = 1 / 3  # of the parameters: then the blocks alone would have to give too much (docs/results/gemma.md)
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,16 @@ class Asked:
     tokens: int
 
 
-def recipe_of(asked: Asked, parameters: int) -> dict[str, Any]:
-    """The settings of a recipe for a model of so many parameters; what they leave out has its default."""
+def recipe_of(asked: Asked, parameters: int, embedding: bool = False) -> dict[str, Any]:
+    """The settings of a recipe for a model of so many parameters; what they leave out has its default.
+
+    `embedding`: its table is in the budget.
+    """
     calibrated = round(100 * (1 - HELD_OUT))
     tokens = int(asked.tokens * (1 - HELD_OUT))
     settings: dict[str, Any] = {
         "model": {"id": asked.model},
-        "compress": {"reduction": asked.reduction},
+        "compress": {"reduction": asked.reduction, "embedding": embedding},
         "calibration": {"dataset": asked.data, "split": f"train[:{calibrated}%]", "tokens": tokens},
         "evaluate": {
             "perplexity": {"dataset": asked.data, "split": f"train[{calibrated}%:]", "tokens": 8192},
@@ -47,10 +51,17 @@ def recipe_of(asked: Asked, parameters: int) -> dict[str, Any]:
             "learning_rate": 6e-5,
             "lr_schedule": "cosine",
             "warmup": 0.05,
-            "freeze": ["*embed*"],
+            "freeze": [] if embedding else ["*embed*"],
             "checks": 2,
         }
     return settings
+
+
+def is_mostly_table(model: Any) -> bool:
+    """Whether more than a third of a model's parameters are its token embedding's."""
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(table, "weight", None)
+    return weight is not None and weight.numel() > MOSTLY_TABLE * sum(p.numel() for p in model.parameters())
 
 
 def place_of(model: str, reduction: float) -> str:
