@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lillama.errors import LillamaError
 from lillama.pretrained.calls import RawBatch, Stopped, arguments, digest, run_model, stand_in
+from lillama.pretrained.driven import check_calls
 from lillama.pretrained.examples import altered
 from lillama.pretrained.forms import HINT, Form, Leaf, Record, find_forms
 from lillama.pretrained.players import hand_on, main_output
@@ -112,18 +113,7 @@ def _compare(walk: Walk, batch: RawBatch, records: Sequence[Record]) -> None:
     """LillamaError where a captured call has an argument that the model's own call had not."""
     with walk.capture() as capture, walk.device.autocast():
         captured, _ = capture(batch)
-    for call, record in zip(captured.calls, records):
-        taken = {argument for argument, _ in call.form.takes}
-        for number, (given, leaf) in enumerate(zip(call.leaves, record.arguments, strict=True)):
-            if number in taken or not isinstance(given, Tensor):
-                continue
-            if leaf.value != digest(given):
-                raise LillamaError(
-                    "this layer is given something that depends on what layers before it computed, besides what they "
-                    "return: driven one by one they would not be the model",
-                    where=record.layer.name,
-                    hint=HINT,
-                )
+    check_calls(captured.calls, records)
 
 
 def _compare_predictions(walk: Walk, batch: RawBatch, ending: Any, expected: Any) -> None:
