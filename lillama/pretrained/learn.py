@@ -94,7 +94,7 @@ def _watch(walk: Walk, batch: RawBatch, whole: bool) -> tuple[list[Record], Any,
             contextlib.suppress(Stopped),
             stand_in(modules, [*map(player, range(len(modules)))]),
         ):
-            result = run_model(model, given, **(_few_positions(model, given) if whole else {}))
+            result = run_model(model, given, **(_few_positions(walk, given) if whole else {}))
     if len(records) < len(walk.layers):
         raise LillamaError(
             f"the model's forward pass reached {len(records)} of the {len(walk.layers)} layers listed",
@@ -104,12 +104,13 @@ def _watch(walk: Walk, batch: RawBatch, whole: bool) -> tuple[list[Record], Any,
     return records, last[0], result
 
 
-def _few_positions(model: Any, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _few_positions(walk: Walk, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What asks for the predictions of positions all over the text, no more than are looked at at once elsewhere."""
     ids = given.get("input_ids")
-    if ids is None or ids.dim() != 2:
+    # A head that is a layer must be given what the layer before it puts out, all of it.
+    if ids is None or ids.dim() != 2 or any(layer.kind == "head" for layer in walk.layers):
         return {}
-    most = predictions.positions_at_once(model, len(ids), predictions.READ)
+    most = predictions.positions_at_once(walk.source.model, len(ids), predictions.READ)
     if most is None or most >= ids.shape[1]:
         return {}
     return {predictions.KEEP: torch.linspace(0, ids.shape[1] - 1, most).long()}
@@ -136,7 +137,7 @@ def _compare_predictions(walk: Walk, batch: RawBatch, ending: Any, expected: Any
         players = [hand_on(walk.source.forms[layer.name]) for layer in walk.layers]
         given = {name: value.to(device) for name, value in arguments(batch).items()}
         with walk.device.autocast(), stand_in(modules, [*players[:-1], lambda *_, **__: ending]):
-            found = run_model(model, given, **_few_positions(model, given))
+            found = run_model(model, given, **_few_positions(walk, given))
     mine, theirs = (main_output(one).float() for one in (found, expected))
     if mine.shape != theirs.shape or (mine - theirs).abs().max() > CLOSE * theirs.abs().max():
         raise LillamaError(
