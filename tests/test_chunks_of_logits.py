@@ -9,10 +9,16 @@ import torch
 from conftest import SMALL, tiny
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, MambaConfig
 
+from lillama.base.progress import Progress
+from lillama.errors import LillamaError
 from lillama.evaluate import perplexity
 from lillama.finetune import loss
 from lillama.finetune.data import IGNORED
 from lillama.pretrained import predictions
+from lillama.pretrained.learn import learn_forms
+from lillama.pretrained.walk import Walk
+from lillama.run import prepare
+from lillama.testing import recipe_for
 
 CONFIGS = {
     "gemma2": Gemma2Config(**SMALL, head_dim=8, num_key_value_heads=2, final_logit_softcapping=0.5),
@@ -151,3 +157,20 @@ def test_the_drawn_tokens_loss_runs_back_in_chunks(masked):
         assert [None if keep is None else len(keep) for keep in asked] == ([4, 4, 3] if at_once else [None])
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_how_layers_are_driven_is_learned_from_few_logits(few, tmp_path, monkeypatch):
+    """Of 262 k words, the logits of two whole rows took 5.5 GiB, in float32, twice and their difference."""
+    model = tiny()
+    model.save_pretrained(tmp_path / "model")
+    prepared = prepare.prepare(recipe_for(tmp_path / "model", tmp_path / "run"))
+    prepared.source.fetch(tmp_path)
+    made = []
+    prepared.source.model.lm_head.register_forward_hook(lambda _, args, out: made.append(out.shape[1]))
+    walk = Walk(prepared.source, prepared.layers, prepared.layers, prepared.device, Progress())
+    learn_forms(walk, {"input_ids": IDS})
+    assert made == [3, 3]
+    spoilt = prepared.source.model.model.norm.register_forward_hook(lambda _, args, out: out + len(made))
+    with pytest.raises(LillamaError, match="depend on more than what the last layer returns"):
+        learn_forms(walk, {"input_ids": IDS})
+    spoilt.remove()

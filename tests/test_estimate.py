@@ -44,7 +44,7 @@ ESTIMATES: dict[str, tuple[str, dict[str, Any], tuple[int, int, float | None]]] 
     "fine-tuned": (
         "llama",
         {"finetune.teacher": 0.5, "finetune.steps": 3, "finetune.batch_size": 64},
-        (651_346_432, 9_334_272, 20.786970624),
+        (1_023_451_904, 9_334_272, 20.786970624),
     ),
     "of unknown length": ("llama", {"calibration.tokens": None}, (605_895_168, 8_179_200, None)),
 }
