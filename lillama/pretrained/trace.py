@@ -20,11 +20,13 @@ from lillama.contract import Layer, Weight
 from lillama.dense.experts import experts_layout, why_not
 from lillama.dense.plain import is_linear
 from lillama.errors import LillamaError
-from lillama.pretrained.calls import digest, run_model
+from lillama.pretrained.calls import Capture, digest, run_model
+from lillama.pretrained.driven import check_calls
 from lillama.pretrained.examples import arguments_to_try, copies
 from lillama.pretrained.forms import Leaf, Record, find_forms
 
 log = logging.getLogger(__name__)
+NO_LINEAR = "none of them holds a linear layer, or experts, of a kind that can be factorised"
 BRIDGE = 4  # modules between two lists of blocks, at most
 NARROW = 64  # times longer than wide: a router, or a vector
 
@@ -34,6 +36,7 @@ class Run:
     """One forward pass: what every module was called with, in order."""
 
     model: nn.Module
+    given: Mapping[str, Tensor] = field(default_factory=dict)
     records: dict[str, list[Record]] = field(default_factory=dict)
     order: dict[str, int] = field(default_factory=dict)  # when a module was first called
     kept: list[Any] = field(default_factory=list)  # tensors without numbers are told by themselves: they must live
@@ -62,7 +65,7 @@ def trace(model: Any) -> list[Layer]:
     names = _longest_stream(run, other, lists, reasons)
     if not names:
         raise LillamaError(
-            f"the blocks of {type(model).__name__} cannot be run one by one: {reasons[0] if reasons else 'none fits'}",
+            f"the blocks of {type(model).__name__} cannot be run one by one: {reasons[0] if reasons else NO_LINEAR}",
             where="plugin",
         )
     return _Weights(model, run, names).layers()
@@ -91,7 +94,7 @@ def watch_passes(model: Any) -> tuple[Run, Run | None]:
 
 @torch.no_grad()
 def _watched(model: nn.Module, given: Mapping[str, Tensor]) -> Run:
-    run = Run(model)
+    run = Run(model, given)
     hooks: list[Any] = []
     pending: dict[str, list[tuple[tuple[Leaf, ...], Any]]] = {}
 
@@ -169,7 +172,12 @@ def _trouble(run: Run, other: Run | None, names: Sequence[str]) -> str | None:
     """Why layers cannot be run one by one; None: they can."""
     try:
         records = [run.records[name][0] for name in names]
-        find_forms(records, [other.records[name][0] for name in names] if other else None)
+        forms = find_forms(records, [other.records[name][0] for name in names] if other else None)
+        if other is not None:  # there are numbers to compare
+            layers = [record.layer for record in records]
+            device = next(run.model.parameters()).device
+            batch, _ = Capture(run.model, layers, device, forms=forms)(run.given)
+            check_calls(batch.calls, records)
     except LillamaError as error:
         return f"{error.where}: {error.what}"
     return None
