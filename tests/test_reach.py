@@ -75,7 +75,7 @@ def test_blocks_that_are_driven_otherwise_are_noticed() -> None:
     assert streams.verdict() == "yes"
     again = watch.Streams(model, names, inputs)
     with again.of(model):
-        hidden = torch.randn(2, 12, model.config.d_model)
+        hidden = torch.randn(2, build.TEXT.length, model.config.d_model)
         for name in names:
             model.get_submodule(name)(hidden)
     assert "decoder.block.0 differs by" in again.verdict()
