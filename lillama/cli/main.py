@@ -170,16 +170,23 @@ def export(args: argparse.Namespace) -> int:
     from lillama.base import quiet
     from lillama.registry import EXPORTS
 
-    name = "dense" if args.dense else args.form
+    name = args.short or args.form
     if name is None:
         known = f"Known: {', '.join(EXPORTS)}."
-        raise LillamaError("say which form", where="export", hint=f"--dense multiplies the factors back. {known}")
+        raise LillamaError(
+            "say which form",
+            where="export",
+            hint=f"--dense multiplies the factors back, --standalone keeps them. {known}",
+        )
     EXPORTS.check(name, "export")
     quiet.quiet_libraries()
     trust = {"trust_remote_code": args.trust_remote_code} if "trust_remote_code" in EXPORTS.needs(name) else {}
     EXPORTS.get(name)(Path(args.directory), Path(args.out), **trust)
-    said = ": loads with plain transformers, and is as large as the original" if name == "dense" else ""
-    sys.stdout.write(f"wrote {args.out}{said}\n")
+    said = {
+        "dense": ": loads with plain transformers, and is as large as the original",
+        "standalone": ": loads with transformers by trust_remote_code=True, which runs the modelling file in it",
+    }
+    sys.stdout.write(f"wrote {args.out}{said.get(name, '')}\n")
     return 0
 
 
@@ -275,8 +282,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("out", help="the directory to write")
     sub.add_argument("--trust-remote-code", action="store_true", help="run modelling code that came with the model")
     forms = sub.add_mutually_exclusive_group()
-    forms.add_argument("--as", dest="form", metavar="NAME", help="the form: dense, or a plugin's")
-    forms.add_argument("--dense", action="store_true", help="multiply the factors back: short for --as dense")
+    forms.add_argument("--as", dest="form", metavar="NAME", help="the form: dense, standalone, or a plugin's")
+    for form, does in (("dense", "multiply the factors back"), ("standalone", "bring the modelling code along")):
+        about = f"{does}: short for --as {form}"
+        forms.add_argument(f"--{form}", dest="short", action="store_const", const=form, help=about)
     sub = verb(verify)
     sub.add_argument("directory", help="a run directory, or a checkpoint directory")
     sub = verb(doctor)

@@ -1,0 +1,75 @@
+"""What the built-in storages compute, on plain tensors: torch alone, so that standalone checkpoints can carry this.
+
+A storage (storage.py) says which tensors there are and calls these; `lillama export --standalone` copies the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lillama.lowrank.permute import Permute
+
+Orders = tuple[Tensor, Tensor]
+
+
+class Products(NamedTuple):
+    """The two things a format may do with its inputs, for one matrix or for one matrix per expert.
+
+    `linear(x, W[, bias])` is x W^T; `permute(y, order, inverse)` puts the columns of y in another order.
+    """
+
+    linear: Callable[..., Tensor]
+    permute: Callable[..., Tensor]
+
+
+ONE_MATRIX = Products(F.linear, Permute.apply)
+
+
+def multiply_factors(x: Tensor, A: Tensor, B: Tensor, products: Products, bias: Tensor | None = None) -> Tensor:
+    """A B x + bias for inputs x [..., d_in]."""
+    return products.linear(products.linear(x, B), A, bias)
+
+
+def look_up_factors(ids: Tensor, A: Tensor, B: Tensor, padding_idx: int | None = None) -> Tensor:
+    """Rows `ids` of A B; as a dense table's under autocast, where the residual stream begins, in full precision."""
+    return F.linear(F.embedding(ids, A, padding_idx), B.T).to(B.dtype)
+
+
+def pivoted_orders(pivots: Tensor, others: int) -> Orders:
+    """(order, inverse) [d_out] each: cat(pivot rows, others)[order] is the output in its own order."""
+    is_pivot = torch.zeros(pivots.shape[0] + others, dtype=torch.uint8, device=pivots.device)
+    is_pivot = is_pivot.index_fill(0, pivots, 1)
+    # A stable sort leaves the others in rising order; its shape is known beforehand, which a compiler needs.
+    inverse = torch.cat([pivots, is_pivot.argsort(stable=True)[:others]])
+    return inverse.argsort(), inverse
+
+
+def multiply_pivoted(
+    x: Tensor, B: Tensor, C: Tensor, orders: Orders, products: Products, bias: Tensor | None = None
+) -> Tensor:
+    """The same for pivot rows B and the coefficients C of the other rows in them."""
+    pivots = products.linear(x, B)
+    others = [products.linear(pivots, C)] if C.shape[-2] else []
+    y = products.permute(torch.cat([pivots, *others], -1), *orders)
+    return y if bias is None else y + bias
+
+
+def product_pivoted(B: Tensor, C: Tensor, orders: Orders) -> Tensor:
+    """The matrix that pivot rows and coefficients stand for; a stack of them for stacked ones."""
+    rows = torch.cat([B, C @ B], dim=-2)
+    return rows.gather(-2, orders[0][..., None].expand_as(rows))
+
+
+def look_up_pivoted(ids: Tensor, B: Tensor, C: Tensor, orders: Orders) -> Tensor:
+    """Rows `ids` of that matrix."""
+    rank, place = len(B), orders[0][ids]
+    pivots = F.embedding(place.clamp(max=rank - 1), B)
+    if not len(C):
+        return pivots
+    others = F.linear(F.embedding((place - rank).clamp(min=0), C), B.T)
+    return torch.where((place < rank)[..., None], pivots, others.to(pivots.dtype))
