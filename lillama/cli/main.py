@@ -190,6 +190,18 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+def push(args: argparse.Namespace) -> int:
+    """upload a compressed checkpoint to the hub, its card with what the run measured"""
+    from lillama.base import quiet
+
+    quiet.quiet_libraries()
+    from lillama.checkpoint.push import push
+
+    options = {"private": args.private, "standalone": args.standalone, "trust": args.trust_remote_code}
+    sys.stdout.write(f"wrote {push(Path(args.directory), args.repo_id, **options)}\n")
+    return 0
+
+
 def verify(args: argparse.Namespace) -> int:
     """compare every file of a run or a checkpoint with the hash it was written with"""
     from lillama.base.progress import Progress
@@ -286,6 +298,12 @@ def _parser() -> argparse.ArgumentParser:
     for form, does in (("dense", "multiply the factors back"), ("standalone", "bring the modelling code along")):
         about = f"{does}: short for --as {form}"
         forms.add_argument(f"--{form}", dest="short", action="store_const", const=form, help=about)
+    sub = verb(push)
+    sub.add_argument("directory", help="a compressed checkpoint, or a run directory")
+    sub.add_argument("repo_id", help="the model repository: USER/NAME")
+    sub.add_argument("--private", action="store_true", help="a repository that is made is private")
+    sub.add_argument("--standalone", action="store_true", help="as export --standalone writes it")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run modelling code that came with the model")
     sub = verb(verify)
     sub.add_argument("directory", help="a run directory, or a checkpoint directory")
     sub = verb(doctor)
