@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lillama.lowrank.permute import Permute
@@ -27,7 +27,18 @@ class Products(NamedTuple):
     permute: Callable[..., Tensor]
 
 
-ONE_MATRIX = Products(F.linear, Permute.apply)
+def permuted(y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """The columns of y in another order; what `Permute` is for costs time where no gradient comes back."""
+    if y.requires_grad:
+        reordered: Tensor = Permute.apply(y, order, inverse)
+        return reordered
+    if y.dtype == torch.float32 and y.device.type == "cpu":
+        return y.index_select(-1, order)
+    return y.gather(-1, order.expand_as(y))
+
+
+ONE_MATRIX = Products(F.linear, permuted)
+IN_PLACE = 8  # rows from which products written in place save more than they cost
 
 
 def multiply_factors(x: Tensor, A: Tensor, B: Tensor, products: Products, bias: Tensor | None = None) -> Tensor:
@@ -53,10 +64,40 @@ def multiply_pivoted(
     x: Tensor, B: Tensor, C: Tensor, orders: Orders, products: Products, bias: Tensor | None = None
 ) -> Tensor:
     """The same for pivot rows B and the coefficients C of the other rows in them."""
+    if products is ONE_MATRIX and _writes_in_place(x, B, C):
+        return _written_in_place(x, B, C, orders[0], bias)
     pivots = products.linear(x, B)
     others = [products.linear(pivots, C)] if C.shape[-2] else []
     y = products.permute(torch.cat([pivots, *others], -1), *orders)
     return y if bias is None else y + bias
+
+
+def _writes_in_place(x: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Whether the products may go where they belong at once: many rows, no gradient, nobody who traces or casts."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == B.dtype == torch.float32
+        and x.numel() >= IN_PLACE * x.shape[-1]
+        and not (torch.is_grad_enabled() and (x.requires_grad or B.requires_grad or C.requires_grad))
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and type(x) is Tensor
+        and type(B) in (Tensor, nn.Parameter)
+    )
+
+
+def _written_in_place(x: Tensor, B: Tensor, C: Tensor, order: Tensor, bias: Tensor | None) -> Tensor:
+    """The same numbers without a copy of pivots and others beside each other."""
+    rank, rows = len(B), x.reshape(-1, x.shape[-1])
+    both = x.new_empty(len(rows), rank + len(C))
+    pivots = both[:, :rank]
+    torch.mm(rows, B.t(), out=pivots)
+    if len(C):
+        torch.mm(pivots, C.t(), out=both[:, rank:])
+    y = both.index_select(-1, order)
+    if bias is not None:
+        y += bias
+    return y.view(*x.shape[:-1], -1)
 
 
 def product_pivoted(B: Tensor, C: Tensor, orders: Orders) -> Tensor:
