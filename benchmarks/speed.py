@@ -27,7 +27,7 @@ from lillama.checkpoint.quantizer import place_factors
 from lillama.contract import Layer
 from lillama.evaluate.speed import prompts
 from lillama.evaluate.turns import alternating
-from lillama.lowrank.swap import factor_modules
+from lillama.lowrank.swap import factor_modules, lay_out
 from lillama.plan.plan import choose_ranks
 from lillama.recipe.schema import Compress
 
@@ -64,6 +64,7 @@ def compressed(model: LlamaForCausalLM, storage: str, removed: float) -> LlamaFo
                 parameter.normal_(std=0.02)
             for buffer in module.buffers():
                 buffer.copy_(torch.randperm(module.out_features)[: len(buffer)])
+    lay_out(small)  # as loading does
     return small.requires_grad_(False)
 
 

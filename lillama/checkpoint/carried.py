@@ -16,6 +16,7 @@ from lillama.lowrank.arithmetic import (
     ONE_MATRIX,
     Orders,
     Products,
+    lay_out,
     look_up_factors,
     look_up_pivoted,
     multiply_factors,
@@ -154,6 +155,15 @@ class LowRankModel:
         # Empty tensors under the names of dense weights: without this file no class of transformers loads them.
         ignored = {rf"(^|\.){re.escape(name)}$" for name in said["ignored"]}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As always."""
+        found = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]  # that of the class behind it
+        ours = [m for m in (found[0] if isinstance(found, tuple) else found).modules() if isinstance(m, LowRankModule)]
+        linears = [module for module in ours if isinstance(module, LowRankLinear)]
+        lay_out(linears, [module for module in ours if not isinstance(module, LowRankLinear)])
+        return found
 
     @classmethod
     def _behind(cls) -> Any:

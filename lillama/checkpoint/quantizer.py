@@ -97,6 +97,7 @@ class LillamaQuantizer(HfQuantizer):
         # that `is_quantized` neither change its type (.half(), .float()) nor train.
         model.is_quantized = False
         model.config.quantization_config = self.quantization_config
+        factors.lay_out(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:

@@ -5,7 +5,7 @@ A storage (storage.py) says which tensors there are and calls these; `lillama ex
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -38,12 +38,28 @@ def permuted(y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 
 ONE_MATRIX = Products(F.linear, permuted)
+TALL = 2  # rows for each column from which that pays
 IN_PLACE = 8  # rows from which products written in place save more than they cost
 
 
 def multiply_factors(x: Tensor, A: Tensor, B: Tensor, products: Products, bias: Tensor | None = None) -> Tensor:
     """A B x + bias for inputs x [..., d_in]."""
     return products.linear(products.linear(x, B), A, bias)
+
+
+def lay_out(linears: Iterable[nn.Module], others: Iterable[nn.Module]) -> None:
+    """Keep the tall matrices of `linears` column by column in memory, but those that `others` have as well.
+
+    A product with one row, as every new token asks for, then reads them up to 1.6 times as fast (MKL, float32). Shapes
+    and numbers stay; what saves a model writes them row by row.
+    """
+    kept = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+    for module in linears:
+        for weight in module.parameters(recurse=False):
+            if weight.dim() == 2 and weight.dtype == torch.float32 and weight.device.type == "cpu":
+                tall = len(weight) >= TALL * weight.shape[1]
+                if tall and id(weight) not in kept and weight.is_contiguous():
+                    weight.data = weight.detach().t().contiguous().t()
 
 
 def look_up_factors(ids: Tensor, A: Tensor, B: Tensor, padding_idx: int | None = None) -> Tensor:
