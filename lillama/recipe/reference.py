@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -69,6 +69,8 @@ def _type(annotation: Any) -> str:
     origin = getattr(annotation, "__origin__", None)
     if origin in (list, dict):
         return "list" if origin is list else "mapping"
+    if get_origin(annotation) is Annotated:
+        return _type(arguments[0])  # what else is said of it are bounds
     if arguments:
         return " or ".join(_type(a) for a in arguments)
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.get(

@@ -24,8 +24,13 @@ NOT_IN_THE_NUMBERS = {
     "track",
 }
 
-# Keys that earlier versions did not know, by section.
-NEW_KEYS = (("calibration", "special_tokens"), ("finetune", "special_tokens"))
+# Keys that earlier versions did not know, by section, each with the value that stands for what those versions did; of
+# None any value may be: what the key decides is in the hash of the data.
+NEW_KEYS = (
+    ("calibration", "special_tokens", None),
+    ("finetune", "special_tokens", None),
+    ("compress", "keep_dense_below", 0.0),
+)
 
 
 def of(prepared: Prepared, data: str) -> dict[str, Any]:
@@ -65,10 +70,11 @@ def like(new: dict[str, Any], held: dict[str, Any], place: Path) -> dict[str, An
 
 
 def _less_new_keys(new: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
-    """`new` without keys of the recipe that there were none of: what they decide is in the hash of the data."""
+    """`new` without keys of the recipe that there were none of, unless they ask for what no earlier version did."""
     compared = copy.deepcopy(new)
     with contextlib.suppress(KeyError, TypeError):
-        for section, name in NEW_KEYS:
-            if name not in (held["recipe"][section] or {}):
-                (compared["recipe"][section] or {}).pop(name, None)
+        for section, name, as_before in NEW_KEYS:
+            now = compared["recipe"][section] or {}
+            if name not in (held["recipe"][section] or {}) and as_before in (None, now.get(name)):
+                now.pop(name, None)
     return compared
