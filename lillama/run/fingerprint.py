@@ -73,9 +73,7 @@ def _less_new_keys(new: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
     """`new` without keys of the recipe that there were none of, unless they ask for what no earlier version did."""
     compared = copy.deepcopy(new)
     for section, name, as_before in NEW_KEYS:
-        with contextlib.suppress(
-            KeyError, TypeError, AttributeError
-        ):  # a manifest of whatever form, or no such section
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # of whatever form, or without it
             now = compared["recipe"][section] or {}
             if name not in (held["recipe"][section] or {}) and as_before in (None, now.get(name)):
                 now.pop(name, None)
