@@ -24,11 +24,12 @@ NOT_IN_THE_NUMBERS = {
     "track",
 }
 
-# Keys that earlier versions did not know, by section, each with the value that stands for what those versions did; of
-# None any value may be: what the key decides is in the hash of the data.
-NEW_KEYS = (
-    ("calibration", "special_tokens", None),
-    ("finetune", "special_tokens", None),
+ANY = object()
+# Keys that earlier versions did not know, by section, and the value that says what those did; ANY: what the key decides
+# is in the hash of the data.
+NEW_KEYS: tuple[tuple[str, str, Any], ...] = (
+    ("calibration", "special_tokens", ANY),
+    ("finetune", "special_tokens", ANY),
     ("compress", "keep_dense_below", 0.0),
 )
 
@@ -70,11 +71,11 @@ def like(new: dict[str, Any], held: dict[str, Any], place: Path) -> dict[str, An
 
 
 def _less_new_keys(new: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
-    """`new` without keys of the recipe that there were none of, unless they ask for what no earlier version did."""
+    """`new` without keys of the recipe that there were none of, as far as they say what was done without them."""
     compared = copy.deepcopy(new)
-    for section, name, as_before in NEW_KEYS:
-        with contextlib.suppress(KeyError, TypeError, AttributeError):  # of whatever form, or without it
-            now = compared["recipe"][section] or {}
-            if name not in (held["recipe"][section] or {}) and as_before in (None, now.get(name)):
-                now.pop(name, None)
+    for section, name, before in NEW_KEYS:
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # of whatever form, or without the section
+            given = compared["recipe"][section] or {}
+            if name not in (held["recipe"][section] or {}) and (before is ANY or given.get(name) == before):
+                given.pop(name, None)
     return compared

@@ -162,13 +162,12 @@ class Run:
             if held.get("provisional"):
                 return self.plan
             ranks = {row["weight"]: row["rank"] for row in held["weights"] if row["rank"] is not None}
-            kept = {row["weight"]: row["kept_dense"] for row in held["weights"] if "kept_dense" in row}
         elif self.directory.has(f"{MODEL}/config.json"):  # the plan was damaged since: the checkpoint knows its ranks
             modules = self.directory.json(f"{MODEL}/config.json")["quantization_config"]["modules"]
-            ranks, kept = {name: how["rank"] for name, how in modules.items()}, {}
+            ranks = {name: how["rank"] for name, how in modules.items()}
         else:
             return self.plan
-        return replace(self.plan, ranks=ranks, kept=kept, provisional=False)
+        return replace(self.plan, ranks=ranks, provisional=False)
 
     def choose(self, spectra: dict[str, list[float]]) -> None:
         """Settle a provisional plan."""
