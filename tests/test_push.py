@@ -144,6 +144,11 @@ def test_what_keeps_a_model_from_the_hub_is_said(
 ) -> None:
     assert "no name of a repository" in refused([str(run), "me/small/er"], capsys)
     assert "no checkpoint here" in refused([str(run.parent), "me/small"], capsys)
+    secret = run.parent / "secret.json"
+    secret.write_text("{}")
+    (run / "model" / "tokenizer.json").symlink_to(secret)
+    assert "a link leads out of the directory" in refused([str(run), "me/small", "--standalone"], capsys)
+    (run / "model" / "tokenizer.json").unlink()
     hub.refuse = 403
     said = refused([str(run), "me/small"], capsys)
     assert "the hub refuses (403)" in said and "You may not." in said and "hf auth login" in said

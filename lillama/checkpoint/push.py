@@ -38,6 +38,7 @@ def push(path: Path, repo_id: str, *, private: bool = False, standalone: bool = 
         raise LillamaError(f"this is no name of a repository: {error}", where=repo_id, hint="USER/NAME") from error
     path = _checkpoint(path)
     check_whole(path, trust)
+    _check_links(path)
     if get_token() is None:
         raise LillamaError("there is no token for the hub", where=f"push {repo_id}", hint=LOGIN)
     with tempfile.TemporaryDirectory(prefix="lillama-push-") as place:
@@ -58,6 +59,13 @@ def _checkpoint(path: Path) -> Path:
             if (path / name / "config.json").is_file():
                 return path / name
     return path
+
+
+def _check_links(path: Path) -> None:
+    """LillamaError for a link out of the directory: a checkpoint may come from anybody, and must not name your files."""
+    for file in path.iterdir():
+        if file.is_symlink() and not file.resolve().is_relative_to(path.resolve()):
+            raise LillamaError("a link leads out of the directory", where=str(file), hint="Put the file itself there.")
 
 
 def _link(path: Path, staged: Path) -> None:
