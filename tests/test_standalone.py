@@ -14,6 +14,8 @@ import torch
 from conftest import tiny, tokenizer
 from safetensors.torch import load_file, save_file
 from test_mixtral import tiny as tiny_mixtral
+from test_remote_code import home  # noqa: F401  # a fixture
+from transformers import AutoModelForCausalLM
 
 import lillama
 from lillama import LillamaError
@@ -49,10 +51,11 @@ for number, where in enumerate((place, again)):
         model.save_pretrained(again)
 if model.can_generate() and "input_ids" in inputs:
     model.generate(inputs["input_ids"][:, :4], max_new_tokens=2, do_sample=False)
+own = "AutoConfig" in json.load(open(place + "/config.json"))["auto_map"]  # then nothing loads without it
 try:
-    auto.from_pretrained(place)
+    auto.from_pretrained(place, **({"trust_remote_code": False} if own else {}))
 except Exception as error:
-    assert "mismatch" in str(error).lower(), error
+    assert ("trust_remote_code" if own else "mismatch") in str(error).lower(), error
 else:
     raise AssertionError("without the modelling file it loaded")
 assert not any(name.partition(".")[0] == "lillama" for name in sys.modules)
@@ -61,7 +64,7 @@ assert not any(name.partition(".")[0] == "lillama" for name in sys.modules)
 
 def check(model: Any, path: Path, target: Path, inputs: dict[str, torch.Tensor], auto: str, **options: str) -> None:
     """Export `path`, and compare what another process makes of it with what `model` computes."""
-    export_standalone(path, target)
+    export_standalone(path, target, trust_remote_code=True)
     said = json.loads((target / "config.json").read_text())
     assert "quantization_config" not in said and said["auto_map"][auto].startswith("modeling_lillama.")
     assert "lillama" not in " ".join(
@@ -129,6 +132,19 @@ def test_experts_stand_alone(way: str, tmp_path: Path) -> None:
     loaded = lillama.load(tmp_path / "model", experts_implementation=way)
     inputs = token_batches(model)[0]
     check(loaded, tmp_path / "model", tmp_path / "alone", inputs, "AutoModelForCausalLM", experts_implementation=way)
+
+
+def test_a_model_with_code_of_its_own_stands_alone(  # the fixture of another file
+    home: Path,
+    capsys: pytest.CaptureFixture[str],  # noqa: F811
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(home / "model", trust_remote_code=True)
+    factorise_(model, {"model.layers.1.mlp.up_proj": linear(7, "pivoted")})
+    model.save_pretrained(home / "small")
+    assert cli.main(["export", str(home / "small"), str(home / "no"), "--standalone"]) == 2
+    assert "trust_remote_code" in capsys.readouterr().err and not (home / "no").exists()
+    loaded = lillama.load(home / "small", trust_remote_code=True)
+    check(loaded, home / "small", home / "alone", token_batches(tiny())[0], "AutoModelForCausalLM")
 
 
 def test_what_cannot_stand_alone_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

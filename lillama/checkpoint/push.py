@@ -62,7 +62,7 @@ def _checkpoint(path: Path) -> Path:
 
 
 def _check_links(path: Path) -> None:
-    """LillamaError for a link out of the directory: a checkpoint may come from anybody, and must not name your files."""
+    """LillamaError for a link out of the directory: a checkpoint may be anybody's, and must not name your files."""
     for file in path.iterdir():
         if file.is_symlink() and not file.resolve().is_relative_to(path.resolve()):
             raise LillamaError("a link leads out of the directory", where=str(file), hint="Put the file itself there.")
