@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_remote_code
 import torch
 from conftest import tiny, tokenizer
 from safetensors.torch import load_file, save_file
 from test_mixtral import tiny as tiny_mixtral
-from test_remote_code import home  # noqa: F401  # a fixture
 from transformers import AutoModelForCausalLM
 
 import lillama
@@ -134,10 +134,10 @@ def test_experts_stand_alone(way: str, tmp_path: Path) -> None:
     check(loaded, tmp_path / "model", tmp_path / "alone", inputs, "AutoModelForCausalLM", experts_implementation=way)
 
 
-def test_a_model_with_code_of_its_own_stands_alone(  # the fixture of another file
-    home: Path,
-    capsys: pytest.CaptureFixture[str],  # noqa: F811
-) -> None:
+home = test_remote_code.home  # a fixture
+
+
+def test_a_model_with_code_of_its_own_stands_alone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(home / "model", trust_remote_code=True)
     factorise_(model, {"model.layers.1.mlp.up_proj": linear(7, "pivoted")})
     model.save_pretrained(home / "small")
