@@ -296,7 +296,10 @@ READERS: Registry[Callable[..., Any]] = Registry(
 )
 EXPORTS: Registry[Callable[..., Any]] = Registry(
     "export",
-    {"dense": "lillama.checkpoint.export:export_dense"},
+    {
+        "dense": "lillama.checkpoint.export:export_dense",
+        "standalone": "lillama.checkpoint.standalone:export_standalone",
+    },
     Call(2, frozenset({"trust_remote_code"})),  # directory of the checkpoint, directory to write
 )
 FIGURES: Registry[Callable[..., Any]] = Registry(

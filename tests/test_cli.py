@@ -274,7 +274,7 @@ try:
     code = main(sys.argv[1:])
 except SystemExit as stop:
     code = stop.code
-heavy = [name for name in ("torch", "transformers", "datasets", "pandas") if name in sys.modules]
+heavy = [name for name in ("torch", "transformers", "datasets", "pandas", "huggingface_hub") if name in sys.modules]
 print(f"{code} {time.perf_counter() - start:.3f} {heavy}", file=sys.stderr)
 """
 

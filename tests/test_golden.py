@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 import lillama
+from lillama import LillamaError
 from lillama.testing import recipe_for, token_batches
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -85,3 +86,9 @@ def test_a_stopped_run_of_an_earlier_version_goes_on(old_run, tmp_path):
     inputs, logits = expected("run")
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits.float(), logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_of_an_earlier_version_is_another_one_where_a_key_asks_for_what_it_could_not(old_run):
+    asked = old_run[1].compress.model_copy(update={"keep_dense_below": 0.15})
+    with pytest.raises(LillamaError, match="keep_dense_below"):
+        lillama.compress(old_run[1].model_copy(update={"compress": asked}), batches=batches())

@@ -144,3 +144,62 @@ def test_an_impossible_reduction_names_the_largest_possible_one():
     layers = [Layer("l", (Weight("l.w", (64, 64)),))]
     with pytest.raises(LillamaError, match=r"largest possible is 0\.5 with strategy bottom"):
         choose_ranks(layers, 64 * 64, Compress(reduction=0.9, strategy="bottom", min_rank=16, storage="factors"))
+
+
+def square(width: int, count: int = 8) -> list[Layer]:
+    return [Layer(f"l{i}", (Weight(f"l{i}.w", (width, width)),)) for i in range(count)]
+
+
+@pytest.mark.parametrize(("width", "multiple"), [(576, 8), (2048, 64)])
+def test_the_multiple_of_ranks_follows_the_width(width: int, multiple: int):
+    compress = Compress(reduction=0.2, strategy="uniform", rank_multiple="auto")
+    ranks = choose_ranks(square(width), 8 * width * width, compress).ranks
+    assert ranks and all(rank % multiple == 0 for rank in ranks.values())
+    assert any(rank % (2 * multiple) for rank in ranks.values())
+    # A strategy, a plugin's too, is given a number.
+    asked = compress.model_copy(update={"rank_multiple": multiple})
+    assert choose_ranks(square(width), 8 * width * width, asked).ranks == ranks
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_weights_that_would_hardly_shrink_stay_dense_and_others_make_up_for_it(storage: str):
+    layers, before = square(256), 8 * 256 * 256
+    settings = {"reduction": 0.05, "strategy": "uniform", "storage": storage}
+    plain = choose_ranks(layers, before, Compress(**settings))
+    assert len(plain.ranks) == 8 and not plain.kept
+    assert choose_ranks(layers, before, Compress(**settings, keep_dense_below=0.01)).ranks == plain.ranks
+    plan = choose_ranks(layers, before, Compress(**settings, keep_dense_below=0.2))
+    assert plan.removed >= 0.05 * before
+    for name, rank in plan.ranks.items():
+        assert 1 - stored(plan.weights[name], rank, storage) / plan.weights[name].parameters >= 0.2
+    assert plan.ranks and plan.ranks.keys() | plan.kept.keys() == plain.ranks.keys()
+    rows = {row["weight"]: row for row in plan.to_dict()["weights"]}
+    for name in plan.kept:
+        assert rows[name]["rank"] is None and "keep_dense_below asks for 20.0%" in rows[name]["kept_dense"]
+
+
+def test_fisher_and_tied_weights_stay_dense_as_well():
+    layers = [
+        Layer("e", (Weight("e", (512, 64), kind="embedding"),), "embedding"),
+        *square(64),
+        Layer("h", (Weight("h", (512, 64), tied="e"),), "head"),
+    ]
+    before = 512 * 64 + 8 * 64 * 64
+    spectra = {w.name: [1.0 / (i + 1) for i in range(64)] for layer in layers for w in layer.weights if not w.tied}
+    spectra["e"] = [100.0] * 64  # the predictions depend on it most
+    settings = {"reduction": 0.1, "strategy": "fisher", "storage": "factors", "rank_multiple": 1}
+    assert "e" not in choose_ranks(layers, before, Compress(**settings), spectra).ranks
+    spectra["e"] = [100.0 - i for i in range(64)]
+    spectra["e"][50:] = [0.0] * 14
+    plain = choose_ranks(layers, before, Compress(**settings), spectra)
+    assert plain.ranks["e"] == plain.ranks["h"]
+    plan = choose_ranks(layers, before, Compress(**settings, keep_dense_below=0.3), spectra)
+    assert "e" not in plan.ranks and "h" not in plan.ranks and plan.kept.keys() >= {"e", "h"}
+    assert plan.removed >= 0.1 * before
+
+
+def test_what_keep_dense_below_makes_impossible_is_said():
+    with pytest.raises(LillamaError, match="keep_dense_below") as caught:
+        compress = Compress(reduction=0.3, strategy="uniform", storage="factors", keep_dense_below=0.9)
+        choose_ranks(square(64, 2), 2 * 64 * 64, compress)
+    assert caught.value.where == "compress.reduction"

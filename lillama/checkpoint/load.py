@@ -21,15 +21,8 @@ def load(path: str | Path, *, trust_remote_code: bool = False, verify: bool = Fa
     any tensor is missing, unexpected or of the wrong shape.
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
-        hint = f"Did you mean '{path / 'model'}'?" if (path / "model" / "config.json").is_file() else None
-        raise LillamaError("there is no checkpoint here (no config.json)", where=str(path), hint=hint)
-    _check_seal(path, verify)
-    check_directory(path)
+    config = check_whole(path, trust_remote_code, verify)
     where = path / "config.json"
-    config = read_object(where)
-    check_config(config, str(where), trust_remote_code)
-    _check_method(config, str(where))
     model, info = _read(path, class_of(config, where, trust_remote_code), trust_remote_code, options)
     troubles = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
     if troubles:
@@ -40,6 +33,22 @@ def load(path: str | Path, *, trust_remote_code: bool = False, verify: bool = Fa
             hint=AGAIN,
         )
     return model
+
+
+def check_whole(path: Path, trust: bool = False, verify: bool = False) -> dict[str, Any]:
+    """What config.json says, once it is clear that a checkpoint is here and none of its files is cut short.
+
+    `trust` and `verify` are as for `load`, which raises the same errors.
+    """
+    if not (path / "config.json").is_file():
+        hint = f"Did you mean '{path / 'model'}'?" if (path / "model" / "config.json").is_file() else None
+        raise LillamaError("there is no checkpoint here (no config.json)", where=str(path), hint=hint)
+    _check_seal(path, verify)
+    check_directory(path)
+    config = read_object(path / "config.json")
+    check_config(config, str(path / "config.json"), trust)
+    _check_method(config, str(path / "config.json"))
+    return config
 
 
 def _read(path: Path, auto: Any, trust: bool, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -59,7 +59,7 @@ class LillamaConfig(QuantizationConfigMixin):
             self.shared = shared
 
 
-def _renamed(model: Any, names: list[str]) -> list[str]:
+def renamed(model: Any, names: list[str]) -> list[str]:
     """What transformers takes `names` of a checkpoint for, where it takes them for an original's."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
@@ -84,7 +84,7 @@ class LillamaQuantizer(HfQuantizer):
         sharing.tell(model, sharing.aliases(model, groups))
         here = local_modules(model, self.quantization_config.modules)
         gone = [dense for name, how in here.items() for dense in factors.dense_names(name, how["kind"])]
-        ignored = {rf"(^|\.){re.escape(dense)}$" for dense in [*gone, *_renamed(model, gone)]}
+        ignored = {rf"(^|\.){re.escape(dense)}$" for dense in [*gone, *renamed(model, gone)]}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         place_factors(model, here)
         files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
@@ -97,6 +97,7 @@ class LillamaQuantizer(HfQuantizer):
         # that `is_quantized` neither change its type (.half(), .float()) nor train.
         model.is_quantized = False
         model.config.quantization_config = self.quantization_config
+        factors.lay_out(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:

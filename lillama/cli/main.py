@@ -14,6 +14,7 @@ from lillama.base import disk, stop
 from lillama.cli import compress as cli_compress
 from lillama.cli import plugins as cli_plugins
 from lillama.cli import recipes as cli_recipes
+from lillama.cli import share as cli_share
 from lillama.cli.console import console
 from lillama.errors import LillamaError
 from lillama.version import __version__
@@ -171,24 +172,6 @@ def schema(args: argparse.Namespace) -> int:
     return 0
 
 
-def export(args: argparse.Namespace) -> int:
-    """write a compressed checkpoint in another form"""
-    from lillama.base import quiet
-    from lillama.registry import EXPORTS
-
-    name = "dense" if args.dense else args.form
-    if name is None:
-        known = f"Known: {', '.join(EXPORTS)}."
-        raise LillamaError("say which form", where="export", hint=f"--dense multiplies the factors back. {known}")
-    EXPORTS.check(name, "export")
-    quiet.quiet_libraries()
-    trust = {"trust_remote_code": args.trust_remote_code} if "trust_remote_code" in EXPORTS.needs(name) else {}
-    EXPORTS.get(name)(Path(args.directory), Path(args.out), **trust)
-    said = ": loads with plain transformers, and is as large as the original" if name == "dense" else ""
-    sys.stdout.write(f"wrote {args.out}{said}\n")
-    return 0
-
-
 def verify(args: argparse.Namespace) -> int:
     """compare every file of a run or a checkpoint with the hash it was written with"""
     from lillama.base.progress import Progress
@@ -279,13 +262,8 @@ def _parser() -> argparse.ArgumentParser:
     cli_plugins.add_arguments(verb(cli_plugins.plugins), common)
     sub = verb(schema)
     sub.add_argument("--markdown", action="store_true", help="print the reference page docs/recipe.md instead")
-    sub = verb(export)
-    sub.add_argument("directory", help="a compressed checkpoint")
-    sub.add_argument("out", help="the directory to write")
-    sub.add_argument("--trust-remote-code", action="store_true", help="run modelling code that came with the model")
-    forms = sub.add_mutually_exclusive_group()
-    forms.add_argument("--as", dest="form", metavar="NAME", help="the form: dense, or a plugin's")
-    forms.add_argument("--dense", action="store_true", help="multiply the factors back: short for --as dense")
+    cli_share.add_export_arguments(verb(cli_share.export))
+    cli_share.add_push_arguments(verb(cli_share.push))
     sub = verb(verify)
     sub.add_argument("directory", help="a run directory, or a checkpoint directory")
     sub = verb(doctor)

@@ -16,7 +16,8 @@ from lillama.errors import LillamaError
 from lillama.evaluate import strangers
 from lillama.evaluate.context import Context, Later, evaluate
 from lillama.evaluate.speed import weight_bytes
-from lillama.recipe.schema import Evaluation, Recipe
+from lillama.recipe.evaluation import Evaluation
+from lillama.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     import torch

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from lillama.dense.experts import FUSED, experts_layout, layout_of
-from lillama.lowrank.grouped import grouped_products, products_of_one
+from lillama.lowrank.arithmetic import Products
+from lillama.lowrank.grouped import all_at_once, is_eager, one_by_one
 from lillama.lowrank.module import FactorModule, Matrix
-from lillama.lowrank.storage import Factors, Products, Storage
+from lillama.lowrank.storage import Factors, Storage
 
 
 def is_fused(module: Any) -> bool:
@@ -122,8 +123,8 @@ class LowRankExperts(FactorModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the dense module puts out, called as it is called."""
         hidden, index, weights = self.layout.given(self.num_experts, args, kwargs)
-        eager = getattr(self.config, "_experts_implementation", "eager") in ("eager", None)
-        return (self._eager if eager else self._grouped)(hidden, index, weights)
+        through = one_by_one if is_eager(self.config) else all_at_once
+        return through(hidden, index, weights, self.num_experts, self._of_rows)
 
     def _through(self, projection: str, x: Tensor, products: Products, expert: int | Tensor) -> Tensor:
         """A projection of x; `products` multiply by one matrix per expert, `expert` is that of all rows or of each."""
@@ -140,32 +141,6 @@ class LowRankExperts(FactorModule):
         entries = {name: self._through(name, x, products, expert) for name in layout.entries}
         inner = layout.activated(module, entries, side_by_side)
         return layout.finished(module, self._through("down", inner, products, expert))
-
-    def _eager(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(hidden)
-        for expert in torch.unique(index).tolist():
-            if expert >= self.num_experts:  # a choice that another process computes
-                continue
-            # Choice by choice, then by token: the order in which the dense module adds up.
-            choice, token = torch.where(index.T.eq(expert))
-            y = self._of_rows(hidden[token], products_of_one(expert), expert, side_by_side=True)
-            out.index_add_(0, token, (y * weights[token, choice, None]).to(out.dtype))
-        return out
-
-    def _grouped(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        choices = index.shape[-1]
-        chosen, order = torch.sort(index.reshape(-1))
-        counts = torch.zeros(self.num_experts + 1, dtype=torch.int32, device=hidden.device)
-        counts.index_add_(0, chosen.clamp(max=self.num_experts), torch.ones_like(chosen, dtype=torch.int32))
-        products = grouped_products(counts[:-1].cumsum(0, dtype=torch.int32))
-        # Rows behind the last expert's are not written by the kernel.
-        elsewhere = (chosen >= self.num_experts)[:, None]
-        written = Products(lambda *given: products.linear(*given).masked_fill(elsewhere, 0.0), products.permute)
-        x = hidden[order // choices].masked_fill(elsewhere, 0.0)
-        y = self._of_rows(x, written, chosen.clamp(max=self.num_experts - 1), side_by_side=False)
-        y = y.masked_fill(elsewhere, 0.0) * weights.reshape(-1)[order, None]
-        y = y[order.argsort()].view(hidden.shape[0], choices, -1).sum(dim=1)
-        return y.to(hidden.dtype)
 
     def extra_repr(self) -> str:
         said = {name: f"{m.rank} ({m.storage.name})" for name, m in self._matrices.items()}

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lillama.lowrank.storage import ONE_MATRIX, Factors, Products, Storage, Tensors
+from lillama.lowrank.arithmetic import ONE_MATRIX, Products, look_up_factors, multiply_factors
+from lillama.lowrank.storage import Factors, Storage, Tensors
 
 
 class FactorStorage(Storage):
@@ -29,12 +29,10 @@ class FactorStorage(Storage):
     def multiply(
         self, x: Tensor, tensors: Tensors, derived: Any, products: Products = ONE_MATRIX, bias: Tensor | None = None
     ) -> Tensor:
-        return products.linear(products.linear(x, tensors["B"]), tensors["A"], bias)
+        return multiply_factors(x, tensors["A"], tensors["B"], products, bias)
 
     def look_up(self, ids: Tensor, tensors: Tensors, derived: Any, padding_idx: int | None = None) -> Tensor:
-        # As a dense table does under autocast: the residual stream begins here, in full precision.
-        B = tensors["B"]
-        return F.linear(F.embedding(ids, tensors["A"], padding_idx), B.T).to(B.dtype)
+        return look_up_factors(ids, tensors["A"], tensors["B"], padding_idx)
 
 
 def balanced(A: Tensor, B: Tensor) -> Factors:

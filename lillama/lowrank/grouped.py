@@ -3,14 +3,54 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lillama.lowrank.arithmetic import Products
 from lillama.lowrank.permute import Permute
-from lillama.lowrank.storage import Products
+
+OfRows = Callable[[Tensor, Products, "int | Tensor", bool], Tensor]
+"""(rows, products with one matrix per expert, the expert of all rows or of each, whether entries go on side by side)
+-> what the experts make of the rows."""
+
+
+def is_eager(config: Any) -> bool:
+    """Whether a model's configuration asks for its experts one by one."""
+    return getattr(config, "_experts_implementation", "eager") in ("eager", None)
+
+
+def one_by_one(hidden: Tensor, index: Tensor, weights: Tensor, experts: int, of_rows: OfRows) -> Tensor:
+    """What experts put out for hidden states (T x H), chosen experts (T x K) and their weights (T x K)."""
+    out = torch.zeros_like(hidden)
+    for expert in torch.unique(index).tolist():
+        if expert >= experts:  # a choice that another process computes
+            continue
+        # Choice by choice, then by token: the order in which the dense module adds up.
+        choice, token = torch.where(index.T.eq(expert))
+        y = of_rows(hidden[token], products_of_one(expert), expert, True)
+        out.index_add_(0, token, (y * weights[token, choice, None]).to(out.dtype))
+    return out
+
+
+def all_at_once(hidden: Tensor, index: Tensor, weights: Tensor, experts: int, of_rows: OfRows) -> Tensor:
+    """The same as grouped products."""
+    choices = index.shape[-1]
+    chosen, order = torch.sort(index.reshape(-1))
+    counts = torch.zeros(experts + 1, dtype=torch.int32, device=hidden.device)
+    counts.index_add_(0, chosen.clamp(max=experts), torch.ones_like(chosen, dtype=torch.int32))
+    products = grouped_products(counts[:-1].cumsum(0, dtype=torch.int32))
+    # Rows behind the last expert's are not written by the kernel.
+    elsewhere = (chosen >= experts)[:, None]
+    written = Products(lambda *given: products.linear(*given).masked_fill(elsewhere, 0.0), products.permute)
+    x = hidden[order // choices].masked_fill(elsewhere, 0.0)
+    y = of_rows(x, written, chosen.clamp(max=experts - 1), False)
+    y = y.masked_fill(elsewhere, 0.0) * weights.reshape(-1)[order, None]
+    y = y[order.argsort()].view(hidden.shape[0], choices, -1).sum(dim=1)
+    return y.to(hidden.dtype)
 
 
 def products_of_one(expert: int) -> Products:

@@ -40,15 +40,26 @@ class Matrix:
 
     def tensors(self, owner: nn.Module) -> dict[str, Tensor]:
         """The tensors by suffix."""
-        return {suffix: getattr(owner, name) for suffix, name in self._names}
+        parameters = owner._parameters  # where most are: asking the module for them takes as long as a small product
+        found = {}
+        for suffix, name in self._names:
+            tensor = parameters.get(name)
+            found[suffix] = getattr(owner, name) if tensor is None else tensor
+        return found
 
     def derived(self, owner: nn.Module) -> Any:
         """What the storage derives of its indices, kept until these are others."""
         if not self._indices:
             return None
+        known = self._derived
+        if known is not None:
+            for name, tensor in zip(self._indices, known[0]):
+                if getattr(owner, name) is not tensor:
+                    break
+            else:
+                return known[1]
         held = [getattr(owner, name) for name in self._indices]
-        if self._derived is None or [*map(id, held)] != [*map(id, self._derived[0])]:
-            self._derived = held, self._each(self.storage.derive, self.tensors(owner))
+        self._derived = held, self._each(self.storage.derive, self.tensors(owner))
         return self._derived[1]
 
     def forget_derived(self) -> None:

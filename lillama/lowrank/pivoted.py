@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lillama.base.device import factorising
+from lillama.lowrank.arithmetic import (
+    ONE_MATRIX,
+    Orders,
+    Products,
+    look_up_pivoted,
+    multiply_pivoted,
+    pivoted_orders,
+    product_pivoted,
+)
 from lillama.lowrank.factors import balanced
-from lillama.lowrank.storage import ONE_MATRIX, Factors, Products, Storage, Tensors
-
-Orders = tuple[Tensor, Tensor]
+from lillama.lowrank.storage import Factors, Storage, Tensors
 
 
 class PivotedStorage(Storage):
@@ -58,33 +64,15 @@ class PivotedStorage(Storage):
         return balanced(Q @ U, U.T @ rows)
 
     def derive(self, tensors: Tensors) -> Orders:
-        """(order, inverse) [d_out] each: cat(pivot rows, others)[order] is the output in its own order."""
-        pivots, others = tensors["pivots"], tensors["C"].shape[0]
-        is_pivot = torch.zeros(pivots.shape[0] + others, dtype=torch.uint8, device=pivots.device)
-        is_pivot = is_pivot.index_fill(0, pivots, 1)
-        # A stable sort leaves the others in rising order; its shape is known beforehand, which a compiler needs.
-        inverse = torch.cat([pivots, is_pivot.argsort(stable=True)[:others]])
-        return inverse.argsort(), inverse
+        return pivoted_orders(tensors["pivots"], tensors["C"].shape[0])
 
     def multiply(
         self, x: Tensor, tensors: Tensors, derived: Orders, products: Products = ONE_MATRIX, bias: Tensor | None = None
     ) -> Tensor:
-        pivots = products.linear(x, tensors["B"])
-        C = tensors["C"]
-        others = [products.linear(pivots, C)] if C.shape[-2] else []
-        y = products.permute(torch.cat([pivots, *others], -1), *derived)
-        return y if bias is None else y + bias
+        return multiply_pivoted(x, tensors["B"], tensors["C"], derived, products, bias)
 
     def product(self, tensors: Tensors, derived: Orders) -> Tensor:
-        B, C = tensors["B"], tensors["C"]
-        rows = torch.cat([B, C @ B], dim=-2)
-        return rows.gather(-2, derived[0][..., None].expand_as(rows))
+        return product_pivoted(tensors["B"], tensors["C"], derived)
 
     def look_up(self, ids: Tensor, tensors: Tensors, derived: Orders, padding_idx: int | None = None) -> Tensor:
-        B, C = tensors["B"], tensors["C"]
-        rank, place = len(B), derived[0][ids]
-        pivots = F.embedding(place.clamp(max=rank - 1), B)
-        if not len(C):
-            return pivots
-        others = F.linear(F.embedding((place - rank).clamp(min=0), C), B.T)
-        return torch.where((place < rank)[..., None], pivots, others.to(pivots.dtype))
+        return look_up_pivoted(ids, tensors["B"], tensors["C"], derived)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lillama.errors import LillamaError
-from lillama.lowrank.permute import Permute
+from lillama.lowrank.arithmetic import ONE_MATRIX as ONE_MATRIX  # for whoever writes a format
+from lillama.lowrank.arithmetic import Products as Products
 from lillama.registry import STORAGES
 
 Tensors = Mapping[str, Tensor]  # the tensors of one matrix by suffix: A and B of `<module>.A` and `<module>.B`
@@ -30,19 +31,6 @@ class Factors(NamedTuple):
 
     A: Tensor
     B: Tensor
-
-
-class Products(NamedTuple):
-    """The two things a format may do with its inputs, for one matrix or for one matrix per expert.
-
-    `linear(x, W[, bias])` is x W^T; `permute(y, order, inverse)` puts the columns of y in another order.
-    """
-
-    linear: Callable[..., Tensor]
-    permute: Callable[..., Tensor]
-
-
-ONE_MATRIX = Products(F.linear, Permute.apply)
 
 
 class Storage(ABC):

@@ -16,6 +16,7 @@ from lillama.contract import Weight
 from lillama.dense.experts import experts_layout, layout_of, replaced_parameters
 from lillama.dense.plain import is_embedding, is_linear, matrix
 from lillama.errors import LillamaError
+from lillama.lowrank import arithmetic
 from lillama.lowrank.embedding import LowRankEmbedding
 from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.linear import LowRankLinear
@@ -204,6 +205,12 @@ def copy_indices(head: nn.Module, embedding: nn.Module) -> None:
     for name in cast(OneMatrix, embedding).storage.indices:
         head.get_buffer(name).copy_(embedding.get_buffer(name))
     cast(OneMatrix, head).matrix.forget_derived()
+
+
+def lay_out(root: nn.Module) -> None:
+    """Put the numbers of the linears below `root` in the order in memory that is read fastest; embeddings read rows."""
+    found = [module for _, module in factor_modules(root)]
+    arithmetic.lay_out((m for m in found if m.kind == "linear"), (m for m in found if m.kind != "linear"))
 
 
 def to_dense(module: nn.Module) -> nn.Module:

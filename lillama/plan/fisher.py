@@ -60,7 +60,7 @@ def choices(weight: Weight, spectrum: Sequence[float], compress: Compress) -> li
     for value in reversed(spectrum):
         tail.append(tail[-1] + value / 2)
     tail.reverse()  # tail[r]: what leaving out all but r components costs
-    step, most = compress.rank_multiple, min(weight.shape)
+    step, most = int(compress.rank_multiple), min(weight.shape)
     ranks = [r for r in range(step, most, step) if stored(weight, r, compress.storage) < weight.parameters]
     kept = [Choice(r, stored(weight, r, compress.storage), tail[r]) for r in ranks]
     return [*kept, Choice(None, weight.parameters, 0.0)]

@@ -8,6 +8,7 @@ A strategy is a function (layers, remove, compress) -> {weight name: rank} that 
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -21,6 +22,7 @@ from lillama.recipe.schema import Compress
 from lillama.registry import STRATEGIES
 
 UNUSED = "nothing is known of it: the model never calls it, or no prediction depends on it"
+WIDE = 2048  # the width from which ranks suit the tiles of a GPU's products
 
 
 @dataclass(frozen=True)
@@ -158,35 +160,72 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spect
     stay = {w.tied for layer in layers for w in layer.weights if _skipped(w, compress.skip)}
     stay |= {w.name for layer in layers for w in layer.weights if w.tied or _skipped(w, compress.skip)}
     offered = [Layer(layer.name, tuple(w for w in layer.weights if w.name not in stay), layer.kind) for layer in layers]
+    compress = compress.model_copy(update={"rank_multiple": rank_multiple(layers, compress)})
     wanting = wants_spectra(compress)
     total = sum(w.parameters for layer in layers for w in layer.weights)
     base = before if compress.of == "model" else total
     remove = -int(-compress.reduction * base // 1)  # rounded up
-    strategy: Callable[..., Ranks] = STRATEGIES.get(compress.strategy)
+    left: dict[str, str] = {}
     try:
-        if not wanting:
-            ranks = strategy(offered, remove, compress)
-        elif spectra is None:
-            ranks = uniform(offered, remove, compress)
-        else:
-            ranks = strategy(offered, remove, compress, spectra=spectra)
+        ranks = _ranks(offered, remove, compress, spectra)
+        while more := _hardly_smaller(offered, ranks, compress):
+            left |= more
+            offered = [replace(one, weights=tuple(w for w in one.weights if w.name not in left)) for one in offered]
+            ranks = _ranks(offered, remove, compress, spectra)
     except LillamaError as error:
         if not hasattr(error, "most"):
             raise
+        lower = f"{error.hint}, or compress.keep_dense_below" if left else error.hint
         raise LillamaError(
             f"no ranks reach a reduction of {compress.reduction:g} of the {compress.of}: "
             f"the largest possible is {int(error.most / base * 1e4) / 1e4:g} with strategy {compress.strategy}",
             where="compress.reduction",
-            hint=f"{error.hint}, ask for less, or skip fewer weights.",
+            hint=f"{lower}, ask for less, or skip fewer weights.",
         ) from error
     _check_ranks(ranks, offered, remove, compress)
     ranks = {name: int(rank) for name, rank in ranks.items()}
     tied = {w.name: ranks[w.tied] for layer in layers for w in layer.weights if w.tied in ranks}
     plan = Plan(tuple(layers), ranks | tied, compress.storage, before, compress.strategy, wanting and spectra is None)
-    if spectra is None:
-        return plan
-    unseen = (w.name for layer in offered for w in layer.weights if not (w.name in spectra or w.name in ranks))
-    return plan.keep_dense(dict.fromkeys(unseen, UNUSED))
+    unseen = () if spectra is None else (w.name for one in offered for w in one.weights if w.name not in ranks)
+    left |= {name: UNUSED for name in unseen if name not in (spectra or {})}
+    return plan.keep_dense(left) if left else plan
+
+
+def rank_multiple(layers: Iterable[Layer], compress: Compress) -> int:
+    """What the ranks are multiples of: that of the recipe, or what suits a model of this width."""
+    if compress.rank_multiple != "auto":
+        return compress.rank_multiple
+    widest = max((min(w.shape) for layer in layers for w in layer.weights), default=0)
+    return 64 if widest >= WIDE else 8
+
+
+def _ranks(offered: Sequence[Layer], remove: int, compress: Compress, spectra: Spectra | None) -> Ranks:
+    strategy: Callable[..., Ranks] = STRATEGIES.get(compress.strategy)
+    if not wants_spectra(compress):
+        return strategy(offered, remove, compress)
+    return (
+        uniform(offered, remove, compress) if spectra is None else strategy(offered, remove, compress, spectra=spectra)
+    )
+
+
+def _hardly_smaller(offered: Sequence[Layer], ranks: Ranks, compress: Compress) -> dict[str, str]:
+    """Weights to keep dense since their factors would save too little, each with the reason; the worst of them first.
+
+    Not all at once: what they would have saved makes others smaller, and some of them may be among those.
+    """
+    least = compress.keep_dense_below
+    if not least:
+        return {}
+    found = []
+    for weight in (w for layer in offered for w in layer.weights if w.name in ranks):
+        saved = 1 - stored(weight, ranks[weight.name], compress.storage) / weight.parameters
+        if saved < least:
+            found.append((saved, weight.name))
+    asked = f"compress.keep_dense_below asks for {least:.1%}"
+    return {
+        name: f"rank {ranks[name]} would save {saved:.1%} of its numbers, {asked}"
+        for saved, name in sorted(found)[: math.ceil(len(found) / 4)]
+    }
 
 
 def _check_ranks(ranks: Ranks, offered: Iterable[Layer], remove: int, compress: Compress) -> None:
@@ -206,7 +245,7 @@ def _check_ranks(ranks: Ranks, offered: Iterable[Layer], remove: int, compress: 
 
     removed = sum(saved(weights[name], rank) for name, rank in ranks.items())
     if removed < remove:
-        smallest = min(compress.rank_multiple, compress.min_rank)
+        smallest = min(int(compress.rank_multiple), compress.min_rank)
         possible = sum(max(saved(w, min(smallest, *w.shape)), 0) for w in weights.values())
         raise LillamaError(
             f"{who} removes {removed:,} of the {remove:,} parameters asked for, of {possible:,} that can be removed",

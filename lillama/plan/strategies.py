@@ -48,7 +48,7 @@ def top(layers: Sequence[Layer], remove: int, compress: Compress) -> Ranks:
 
 def uniform(layers: Sequence[Layer], remove: int, compress: Compress) -> Ranks:
     """The same share of every weight, as nearly as multiples of `rank_multiple` allow."""
-    step, storage = compress.rank_multiple, compress.storage
+    step, storage = int(compress.rank_multiple), compress.storage
 
     def shrinks(weight: Weight, rank: int) -> bool:
         return rank <= min(weight.shape) and stored(weight, rank, storage) < weight.parameters

@@ -51,7 +51,18 @@ class Compress(Section):
     )
     min_rank: int = Field(1024, ge=1, description="Smallest rank of bottom and top: k of Algorithm 1.")
     rank_step: int = Field(256, ge=1, description="Distance between the ranks bottom and top try: m of Algorithm 1.")
-    rank_multiple: int = Field(8, ge=1, description="Ranks are multiples of this (uniform, fisher).")
+    rank_multiple: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        8,
+        description="Ranks are multiples of this (uniform, fisher). auto: 64, which the tiles of a GPU's products "
+        "want, where the model is 2048 wide or wider; otherwise 8.",
+    )
+    keep_dense_below: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="A weight whose factors would save less than this share of its numbers, and so hardly any time, "
+        "stays dense, and others make up for it; 0: any saving will do.",
+    )
     init: str = Field(
         "fisher",
         description="Starting factors: svd, random, whitened (best for the calibration inputs), compensated (for the "
@@ -328,18 +339,3 @@ class Recipe(Readable):
         "called LABEL/METRIC: perplexity/wiki gives wiki/perplexity.",
     )
     run: Run = Field(description="Where and how the run happens.")
-
-
-class Seeded(Section):
-    """How an evaluation happens."""
-
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of what evaluators draw.")
-
-
-class Evaluation(Readable):
-    """What a model on disk is measured by where no recipe says so: the keys of a recipe that matter then."""
-
-    model: Model = Field(description="The model to measure.")
-    plugin: str = Field("auto", description="Architecture plugin by name; auto: the one that knows the model.")
-    evaluate: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Evaluators, each with its options.")
-    run: Seeded = Field(default_factory=lambda: Seeded.model_validate({}), description="How the evaluation happens.")

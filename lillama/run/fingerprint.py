@@ -31,6 +31,7 @@ NEW_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("calibration", "special_tokens", ANY),
     ("finetune", "special_tokens", ANY),
     ("compress", "embedding", False),
+    ("compress", "keep_dense_below", 0.0),
 )
 
 
@@ -73,8 +74,8 @@ def like(new: dict[str, Any], held: dict[str, Any], place: Path) -> dict[str, An
 def _less_new_keys(new: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
     """`new` without keys of the recipe that there were none of, as far as they say what was done without them."""
     compared = copy.deepcopy(new)
-    with contextlib.suppress(KeyError, TypeError):
-        for section, name, before in NEW_KEYS:
+    for section, name, before in NEW_KEYS:
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # of whatever form, or without the section
             given = compared["recipe"][section] or {}
             if name not in (held["recipe"][section] or {}) and (before is ANY or given.get(name) == before):
                 given.pop(name, None)
