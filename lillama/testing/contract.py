@@ -85,7 +85,7 @@ def check_architecture(
     """Assert that a plugin serves `model`, a tiny randomly initialised one in float32, as the contract demands.
 
     - the plugin offers weights that can become smaller, all inside their layers;
-    - the layers, driven one by one, give what the model gives at every layer, bit for bit;
+    - the layers, driven one by one, give what the model gives at every layer, to float32's rounding;
     - full rank reproduces the logits to 1e-5 in every storage;
     - every loss, schedule and storage runs, and planned parameters equal the actual ones exactly;
     - the default recipe runs;

@@ -18,12 +18,19 @@ from lillama.pretrained.walk import Walk
 from lillama.run.prepare import Prepared
 
 
+# Of a layer's largest number: a kernel may add in another order where a tensor lies elsewhere in memory (7.5e-9 of 0.36
+# was seen on a processor with AVX-512). What a layer is really driven wrongly by is a hundred times that and more.
+CLOSE = 1e-5
+
+
 class StreamsDifferError(AssertionError):
     """A layer driven by itself put out something else than it does inside the model."""
 
 
 def check_streams(prepared: Prepared, model: Any, batch: Mapping[str, Tensor]) -> None:
-    """Assert that driving the layers of `prepared` one by one gives what `model` gives at every layer, bit for bit.
+    """Assert that driving the layers of `prepared` one by one gives what `model` gives at every layer.
+
+    But for the rounding of float32, which differs by where a tensor lies.
 
     `model` is the whole original, loaded, in the type of `prepared.source.working`; the source was fetched, and the
     plugin's `prepare` was called on both. `batch` holds the model's forward arguments. Raises StreamsDifferError, which
@@ -72,9 +79,9 @@ def _compare(layer: Layer, driven: Tensor, inside: Tensor | None) -> None:
     if driven.shape != inside.shape:
         shapes = f"{tuple(driven.shape)}, and {tuple(inside.shape)} inside the model"
         raise StreamsDifferError(f"{layer.name}, driven by itself, puts out {shapes}")
-    if not torch.equal(driven, inside):
-        worst = float((driven.double() - inside.double()).abs().max())
-        size = float(inside.double().abs().max())
+    worst = float((driven.double() - inside.double()).abs().max())
+    size = float(inside.double().abs().max())
+    if not worst <= CLOSE * size:  # nor where one of them is no number
         raise StreamsDifferError(
             f"{layer.name}, driven by itself, puts out something else than inside the model: "
             f"by {worst:.2g} at most, where the largest number is {size:.2g}"
