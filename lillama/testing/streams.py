@@ -17,7 +17,6 @@ from lillama.pretrained.learn import learn_forms
 from lillama.pretrained.walk import Walk
 from lillama.run.prepare import Prepared
 
-
 # Of a layer's largest number: a kernel may add in another order where a tensor lies elsewhere in memory (7.5e-9 of 0.36
 # was seen on a processor with AVX-512). What a layer is really driven wrongly by is a hundred times that and more.
 CLOSE = 1e-5
