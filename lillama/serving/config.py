@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from lillama.checkpoint import described
 from lillama.checkpoint.quantizer import METHOD, VERSION
 from lillama.errors import LillamaError
+from lillama.serving.experts import LowRankExpertsMethod
 from lillama.serving.linear import LowRankLinearMethod
 from lillama.serving.loaded import Loaded
 from lillama.serving.parts import DENSE, TENSORS
@@ -87,10 +88,10 @@ class LowRankConfig(QuantizationConfig):
             return LowRankLinearMethod(self.loaded, prefix) if self._has_linear(prefix) else UnquantizedLinearMethod()
         return None
 
-    def _experts(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if not self.names.get("experts"):
-            return None
-        raise LillamaError("low-rank experts cannot be served yet", where=prefix)
+    def _experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        """Of low rank in the blocks of these numbers: what an engine calls the module is its own affair."""
+        numbers = {_numbers(name) for name, how in self.modules.items() if how["kind"] == "experts"}
+        return LowRankExpertsMethod(layer.moe_config, self.loaded, prefix) if _numbers(prefix) in numbers else None
 
     def _has_linear(self, prefix: str) -> bool:
         """Whether a matrix of the layer is of low rank, or may be one that other layers share."""
@@ -119,3 +120,7 @@ class LowRankConfig(QuantizationConfig):
                 "vLLM has the kernels of state-space models for GPUs alone",
                 hint="Serve it there, or use transformers: `import lillama` and from_pretrained.",
             )
+
+
+def _numbers(name: str) -> tuple[str, ...]:
+    return tuple(part for part in name.split(".") if part.isdecimal())

@@ -47,8 +47,7 @@ class Loaded:
             if received.tied_to is None and getattr(layer, "bias", None) is not None:
                 layer.bias.data.copy_(original.layer.bias.data)
         else:
-            received.check()
-            layer.products = received.make(received.whole_parts(), received.dtype, received.device)
+            layer.products = received.build()
         received.remove_placeholders()
 
     def _same_as(self, received: Receiver) -> Receiver | None:
@@ -81,7 +80,7 @@ class Loaded:
             self.source.check(downloaded=True)
         if get_pp_group().world_size > 1:
             return  # others have the rest; every layer still looks whether all of its own came
-        expected = [n for n, how in self.modules.items() if how["kind"] != "experts" and not how.get("tied")]
+        expected = [name for name, how in self.modules.items() if not how.get("tied")]
         came = sum(received.low_rank for received in self.receivers.values())
         if came != len(expected):
             raise LillamaError(

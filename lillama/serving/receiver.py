@@ -115,11 +115,12 @@ class Receiver:
                 f"the weights of {missing} of {self.needed} outputs did not come{came}", where=self.name, hint=AGAIN
             )
 
-    def whole_parts(self) -> list[Part]:
-        """What came, padded with rows of zeros to all of the layer's outputs."""
+    def build(self) -> nn.Module:
+        """What multiplies by the matrices that came, padded with rows of zeros to all of the layer's outputs."""
+        self.check()
         parts = [*self.parts.values()]
         self.parts.clear()
-        return [padded(parts[0])] if self.needed < self.outputs else parts
+        return self.make([padded(parts[0])] if self.needed < self.outputs else parts, self.dtype, self.device)
 
     def remove_placeholders(self) -> None:
         """Take the empty parameters away, but for `weight`, which engines ask for its type and device."""
