@@ -74,7 +74,7 @@ class LowRankConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """The engine says where the checkpoint is: a directory is compared with its configuration before it is read."""
-        self.loaded.source = Source(model_name, revision)
+        self.loaded.source = Source(model_name, revision, self.shared)
         self.loaded.source.check(downloaded=False)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lillama.base.tensorfile import TensorFile
 from lillama.checkpoint import fits, seal
 from lillama.errors import LillamaError
+from lillama.pretrained.headers import open_files
 
 log = logging.getLogger(__name__)
 
@@ -14,8 +17,9 @@ log = logging.getLogger(__name__)
 class Source:
     """A directory, or an id on the hub, whose files are checked once, by names and shapes."""
 
-    def __init__(self, name: str, revision: str | None = None) -> None:
-        self.name, self.revision = name, revision
+    def __init__(self, name: str, revision: str | None, shared: Sequence[Sequence[str]]) -> None:
+        """`shared`: the names of modules that are one and the same, by groups."""
+        self.name, self.revision, self.shared = name, revision, shared
         self._checked = False
 
     def check(self, downloaded: bool) -> None:
@@ -29,6 +33,7 @@ class Source:
         self._checked = True
         if found := seal.cut_short(directory):
             raise LillamaError(f"this is not as it was written: {'; '.join(found[:5])}", where=str(directory))
+        _check_shared(open_files(directory).values(), [group[0] for group in self.shared])
         try:
             unchecked = fits.check(directory)
         except LillamaError as error:
@@ -47,3 +52,16 @@ class Source:
         except (LocalEntryNotFoundError, HfHubHTTPError, ValueError):
             log.warning("%s: not compared with its configuration: its files are in no cache", self.name)
             return None
+
+
+def _check_shared(files: Iterable[TensorFile], names: Sequence[str]) -> None:
+    """LillamaError unless shared modules are made of linears: an engine has several layers, which then share these."""
+    for file in files:
+        for key in file:
+            linear = key.endswith(".bias") or (key.endswith(".weight") and len(file.shape(key)) == 2)
+            if not linear and key.startswith(tuple(f"{name}." for name in names)):
+                raise LillamaError(
+                    "it is in a module that several blocks share, and no linear: that cannot be served",
+                    where=key,
+                    hint="`lillama export DIR OUT --dense` writes a model that any engine serves.",
+                )
