@@ -1,7 +1,7 @@
 """Greedy tokens and throughput of a compressed checkpoint in vLLM; run in its environment (docs/serving.md).
 
     python benchmarks/serving.py reference DIR tokens.json
-    python benchmarks/serving.py agree DIR tokens.json [--impl transformers] [--processes 2]
+    python benchmarks/serving.py agree DIR tokens.json [--impl transformers] [--processes 2] [--eager]
     python benchmarks/serving.py speed DIR ORIGINAL [--dtype bfloat16]
 
 `reference` has transformers generate 32 tokens after each of 64 prompts out of Python's help; `agree` has vLLM do it.
@@ -53,7 +53,7 @@ def reference(directory: str, target: str) -> None:
     Path(target).write_text(json.dumps(found))
 
 
-def agree(directory: str, tokens: str, impl: str, processes: int) -> None:
+def agree(directory: str, tokens: str, impl: str, processes: int, eager: bool) -> None:
     from vllm import LLM, SamplingParams
 
     known = json.loads(Path(tokens).read_text())
@@ -64,13 +64,15 @@ def agree(directory: str, tokens: str, impl: str, processes: int) -> None:
         tensor_parallel_size=processes,
         max_model_len=LENGTH + NEW,
         enable_prefix_caching=False,
+        enforce_eager=eager,
     )
     greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
     outs = llm.generate([{"prompt_token_ids": one["prompt"]} for one in known], greedy, use_tqdm=False)
     got = [list(out.outputs[0].token_ids) for out in outs]
     same = sum(a == b for one, out in zip(known, got) for a, b in zip(one["tokens"], out))
     whole = sum(one["tokens"] == out for one, out in zip(known, got))
-    print(f"{impl}, {processes} processes: {same} of {sum(map(len, got))} tokens, {whole} of {len(got)} answers")
+    how = "eager" if eager else "compiled"
+    print(f"{impl}, {how}, {processes} processes: {same} of {sum(map(len, got))} tokens, {whole} of {len(got)} answers")
 
 
 def serve(directory: str, dtype: str) -> tuple[subprocess.Popen[bytes], int]:
@@ -138,12 +140,13 @@ def main() -> None:
     parser.add_argument("other")
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--eager", action="store_true")
     parser.add_argument("--dtype", default="float32")
     given = parser.parse_args()
     if given.what == "reference":
         reference(given.directory, given.other)
     elif given.what == "agree":
-        agree(given.directory, given.other, given.impl, given.processes)
+        agree(given.directory, given.other, given.impl, given.processes, given.eager)
     else:
         speed(given.directory, given.other, given.dtype)
 

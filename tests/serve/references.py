@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import linears, save, tiny
 
 import lillama
 from lillama.pretrained import sharing
-from models import linears, save, tiny
 
 NEW = 16
 PROMPTS = [[4 + (7 * i + 3 * j) % 8 for j in range(5 + i % 3)] for i in range(8)]

@@ -47,9 +47,7 @@ def test_it_completes_as_transformers_does(client, made):
     one = made["biases"]
     more = {"ignore_eos": True, "return_token_ids": True}
     for prompt, tokens in zip(one.prompts[:3], one.tokens):
-        answer = client.completions.create(
-            model="small", prompt=prompt, max_tokens=NEW, temperature=0, extra_body=more
-        )
+        answer = client.completions.create(model="small", prompt=prompt, max_tokens=NEW, temperature=0, extra_body=more)
         assert answer.choices[0].token_ids == tokens
         assert answer.usage.completion_tokens == NEW
 
