@@ -81,8 +81,8 @@ def serve(directory: str, dtype: str) -> tuple[subprocess.Popen[bytes], int]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", directory, "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", dtype, "--served-model-name", "model", "--max-model-len", "256"]
-    log = Path(f"{directory.rstrip('/')}.serve.log").open("wb")
-    return subprocess.Popen([*command, "--no-enable-prefix-caching"], stdout=log, stderr=log), port
+    with Path(f"{directory.rstrip('/')}.serve.log").open("wb") as log:
+        return subprocess.Popen([*command, "--no-enable-prefix-caching"], stdout=log, stderr=log), port
 
 
 async def ask(port: int, texts: list[list[int]]) -> float:
