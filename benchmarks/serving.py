@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS, NEW, LENGTH = 64, 32, 48
-REQUESTS, ROUNDS, ASKED = 16, 5, 64
+REQUESTS, ROUNDS, ASKED = 16, 5, 32
 
 
 def prompts(directory: str, number: int, length: int) -> list[list[int]]:

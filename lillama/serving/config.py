@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
@@ -74,52 +74,61 @@ class LowRankConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """The engine says where the checkpoint is: a directory is compared with its configuration before it is read."""
+        _check_kernels(getattr(hf_config, "architectures", None) or ())
         self.loaded.source = Source(model_name, revision, self.shared)
         self.loaded.source.check(downloaded=False)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How `layer` keeps its weights; None where the engine knows better."""
-        self._check_kernels()
         if isinstance(layer, RoutedExperts):
             return self._experts(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary(layer, prefix)
         if isinstance(layer, LinearBase):
-            return LowRankLinearMethod(self.loaded, prefix) if self._has_linear(prefix) else UnquantizedLinearMethod()
+            return LowRankLinearMethod(self.loaded, prefix) if self._takes(prefix) else UnquantizedLinearMethod()
         return None
 
     def _experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """Of low rank in the blocks of these numbers: what an engine calls the module is its own affair."""
         numbers = {_numbers(name) for name, how in self.modules.items() if how["kind"] == "experts"}
-        return LowRankExpertsMethod(layer.moe_config, self.loaded, prefix) if _numbers(prefix) in numbers else None
+        if _numbers(prefix) not in numbers:
+            return None
+        self.loaded.takers.add("experts")
+        return LowRankExpertsMethod(layer.moe_config, self.loaded, prefix)
 
-    def _has_linear(self, prefix: str) -> bool:
+    def _takes(self, prefix: str) -> bool:
         """Whether a matrix of the layer is of low rank, or may be one that other layers share."""
         merged = [names for key, names in self.packed_modules_mapping.items() if f".{prefix}".endswith(f".{key}")]
-        last = {name.rpartition(".")[2] for name in (merged[0] if merged else [prefix])}
-        shared = any(f"{prefix}.".startswith(f"{name}.") for group in self.shared for name in group)
-        return bool(last & self.names.get("linear", set())) or shared
+        taken = {name.rpartition(".")[2] for name in (merged[0] if merged else [prefix])}
+        taken &= self.names.get("linear", set())
+        self.loaded.takers |= taken
+        return bool(taken) or any(f"{prefix}.".startswith(f"{name}.") for group in self.shared for name in group)
 
     def _vocabulary(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """That of an embedding, which some of the engine's models give no name, or of a head."""
-        names, last = self.names.get("embedding", set()), prefix.rpartition(".")[2]
-        if not isinstance(layer, ParallelLMHead):
-            named = prefix or next(iter(names), "")
-            return LowRankVocabularyMethod(self.loaded, named) if named.rpartition(".")[2] in names else None
-        ours = bool(names) or last in self.names.get("linear", set())  # it may be tied to an embedding of low rank
-        return LowRankVocabularyMethod(self.loaded, prefix) if ours else None
+        names, heads = self.names.get("embedding", set()), self.names.get("linear", set())
+        head = isinstance(layer, ParallelLMHead)
+        named = prefix if head else prefix or next(iter(names), "")
+        last = named.rpartition(".")[2]
+        if not (last in names | heads or (head and names)):  # a head may be tied to an embedding of low rank
+            return None
+        self.loaded.takers.add(last)
+        return LowRankVocabularyMethod(self.loaded, named)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """The engine asks when its layers are made, and before any weight is read."""
         self.loaded.check_places()
         return WeightsMapper()
 
-    def _check_kernels(self) -> None:
-        if current_platform.is_cpu() and get_current_vllm_config().model_config.has_inner_state:
-            raise LillamaError(
-                "vLLM has the kernels of state-space models for GPUs alone",
-                hint="Serve it there, or use transformers: `import lillama` and from_pretrained.",
-            )
+
+def _check_kernels(architectures: Sequence[str]) -> None:
+    """LillamaError for a model that keeps a state, on a CPU; what else vLLM may lack, its own models say."""
+    models = [ModelRegistry.models[name] for name in architectures if name in ModelRegistry.models]
+    if current_platform.is_cpu() and any(model.inspect_model_cls().has_inner_state for model in models):
+        raise LillamaError(
+            "vLLM has the kernels of state-space models for GPUs alone",
+            hint="Use transformers: `import lillama`, and from_pretrained.",
+        )
 
 
 def _numbers(name: str) -> tuple[str, ...]:

@@ -21,16 +21,19 @@ class Loaded:
     def __init__(self, modules: Mapping[str, Mapping[str, Any]], shared: Sequence[Sequence[str]]) -> None:
         self.modules, self.shared = modules, shared
         self.receivers: dict[str, Receiver] = {}
+        self.takers: set[str] = set()  # the last parts of the names of weights that some layer takes
         self.source: Source | None = None
         self._checked = False
 
     def check_places(self) -> None:
-        """LillamaError for an embedding of low rank that the engine's model keeps dense, whatever this method says."""
-        known = {name.rpartition(".")[2] for name in self.receivers}
+        """LillamaError for a weight of low rank that the engine's model keeps dense, whatever this method says."""
+        if get_pp_group().world_size > 1:
+            return  # others have the rest
         for name, how in self.modules.items():
-            if how["kind"] == "embedding" and name.rpartition(".")[2] not in known and get_pp_group().is_first_rank:
+            last = "experts" if how["kind"] == "experts" else name.rpartition(".")[2]
+            if not how.get("tied") and last not in self.takers:
                 raise LillamaError(
-                    "it is of low rank, and this model of vLLM takes a dense embedding alone",
+                    "it is of low rank, and this model of vLLM takes a dense weight here alone",
                     where=name,
                     hint="vLLM's general model may do better: --model-impl transformers.",
                 )

@@ -57,4 +57,8 @@ else:
             return LLM(str(directory), **{**usual, "enable_prefix_caching": False, **options})
 
         yield start
+        # An engine that refused its model left the groups of its processes behind.
+        from vllm.distributed import cleanup_dist_env_and_memory
+
         gc.collect()
+        cleanup_dist_env_and_memory()
