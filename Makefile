@@ -1,10 +1,18 @@
 # make run · make test · make lint · make docs · make bench · make storm          (all of them make .venv first)
+# make serve · make test-serve                                        (these make .venv-serve first)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test lint docs bench storm install clean
+# vLLM needs an older transformers than the rest: it has an environment of its own.
+SERVE_VENV ?= .venv-serve
+SERVE_MODEL ?= runs/quickstart/finetuned
+SERVE_OPTIONS ?= --dtype float32 --max-model-len 2048
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+
+.PHONY: run test lint docs bench storm serve test-serve install clean
 
 run: install
 	$(BIN)/lillama run recipes/quickstart.yaml
@@ -33,10 +41,22 @@ storm: install
 	$(BIN)/python tests/faults/mutate_checkpoints.py 500
 
 # What measures something in a minute or two; others make models, or want data and an hour, and are run by hand.
-BENCHMARKS := $(filter-out benchmarks/train_% benchmarks/make_% benchmarks/quality.py, $(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out benchmarks/train_% benchmarks/make_% benchmarks/quality.py benchmarks/serving.py, $(wildcard benchmarks/*.py))
 
 bench: install
 	for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# What `make run` made, for any client of OpenAI's: http://127.0.0.1:8000/v1
+serve: $(SERVE_VENV)/.installed
+	@test -e $(SERVE_MODEL)/config.json || { echo "there is no $(SERVE_MODEL): make run writes it"; exit 2; }
+	$(SERVE_VENV)/bin/python -m vllm.entrypoints.openai.api_server --model $(SERVE_MODEL) --host 127.0.0.1 $(SERVE_OPTIONS)
+
+test-serve: $(SERVE_VENV)/.installed
+	$(SERVE_VENV)/bin/python -m pytest -p no:cacheprovider -o addopts="" -q --confcutdir tests/serve tests/serve
+
+$(SERVE_VENV)/.installed: pyproject.toml tests/serve/requirements.txt .ci/serve-environment
+	PYTHON=$(PYTHON) .ci/serve-environment $(SERVE_VENV)
+	touch $@
 
 install: $(BIN)/.installed
 
@@ -53,4 +73,4 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(SERVE_VENV)

@@ -62,10 +62,12 @@ class LillamaConfig(QuantizationConfigMixin):
 def renamed(model: Any, names: list[str]) -> list[str]:
     """What transformers takes `names` of a checkpoint for, where it takes them for an original's."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    from transformers.core_model_loading import WeightRenaming
 
-    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
-    return [apply_renamings(name, renamings) for name in names]
+    for renaming in get_model_conversion_mapping(model):
+        if isinstance(renaming, WeightRenaming):
+            names = [renaming.rename_source_key(name)[0] for name in names]
+    return names
 
 
 class LillamaQuantizer(HfQuantizer):

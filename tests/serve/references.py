@@ -1,0 +1,109 @@
+"""The models that are served, and what transformers says to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import linears, save, tiny
+
+import lillama
+from lillama.pretrained import sharing
+
+NEW = 16
+PROMPTS = [[4 + (7 * i + 3 * j) % 8 for j in range(5 + i % 3)] for i in range(8)]
+# Both storages and several ranks in what the engine merges (q, k, v; gate, up), and v dense.
+MIXED = {
+    "q_proj": ("factors", 32),
+    "k_proj": ("pivoted", 24),
+    "o_proj": ("factors", 40),
+    "gate_proj": ("pivoted", 64),
+    "up_proj": ("factors", 48),
+    "down_proj": ("pivoted", 56),
+}
+
+
+def _mixed(family: str) -> Callable[[Path], Path]:
+    def build(directory: Path) -> Path:
+        model = tiny(family)
+        modules = linears(model, MIXED)
+        del modules["model.layers.1.self_attn.q_proj"]
+        modules["model.layers.0.self_attn.v_proj"] = {"kind": "linear", "storage": "pivoted", "rank": 16}
+        return save(model, modules, directory, max_shard_size="300KB")
+
+    return build
+
+
+def _fused(directory: Path) -> Path:
+    model = tiny("phi3")
+    ranks = {"qkv_proj": ("pivoted", 64), "gate_up_proj": ("pivoted", 72), "down_proj": ("factors", 64)}
+    return save(model, linears(model, ranks), directory)
+
+
+def _vocabulary(storage: str, tied: bool) -> Callable[[Path], Path]:
+    def build(directory: Path) -> Path:
+        model = tiny("llama-tied" if tied else "llama")
+        head: dict[str, Any] = {"kind": "linear", "storage": storage, "rank": 40 if tied else 32}
+        if tied:
+            head["tied"] = "model.embed_tokens"
+        modules = {"model.embed_tokens": {"kind": "embedding", "storage": storage, "rank": 40}, "lm_head": head}
+        return save(model, modules, directory)
+
+    return build
+
+
+def _shared(directory: Path) -> Path:
+    """As InkubaLM is: low rank in embedding and head, and one MLP in every block, of which the file holds one."""
+    model = tiny("llama-bias")
+    groups = [["model.layers.0.mlp", "model.layers.1.mlp"]]
+    sharing.share(model, groups)
+    sharing.tell(model, sharing.aliases(model, groups))
+    modules = {
+        "model.embed_tokens": {"kind": "embedding", "storage": "pivoted", "rank": 40},
+        "lm_head": {"kind": "linear", "storage": "pivoted", "rank": 40},
+        **linears(model, {"q_proj": ("factors", 32)}),
+    }
+    return save(model, modules, directory, factorise={"shared": groups})
+
+
+def _experts(storage: str, **ranks: int) -> Callable[[Path], Path]:
+    def build(directory: Path) -> Path:
+        model = tiny("mixtral")
+        modules = linears(model, {"q_proj": ("pivoted", 64)})
+        for name, _ in model.named_modules():
+            if name.endswith(".experts") and not (storage == "factors" and ".0." in name):
+                for projection, rank in ranks.items():
+                    modules[f"{name}.{projection}"] = {"kind": "experts", "storage": storage, "rank": rank}
+        return save(model, modules, directory)
+
+    return build
+
+
+MODELS = {
+    "mixed": _mixed("llama"),
+    "biases": _mixed("llama-bias"),
+    "qwen2": _mixed("qwen2"),
+    "fused": _fused,
+    "embedding": _vocabulary("factors", tied=False),
+    "tied": _vocabulary("factors", tied=True),
+    "tied-pivoted": _vocabulary("pivoted", tied=True),
+    "shared": _shared,
+    "experts": _experts("factors", gate=32, up=40, down=48),  # dense ones in the first block
+    "experts-pivoted": _experts("pivoted", gate=32, down=48),  # `up` stays dense
+}
+
+
+def tokens(directory: Path) -> list[list[int]]:
+    """The NEW likeliest tokens after each prompt, by transformers in float32."""
+    model = lillama.load(directory, dtype=torch.float32).eval()
+    return [_greedy(model, torch.tensor([prompt])) for prompt in PROMPTS]
+
+
+def _greedy(model: Any, ids: torch.Tensor) -> list[int]:
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    found: list[int] = out[0, ids.shape[1] :].tolist()
+    return found
