@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-
 import pytest
-from openai import OpenAI
 from references import NEW
-
-START = 240  # seconds
+from servers import serving
 
 
 @pytest.fixture(scope="module")
 def client(made, tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(made["biases"].directory)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "64", "--served-model-name", "small"]
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("wb") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"})
-    try:
-        end = time.monotonic() + START
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            except OSError:
-                assert server.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < end, log.read_text()[-3000:]
-                time.sleep(0.5)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-    finally:
-        server.terminate()
-        server.wait(60)
+    with serving(made["biases"].directory, tmp_path_factory.mktemp("server") / "log") as found:
+        yield found
 
 
 def test_it_completes_as_transformers_does(client, made):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from models import linears
+from servers import serving
 
 import lillama
 
@@ -73,3 +76,30 @@ def test_the_transcripts_are_those_of_transformers(speech, engine):
     ]
     outs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True), use_tqdm=False)
     assert [list(out.outputs[0].token_ids) for out in outs] == wanted
+
+
+def test_a_client_gets_a_transcript_of_a_file(speech, tmp_path):
+    directory, processor = speech
+    tokenizer = processor.tokenizer
+    start = tokenizer.convert_tokens_to_ids(START)
+    said = {}  # by pitch: what is said until the end of the text
+    for pitch in range(200, 1400, 100):
+        tokens = _transformers(directory, processor, speech_models.tone(1.0, pitch=float(pitch)), start)
+        end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
+        said[pitch] = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    pitch = max(said, key=lambda one: (len(set(said[one].strip())), len(said[one])))
+    assert len(set(said[pitch].strip())) > 1
+    file = io.BytesIO()
+    soundfile.write(
+        file, speech_models.tone(1.0, pitch=float(pitch)), speech_models.RATE, format="WAV", subtype="FLOAT"
+    )
+    file.seek(0)
+    with serving(directory, tmp_path / "log") as client:
+        answer = client.audio.transcriptions.create(
+            model="small",
+            file=("clip.wav", file),
+            language="en",
+            temperature=0.0,
+            extra_body={"max_completion_tokens": NEW},
+        )
+    assert answer.text.strip() == said[pitch].strip()
