@@ -91,3 +91,31 @@ def test_damaged_weights_are_written_again_by_the_same_command(harm, tmp_path):
         weights.write_bytes(broken)
     pipeline.compress(recipe, batches=token_batches(model))
     assert weights.read_bytes() == whole
+
+
+@pytest.mark.parametrize("removed", [0, 1, 2])
+def test_a_kill_while_files_are_dropped_leaves_none_that_nobody_knows(removed, tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path / "run")
+    directory.open({"of": 1})
+    for name in ("sensitivity/a.json", "sensitivity/b.json", "kept.json"):
+        directory.put_json(name, {})
+    remove, done = RunDirectory._remove, []
+
+    def killed(self, name, whole=False):
+        if len(done) == removed:
+            raise KeyboardInterrupt
+        done.append(name)
+        remove(self, name, whole)
+
+    monkeypatch.setattr(RunDirectory, "_remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        directory.drop_work()
+    directory.close()
+    monkeypatch.undo()
+
+    again = RunDirectory(tmp_path / "run")
+    again.open({"of": 1})
+    again.drop_work()
+    again.close()
+    assert not (tmp_path / "run" / "sensitivity").exists()
+    assert again.has("kept.json") and not again.remarks

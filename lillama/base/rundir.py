@@ -252,13 +252,16 @@ class RunDirectory:
         self._write()
 
     def forget(self, *names: str) -> None:
-        """Take files out of the manifest and remove them."""
+        """Remove files and take them out of the manifest.
+
+        In this order: a process that is killed in between leaves names of files that are not there, which the next one
+        forgets. The other way round it would leave files that nobody knows.
+        """
         for name in names:
             self._manifest.files.pop(name, None)
+            self._remove(name)
         if names:
             self._write()
-        for name in names:
-            self._remove(name)
 
     def drop_work(self) -> None:
         """Remove what was in progress: the checkpoint is there."""
