@@ -141,6 +141,8 @@ def test_half_of_the_text_begins_as_a_user_does_and_all_of_it_is_sampled_by_the_
     assert len(written) == 8
     assert sum(text.startswith("</s> the") for text in written) >= 4
     assert len(set(written)) > 4 and any(word in " ".join(written) for word in WORDS)
+    few = list(owntext.texts(model, reader, owntext.Writing(48, 12, 4), Progress()))  # fewer than are written at once
+    assert len(few) == 4 and sum(text.startswith("</s> the") for text in few) < 4
     other = list(owntext.texts(model, reader, owntext.Writing(96, 12, 4, seed=1), Progress()))
     assert other != written
 

@@ -67,24 +67,23 @@ def texts(model: Any, tokenizer: Any, writing: Writing, progress: Progress) -> I
     """Texts that `model` writes from its beginnings on: `writing.length` tokens each, about `writing.tokens` in all."""
     model.generation_config = _sampling(tokenizer)
     kinds = beginnings(tokenizer)
-    rounds = max(1, -(-writing.tokens // (writing.length * writing.batch)))
+    left = max(1, -(-writing.tokens // writing.length))  # texts
+    rounds = -(-left // writing.batch)
     rounds += rounds % len(kinds)  # of each kind as many
-    left = writing.tokens
     with progress.phase("the model writes", rounds) as bar, torch.random.fork_rng():
         torch.manual_seed(writing.seed)
         for number in range(rounds):
             begin = kinds[number % len(kinds)]
-            # The last round writes no more texts than are left.
-            rows = max(1, min(writing.batch, -(-left // writing.length)))
+            rows = -(-left // (rounds - number))  # shared out evenly, so that no kind takes what is the other's
+            left -= rows
+            if not rows:
+                continue
             ids = torch.tensor([begin] * rows, device=model.device)
             with torch.inference_mode():
                 new = max(1, writing.length - len(begin))
                 written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new)
-            left -= written.numel()
             bar.advance(tokens=written.numel())
             yield from tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            if left <= 0:
-                return
 
 
 def beginnings(tokenizer: Any) -> list[list[int]]:
