@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 MODEL = "model"  # the checkpoint
 FINETUNED = "finetuned"  # the checkpoint after fine-tuning
+QUANTIZED = "quantized"  # the last checkpoint in few bits
 ORIGINAL = "original"  # the original unpacked, where it came in another form
-UNITS = (MODEL, FINETUNED, ORIGINAL)
+UNITS = (MODEL, FINETUNED, QUANTIZED, ORIGINAL)
 RESOLVED = "recipe.resolved.yaml"
 EVENTS = "events.jsonl"
 LOCK = ".lock"

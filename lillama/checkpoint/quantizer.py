@@ -34,7 +34,8 @@ from lillama.pretrained.headers import check_size
 
 Modules = Mapping[str, Mapping[str, Any]]  # name -> kind, storage, rank, and tied where it is
 METHOD = "lillama"
-VERSION = 1
+VERSION = 2
+FIRST_WITH = {":": 2}  # what the names of storages have that earlier versions cannot read, and since when
 
 
 class LillamaConfig(QuantizationConfigMixin):
@@ -46,17 +47,24 @@ class LillamaConfig(QuantizationConfigMixin):
     def __init__(
         self,
         modules: dict[str, dict[str, Any]] | None = None,
-        version: int = VERSION,
+        version: int | None = None,
         shared: list[list[str]] | None = None,
         **ignored: Any,
     ):
-        described.check_version(version, VERSION)
+        if version is not None:
+            described.check_version(version, VERSION)
         described.check_modules({} if modules is None else modules, shared)
         self.quant_method = METHOD
-        self.version = version
+        self.version = version_of(modules or {})
         self.modules = modules or {}
         if shared:
             self.shared = shared
+
+
+def version_of(modules: Modules) -> int:
+    """The version of the format that these modules need: earlier readers go on reading what they can."""
+    names = {how["storage"] for how in modules.values()}
+    return max((since for sign, since in FIRST_WITH.items() if any(sign in name for name in names)), default=1)
 
 
 def renamed(model: Any, names: list[str]) -> list[str]:
@@ -106,6 +114,8 @@ class LillamaQuantizer(HfQuantizer):
         state = model.state_dict()
         for name, module in factors.factor_modules(model):
             state |= factors.markers(name, module.kind)
+            for leaf in module.narrow():  # which are bfloat16 numbers, whatever they are computed with
+                state[f"{name}.{leaf}"] = state[f"{name}.{leaf}"].bfloat16()
         return state, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -171,6 +181,11 @@ def factorise_(
     for name, how in here.items():
         if how.get("tied"):  # the indices of an embedding, which are not parameters, are its head's as well
             factors.copy_indices(model.get_submodule(name), model.get_submodule(how["tied"]))
+    return describe_(model, modules, shared)
+
+
+def describe_(model: Any, modules: Modules, shared: sharing.Groups = ()) -> Any:
+    """Let `model`, which has these factor modules, save itself as a checkpoint; returns the model."""
     model.hf_quantizer = LillamaQuantizer(
         LillamaConfig({name: dict(how) for name, how in modules.items()}, shared=[list(group) for group in shared])
     )

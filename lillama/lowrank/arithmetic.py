@@ -91,14 +91,14 @@ def multiply_pivoted(
 def _writes_in_place(x: Tensor, B: Tensor, C: Tensor) -> bool:
     """Whether the products may go where they belong at once: many rows, no gradient, nobody who traces or casts."""
     return (
-        x.numel() >= IN_PLACE * x.shape[-1]
+        type(B) in (Tensor, nn.Parameter)
+        and x.numel() >= IN_PLACE * x.shape[-1]
         and x.device.type == "cpu"
         and x.dtype == B.dtype == torch.float32
         and not (torch.is_grad_enabled() and (x.requires_grad or B.requires_grad or C.requires_grad))
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and type(x) is Tensor
-        and type(B) in (Tensor, nn.Parameter)
     )
 
 

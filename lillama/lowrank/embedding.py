@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lillama.dense.plain import is_embedding, is_plain_embedding
 from lillama.errors import LillamaError
 from lillama.lowrank.module import Matrix, OneMatrix
-from lillama.lowrank.storage import Storage
+from lillama.lowrank.storage import Storage, Tensors
 
 
 class LowRankEmbedding(OneMatrix):
@@ -53,12 +53,12 @@ class LowRankEmbedding(OneMatrix):
         _take_over(new, dense, ("weight",))
         return new
 
-    def in_storage(self, storage: Storage) -> LowRankEmbedding:
-        """The same table, up to rounding, in another storage."""
+    def in_storage(self, storage: Storage, tensors: Tensors | None = None) -> LowRankEmbedding:
+        """The same table, up to rounding, in another storage, or what its `tensors` hold."""
         first = getattr(self, self.storage.parameters[0])
         shape = (self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx)
         new = type(self)(storage, *shape, device=first.device, dtype=first.dtype)
-        new.set_factors(*self.factors())
+        new.matrix.put(new, tensors or storage.encode(*self.factors()))
         _take_over(new, self, self._of_the_matrix())
         return new.train(self.training)
 

@@ -23,7 +23,7 @@ from lillama.dense.experts import FUSED, experts_layout, layout_of
 from lillama.lowrank.arithmetic import Products
 from lillama.lowrank.grouped import all_at_once, is_eager, one_by_one
 from lillama.lowrank.module import FactorModule, Matrix
-from lillama.lowrank.storage import Factors, Storage
+from lillama.lowrank.storage import Factors, Storage, Tensors
 
 
 def is_fused(module: Any) -> bool:
@@ -86,15 +86,18 @@ class LowRankExperts(FactorModule):
         """A (E x d_out x r) and B (E x r x d_in) of a projection."""
         return self._matrices[projection].factors(self)
 
-    def store_as(self, projection: str, storage: Storage) -> None:
-        """Keep a projection in another storage."""
+    def store_as(self, projection: str, storage: Storage, tensors: Tensors | None = None) -> None:
+        """Keep a projection in another storage: the same up to rounding, or what its stacked `tensors` hold."""
         old = self._matrices[projection]
         first = getattr(self, old.prefix + old.storage.parameters[0])
-        factors, options = old.factors(self), {"device": first.device, "dtype": first.dtype}
+        factors, options = None if tensors else old.factors(self), {"device": first.device, "dtype": first.dtype}
         old.remove(self)
         new = self._matrices[projection] = Matrix(old.prefix, storage, old.rank, old.shape)
         new.register_empty(self, options)
-        new.set_factors(self, *factors)
+        if factors is None:
+            new.put(self, tensors or {})
+        else:
+            new.set_factors(self, *factors)
 
     def weight(self, projection: str) -> Tensor:
         """A projection as one matrix per expert, E x d_out x d_in."""

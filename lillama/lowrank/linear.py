@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lillama.dense.plain import is_conv1d, is_linear, matrix
 from lillama.errors import LillamaError
 from lillama.lowrank.module import Matrix, OneMatrix
-from lillama.lowrank.storage import Storage
+from lillama.lowrank.storage import Storage, Tensors
 
 
 class LowRankLinear(OneMatrix):
@@ -45,12 +45,12 @@ class LowRankLinear(OneMatrix):
         new.conv1d = type(dense) if is_conv1d(dense) else None
         return new
 
-    def in_storage(self, storage: Storage) -> LowRankLinear:
-        """The same map, up to rounding, in another storage; the bias is shared."""
+    def in_storage(self, storage: Storage, tensors: Tensors | None = None) -> LowRankLinear:
+        """The same map, up to rounding, in another storage, or what its `tensors` hold; the bias is shared."""
         first = getattr(self, self.storage.parameters[0])
         options = {"device": first.device, "dtype": first.dtype}
         new = type(self)(storage, self.in_features, self.out_features, self.rank, self.bias is not None, **options)
-        new.set_factors(*self.factors())
+        new.matrix.put(new, tensors or storage.encode(*self.factors()))
         new.bias, new.conv1d = self.bias, self.conv1d
         return new.train(self.training)
 

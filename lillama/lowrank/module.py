@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,7 @@ class Matrix:
         self._names = [(suffix, prefix + suffix) for suffix in (*storage.parameters, *storage.indices)]
         self._indices = [prefix + suffix for suffix in storage.indices]
         self._derived: tuple[list[Tensor], Any] | None = None  # of which indices, and what
+        self.elsewhere: nn.Module | None = None  # the module that has the shared indices, of a head that is tied to it
 
     def register_empty(self, owner: nn.Module, options: dict[str, Any]) -> None:
         """Give `owner` the tensors, unfilled; `options`: device and dtype."""
@@ -44,7 +45,11 @@ class Matrix:
         found = {}
         for suffix, name in self._names:
             tensor = parameters.get(name)
-            found[suffix] = getattr(owner, name) if tensor is None else tensor
+            found[suffix] = self._index(owner, name) if tensor is None else tensor
+        return found
+
+    def _index(self, owner: nn.Module, name: str) -> Tensor:
+        found: Tensor = getattr(owner if name in owner._buffers or self.elsewhere is None else self.elsewhere, name)
         return found
 
     def derived(self, owner: nn.Module) -> Any:
@@ -54,11 +59,11 @@ class Matrix:
         known = self._derived
         if known is not None:
             for name, tensor in zip(self._indices, known[0]):
-                if getattr(owner, name) is not tensor:
+                if self._index(owner, name) is not tensor:
                     break
             else:
                 return known[1]
-        held = [getattr(owner, name) for name in self._indices]
+        held = [self._index(owner, name) for name in self._indices]
         self._derived = held, self._each(self.storage.derive, self.tensors(owner))
         return self._derived[1]
 
@@ -73,6 +78,10 @@ class Matrix:
         else:
             each = [self.storage.encode(*both) for both in zip(A, B)]
             given = {suffix: torch.stack([one[suffix] for one in each]) for suffix in each[0]}
+        self.put(owner, given)
+
+    def put(self, owner: nn.Module, given: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of the storage, by suffix, cast to the dtype of those that hold them."""
         with torch.no_grad():
             for suffix, tensor in self.tensors(owner).items():
                 tensor.copy_(given[suffix])
@@ -123,6 +132,10 @@ class FactorModule(nn.Module):
     def to_dense(self) -> nn.Module:
         """The dense module that computes what this one computes."""
         raise NotImplementedError
+
+    def narrow(self) -> list[str]:
+        """Names of the parameters that are bfloat16 numbers, whatever their type (see Rounded)."""
+        return [m.prefix + suffix for m in self.matrices().values() for suffix in m.storage.narrow]
 
     def is_factor(self, name: str) -> bool:
         """Whether the parameter `name` of this module is a factor: not a bias, nor a projection that stays dense."""

@@ -21,7 +21,7 @@ from lillama.lowrank.embedding import LowRankEmbedding
 from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.linear import LowRankLinear
 from lillama.lowrank.module import FactorModule, OneMatrix
-from lillama.lowrank.storage import Factors, get_storage
+from lillama.lowrank.storage import Factors, Tensors, get_storage
 
 KINDS: dict[str, type[FactorModule]] = {
     "linear": LowRankLinear,
@@ -165,6 +165,35 @@ def held(root: nn.Module, name: str, kind: str) -> dict[str, Tensor]:
     return module.matrices()[inside].tensors(module)
 
 
+def replace_tied(root: nn.Module, head: str, embedding: str, storage: str, rank: int) -> list[str]:
+    """Put a linear that has the tensors of the embedding in place of `head`; the names of those tensors."""
+    old: Any = root.get_submodule(head)
+    if is_factorised(old):
+        given = get_storage(storage)
+        shape = (old.in_features, old.out_features, rank, old.bias is not None)
+        new = LowRankLinear(given, *shape, device="meta")
+        new.bias = old.bias
+    else:
+        new = LowRankLinear.like(old, get_storage(storage), rank, "meta")
+    _put(root, head, new.train(old.training))
+    return tie(new, root.get_submodule(embedding))
+
+
+def open_experts(root: nn.Module, name: str) -> None:
+    """Let every projection of the experts that the weight `name` is one of be reached by itself; all stay dense."""
+    where = module_of(name, "experts")
+    old = root.get_submodule(where)
+    if not isinstance(old, LowRankExperts):
+        _put(root, where, LowRankExperts(old).train(old.training))
+
+
+def put(root: nn.Module, name: str, kind: str, tensors: Tensors) -> None:
+    """Give the replaced weight `name` below `root` the tensors of its storage."""
+    where, inside = _split(name, kind)
+    module = cast(FactorModule, root.get_submodule(where))
+    module.matrices()[inside].put(module, tensors)
+
+
 def is_factorised(module: nn.Module) -> bool:
     """Whether `module` is one of ours."""
     return isinstance(module, FactorModule)
@@ -194,15 +223,20 @@ def dense_names(name: str, kind: str) -> list[str]:
 
 def tie(head: nn.Module, embedding: nn.Module) -> list[str]:
     """Make the factors of `head` those of `embedding`; the names of the parameters that are one now."""
-    names = cast(OneMatrix, embedding).storage.parameters
-    for name in names:
+    storage, matrix = cast(OneMatrix, embedding).storage, cast(OneMatrix, head).matrix
+    for name in storage.parameters:
         setattr(head, name, getattr(embedding, name))
-    return list(names)
+    for name in storage.shared_indices:  # buffers that are moved would be two again, and transformers ties no buffers
+        delattr(head, name)
+        matrix.elsewhere = embedding
+    matrix.forget_derived()
+    return list(storage.parameters)
 
 
 def copy_indices(head: nn.Module, embedding: nn.Module) -> None:
     """Give `head`, whose factors are those of `embedding`, the whole-number tensors that go with them."""
-    for name in cast(OneMatrix, embedding).storage.indices:
+    storage = cast(OneMatrix, embedding).storage
+    for name in (name for name in storage.indices if name not in storage.shared_indices):
         head.get_buffer(name).copy_(embedding.get_buffer(name))
     cast(OneMatrix, head).matrix.forget_derived()
 
@@ -218,19 +252,19 @@ def to_dense(module: nn.Module) -> nn.Module:
     return cast(FactorModule, module).to_dense()
 
 
-def store_as(root: nn.Module, name: str, kind: str, storage: str) -> nn.Module:
+def store_as(root: nn.Module, name: str, kind: str, storage: str, tensors: Tensors | None = None) -> nn.Module:
     """Keep the replaced weight `name` below `root` in another storage; returns the root, a new one if it is the weight.
 
-    The matrix is the same up to rounding.
+    The matrix is the same up to rounding, or what `tensors` of that storage hold.
     """
     where, inside = _split(name, kind)
     module: Any = root.get_submodule(where)
     if module.matrices()[inside].storage.name == storage:
         return root
     if inside:
-        module.store_as(inside, get_storage(storage))
+        module.store_as(inside, get_storage(storage), tensors)
         return root
-    new = _put(root, where, module.in_storage(get_storage(storage)))
+    new = _put(root, where, module.in_storage(get_storage(storage), tensors))
     return root if where else new
 
 

@@ -211,6 +211,32 @@ class Finetune(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of the data.")
 
 
+class Quantize(Section):
+    """The result in few bits: weights become whole numbers, with a scale for every group of them."""
+
+    bits: Literal[4, 8] = Field(8, description="Bits of a number: 8 loses next to nothing, 4 some.")
+    group_size: Literal[32, 64, 128] = Field(
+        32, description="Numbers that share a scale (16 bits), along the dimension that products sum over."
+    )
+    what: Literal["factors", "linears", "all"] = Field(
+        "linears",
+        description="factors: the weights of low rank alone; linears: those that stayed dense as well; all: the "
+        "embedding and the head, too.",
+    )
+    embedding: Literal[4, 8] = Field(8, description="what: all: bits of the embedding and the head.")
+    method: Literal["compensated", "nearest"] = Field(
+        "compensated",
+        description="compensated: what one number loses is made up for by others, measured on the calibration data; "
+        "nearest: every number for itself, without data.",
+    )
+    storage: Literal["auto", "keep"] = Field(
+        "auto",
+        description="The form that a weight of low rank is kept in: auto: the one that loses least for its bytes, "
+        "pivot rows, two factors, or all numbers (compensated); keep: that of compress.storage.",
+    )
+    tokens: int = Field(16384, ge=1, description="compensated: calibration tokens that rounding is fitted on.")
+
+
 class Run(Section):
     """Where and how the run happens."""
 
@@ -333,6 +359,7 @@ class Recipe(Readable):
     finetune: Finetune | None = Field(
         None, description="Training of the whole compressed model afterwards; null: none."
     )
+    quantize: Quantize | None = Field(None, description="The result in few bits, as the last step; null: in full.")
     evaluate: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="Evaluators by name, each with its options. NAME/LABEL runs one several times, and its metrics are "

@@ -17,7 +17,7 @@ from lillama.report import shapes
 BENCH = "bench.json"
 IN_TURN = "evaluation.speed.json"  # what was measured of all models in turn
 # What a run measures, and what people call the model it is measured on.
-STAGES = {"before": "original", "after": "compressed", "finetuned": "fine-tuned"}
+STAGES = {"before": "original", "after": "compressed", "finetuned": "fine-tuned", "quantized": "quantised"}
 
 
 @dataclass

@@ -15,7 +15,8 @@ from lillama import host
 from lillama.base import device, disk, memory
 from lillama.base.files import write_text
 from lillama.base.progress import Progress
-from lillama.base.rundir import FINETUNED, MODEL, ORIGINAL, RESOLVED, RunDirectory
+from lillama.base.rundir import FINETUNED, MODEL, ORIGINAL, QUANTIZED, RESOLVED, RunDirectory
+from lillama.bits import stage as bits
 from lillama.checkpoint import write as checkpoint
 from lillama.checkpoint.card import model_card
 from lillama.checkpoint.load import load
@@ -37,7 +38,7 @@ from lillama.pretrained import sharing
 from lillama.pretrained.learn import learn_forms
 from lillama.pretrained.locate import read_tokenizer
 from lillama.pretrained.walk import Walk
-from lillama.recipe.schema import Finetune, Recipe
+from lillama.recipe.schema import Finetune, Quantize, Recipe
 from lillama.report import html, track
 from lillama.report.record import IN_TURN, STAGES
 from lillama.run import curve, decided, fingerprint
@@ -130,6 +131,10 @@ class Run:
             self.finetune(self.recipe.finetune)
             memory.give_back()  # gradients, moments and the original: more than all that follows needs
             measured["finetuned"] = self.measure("finetuned")
+        if self.recipe.quantize is not None:
+            self.quantise(self.recipe.quantize, batches)
+            memory.give_back()
+            measured["quantized"] = self.measure("quantized")
         self.compare(measured)
         return self.finish(measured)
 
@@ -229,8 +234,8 @@ class Run:
     def place(self, when: str) -> Path:
         """Where the model of a stage is."""
         assert self.source.directory is not None
-        checkpoints = {"after": self.directory.path / MODEL, "finetuned": self.directory.path / FINETUNED}
-        return checkpoints.get(when, self.source.directory)
+        folders = {"after": MODEL, "finetuned": FINETUNED, "quantized": QUANTIZED}
+        return self.directory.path / folders[when] if when in folders else self.source.directory
 
     def opened(self, when: str) -> Any:
         """The model of a stage, on the CPU."""
@@ -300,6 +305,23 @@ class Run:
         finetune.save(model, self.source.dtype, section, self.directory, self.card())
         # Of an earlier one that was removed.
         self.directory.forget(*filter(self.directory.has, ("evaluation.finetuned.json", IN_TURN)))
+
+    def quantise(self, section: Quantize, batches: list[dict[str, Tensor]]) -> None:
+        """Put the last checkpoint into few bits, unless that was done before; leaves `quantized/`."""
+        if bits.finished(self.directory, section):
+            return
+        last = self.place("after" if self.recipe.finetune is None else "finetuned")
+        model = load(last, trust_remote_code=self.recipe.model.trust_remote_code, dtype=torch.float32)
+        host.get().prepare(self.prepared.plugin, model, self.recipe)
+        offered = [(weight.name, weight.kind) for layer in self.plan.layers for weight in layer.weights]
+        done = bits.quantise_model(
+            model, section, offered=offered, batches=batches, device=self.prepared.device, progress=self.progress
+        )
+        bits.save(model, self.source.dtype, section, self.directory, self.card())
+        for choice in done:
+            how = {"storage": choice.storage} | ({} if choice.loss is None else {"loss": choice.loss})
+            self.directory.event("quantized", weight=choice.target.name, **how)
+        self.directory.forget(*filter(self.directory.has, ("evaluation.quantized.json", IN_TURN)))
 
     def card(self) -> str:
         """The model card beside the weights."""

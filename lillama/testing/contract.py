@@ -14,18 +14,24 @@ import torch
 from torch import Tensor
 
 from lillama import host, registry
+from lillama.base.device import choose
 from lillama.base.progress import Progress
 from lillama.base.rundir import MODEL
+from lillama.bits.stage import quantise_model
 from lillama.checkpoint.load import load
 from lillama.checkpoint.open import open_model
 from lillama.lowrank.counts import largest_rank, stored
 from lillama.pretrained import sharing
 from lillama.pretrained.calls import arguments
+from lillama.recipe.schema import Quantize
 from lillama.run import pipeline, prepare
 from lillama.testing.batches import Batches, example_batches
 from lillama.testing.fresh import Fresh
 from lillama.testing.recipes import default_recipe, full_rank_plan, recipe_for
 from lillama.testing.streams import check_streams
+
+BITS = (4, 8)
+FAR = {4: 0.5, 8: 0.05}  # of the output's norm that few bits may change: small matrices have few numbers to make up
 
 Step = Callable[[], None]  # called after every part of a check
 
@@ -89,6 +95,7 @@ def check_architecture(
     - full rank reproduces the logits to 1e-5 in every storage;
     - every loss, schedule and storage runs, and planned parameters equal the actual ones exactly;
     - the default recipe runs;
+    - in 4 and 8 bits every storage goes on working, and loads bit-equal in a fresh process;
     - a saved checkpoint loads bit-equal in a fresh process, and once more after `save_pretrained`, with what is tied
       or shared still so.
 
@@ -230,6 +237,29 @@ def _check_saved(subject: Subject, step: Step) -> None:
         step()
 
 
+def _check_few_bits(subject: Subject, step: Step) -> None:
+    offered = [(w.name, w.kind) for layer in subject.prepared("bits").layers for w in layer.weights]
+    where = {"offered": offered, "batches": subject.batches, "device": choose("cpu", "float32"), "progress": Progress()}
+    for (storage, result), bits in itertools.product(subject.trained.items(), BITS):
+        what = f"{storage} storage in {bits} bits"
+        model = load(result.path).eval()
+        full = first_output(model, subject.inputs)
+        section = Quantize.model_validate({"bits": bits, "what": "all", "storage": "keep"})
+        done = quantise_model(model, section, **where)
+        assert {c.target.name for c in done} >= set(result.plan.ranks), f"{what}: weights were forgotten"
+        once = first_output(model, subject.inputs)
+        far = float((once - full).norm() / full.norm())
+        assert far < FAR[bits], f"{what} changes the output by {far:.2g} of it"
+        target = subject.directory / f"bits-{storage}-{bits}"
+        model.save_pretrained(target)
+        there, _ = subject.fresh.run(target, subject.inputs, result.auto_class)
+        assert torch.equal(once, there), f"a fresh process computes other outputs ({what})"
+        load(target).save_pretrained(target / "again")
+        again = first_output(load(target / "again").eval(), subject.inputs)
+        assert torch.equal(once, again), f"saving the loaded model changed it ({what})"
+        step()
+
+
 def _run(subject: Subject, prepared: prepare.Prepared) -> pipeline.Result:
     return _Plain(prepared, Progress(), batches=subject.batches).execute()
 
@@ -279,5 +309,11 @@ CHECKS = (
         "The model's class must save and load what it holds; where modules are one and the same, the hook "
         "shared_modules must say so.",
         lambda subject: len(subject.storages),
+    ),
+    Check(
+        "few bits",
+        _check_few_bits,
+        "The model's class must load what it saves of modules that are no nn.Linear any more.",
+        lambda subject: len(subject.storages) * len(BITS),
     ),
 )

@@ -1,0 +1,224 @@
+"""What rounding is to know of a model in memory: which inputs reach a weight, and how much errors behind it matter.
+
+The model runs forwards and back on calibration data, the loss being that of tokens drawn from its own predictions, as
+for the sensitivity of the original (factorise/sensitivity.py), and inputs count as there: by c = |g|^2 / (|g|^2 + its
+mean), so that positions which no prediction depends on do not decide. H = sum c x x^T / sum c, d_in x d_in, and
+G = sum g g^T / tokens, d_out x d_out, are kept whole. Where they would take too much memory together, the model runs
+several times, for some of its weights each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lillama.base.device import Device
+from lillama.base.progress import Progress
+from lillama.contract import WeightKind
+from lillama.errors import LillamaError
+from lillama.lowrank.experts import LowRankExperts
+from lillama.lowrank.swap import module_of
+from lillama.pretrained.calls import arguments, find_mask, run_model
+from lillama.pretrained.players import main_output, predicts_classes
+from lillama.pretrained.predictions import divergence, draw_tokens
+
+AT_ONCE = 2 << 30  # bytes of moments that are in memory together
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one weight, or stacked for every expert: H of its inputs and G of the gradients at its outputs."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def of_copy(self, copy: int) -> Moments:
+        """Those of one expert."""
+        return Moments(self.inputs[copy], self.outputs[copy])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A weight of which moments are wanted: `shape` is (d_out, d_in) or (copies, d_out, d_in)."""
+
+    name: str
+    kind: WeightKind
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What its moments take, in float32."""
+        *copies, d_out, d_in = self.shape
+        return 4 * (d_out**2 + d_in**2) * (copies[0] if copies else 1)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The data, how much of it, and where the model runs."""
+
+    batches: Sequence[Mapping[str, Tensor]]
+    tokens: int
+    device: Device
+    progress: Progress
+    seed: int = 0
+
+
+def gather(model: Any, wanted: Sequence[Wanted], reading: Reading) -> Iterator[tuple[Wanted, Moments]]:
+    """The moments of every weight, some at a time, as their turn comes; the model is as it was in between.
+
+    Raises LillamaError where no prediction depends on anything, so that nothing can be known.
+    """
+    passes = list(_passes(wanted))
+    batches = _cut(reading.batches, reading.tokens)
+    with reading.progress.phase("what rounding depends on", len(passes) * len(batches)) as bar:
+        for together in passes:
+            sums = {one.name: _Sums(one) for one in together}
+            with _listening(model, together, sums), _without_gradients(model):
+                tokens = sum(_run(model, batch, reading, bar) for batch in batches)
+            for one in together:
+                yield one, sums.pop(one.name).moments(tokens)
+
+
+def _passes(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
+    """The weights whose moments are in memory together."""
+    rest = list(wanted)
+    while rest:
+        sizes = itertools.accumulate(one.bytes for one in rest)
+        count = max(sum(size <= AT_ONCE for size in sizes), 1)
+        yield rest[:count]
+        rest = rest[count:]
+
+
+def _cut(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
+    """As many of the first batches as hold about so many tokens."""
+    found: list[Mapping[str, Tensor]] = []
+    for batch in batches:
+        if tokens <= 0:
+            break
+        found.append(batch)
+        ids = next((batch[n] for n in ("decoder_input_ids", "input_ids") if n in batch), next(iter(batch.values())))
+        tokens -= ids.shape[0] * (ids.shape[1] if ids.dim() > 1 else 1)
+    return found
+
+
+def _run(model: Any, batch: Mapping[str, Tensor], reading: Reading, bar: Any) -> int:
+    """Forwards and back over one batch; how many tokens were predicted."""
+    device = reading.device.device
+    generator = torch.Generator(device).manual_seed(reading.seed)
+    given = {name: value.to(device) for name, value in arguments(dict(batch)).items()}
+    with torch.enable_grad(), reading.device.autocast():
+        outputs = run_model(model, given)
+        logits = main_output(outputs)
+        mask = find_mask(dict(batch), logits.shape[:-1])
+        logits = logits.flatten(0, -2) if mask is None else logits[mask.to(device).bool()]
+        if predicts_classes(outputs):
+            loss = divergence(logits, draw_tokens(logits, generator))
+        else:  # as if features were drawn around what the model says, with a variance of one
+            noise = torch.randn(logits.shape, generator=generator, device=device)
+            loss = (logits.float() * noise).sum()
+    if not loss.requires_grad:
+        raise LillamaError(
+            "no gradient comes back from the model's predictions to its weights, so nothing says how to round them",
+            where="quantize.method",
+            hint="Use quantize.method: nearest.",
+        )
+    loss.backward()
+    bar.advance()
+    return len(logits)
+
+
+class _Sums:
+    """The sums of one weight, of every copy for itself."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        *copies, d_out, d_in = wanted.shape
+        self.stacked = bool(copies)
+        count = copies[0] if copies else 1
+        self.inputs, self.outputs = torch.zeros(count, d_in, d_in), torch.zeros(count, d_out, d_out)
+        self.counted = torch.zeros(count)
+
+    def add(self, x: Tensor, g: Tensor, copy: int = 0) -> None:
+        """Count inputs x [.., d_in] and the gradients g [.., d_out] at what the weight makes of them."""
+        x, g = x.detach().flatten(0, -2).float(), g.detach().flatten(0, -2).float()
+        if not len(x):
+            return
+        with torch.autocast(x.device.type, enabled=False):
+            length = g.square().sum(-1, keepdim=True)
+            counts = length / (length + length.mean().clamp_min(TINY))
+            self.inputs[copy] += ((x * counts).T @ x).cpu()
+            self.outputs[copy] += (g.T @ g).cpu()
+        self.counted[copy] += counts.sum().cpu()
+
+    def moments(self, tokens: int) -> Moments:
+        """What was summed, per token. An expert that nothing reached borrows from the others."""
+        H = self.inputs.sum(0) / self.counted.sum().clamp_min(TINY)
+        seen = self.counted[:, None, None]
+        each = torch.where(seen > 0, self.inputs / seen.clamp_min(TINY), H)
+        outputs = self.outputs / tokens
+        return Moments(each, outputs) if self.stacked else Moments(each[0], outputs[0])
+
+
+@contextlib.contextmanager
+def _listening(model: nn.Module, wanted: Sequence[Wanted], sums: Mapping[str, _Sums]) -> Iterator[None]:
+    """Let what passes through the weights be counted for as long as the block lasts."""
+    with contextlib.ExitStack() as stack:
+        for one in wanted:
+            module: Any = model.get_submodule(module_of(one.name, one.kind))
+            if one.kind == "experts":
+                stack.enter_context(_experts(module, one.name.rpartition(".")[2], sums[one.name]))
+            else:
+                stack.callback(module.register_forward_hook(_hook(sums[one.name]), with_kwargs=True).remove)
+        yield
+
+
+def _hook(sums: _Sums) -> Callable[..., None]:
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        x = next(iter((*args, *kwargs.values())))
+        source = out if out.requires_grad else out.requires_grad_(True)
+        source.register_hook(lambda gradient: sums.add(x, gradient))
+
+    return hook
+
+
+@contextlib.contextmanager
+def _experts(module: LowRankExperts, projection: str, sums: _Sums) -> Iterator[None]:
+    """The same for a projection of experts, which compute one by one meanwhile."""
+    through, config = module._through, module.config
+
+    def listen(name: str, x: Tensor, products: Any, expert: Any) -> Tensor:
+        y = through(name, x, products, expert)
+        if name == projection and isinstance(expert, int):
+            source = y if y.requires_grad else y.requires_grad_(True)
+            source.register_hook(lambda gradient: sums.add(x, gradient, expert))
+        return y
+
+    module.__dict__["_through"], module.config = listen, None  # None: one by one
+    try:
+        yield
+    finally:
+        module.__dict__["_through"] = through
+        module.config = config
+        if module.__dict__["_through"] == type(module)._through.__get__(module):  # it was not replaced
+            del module.__dict__["_through"]
+
+
+@contextlib.contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Parameters get no gradients, and nothing drops out, for as long as the block lasts."""
+    learn, training = [p for p in model.parameters() if p.requires_grad], model.training
+    for parameter in learn:
+        parameter.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for parameter in learn:
+            parameter.requires_grad_(True)
+        model.train(training)
