@@ -239,13 +239,15 @@ def _check_saved(subject: Subject, step: Step) -> None:
 
 def _check_few_bits(subject: Subject, step: Step) -> None:
     offered = [(w.name, w.kind) for layer in subject.prepared("bits").layers for w in layer.weights]
-    where = {"offered": offered, "batches": subject.batches, "device": choose("cpu", "float32"), "progress": Progress()}
+    device, progress = choose("cpu", "float32"), Progress()
     for (storage, result), bits in itertools.product(subject.trained.items(), BITS):
         what = f"{storage} storage in {bits} bits"
         model = load(result.path).eval()
         full = first_output(model, subject.inputs)
         section = Quantize.model_validate({"bits": bits, "what": "all", "storage": "keep"})
-        done = quantise_model(model, section, **where)
+        done = quantise_model(
+            model, section, offered=offered, batches=subject.batches, device=device, progress=progress
+        )
         assert {c.target.name for c in done} >= set(result.plan.ranks), f"{what}: weights were forgotten"
         once = first_output(model, subject.inputs)
         far = float((once - full).norm() / full.norm())
