@@ -97,18 +97,24 @@ def _rounded(base: str, how: Quantize) -> Rounded:
     return storage
 
 
+def _bytes(storage: Rounded, target: Target) -> int:
+    return target.copies * storage.bytes(*target.matrix, target.rank, SCALE)
+
+
 def _best(model: Any, target: Target, how: Quantize, known: Moments | None) -> _Tried:
     """The form that loss and bytes speak for."""
     bases = [target.storage]
     if how.storage == "auto" and known is not None and target.storage != DENSE:
         bases += [base for base in FORMS if base != target.storage and is_even(_rounded(base, how), target)]
+        most = _bytes(_rounded(DENSE, how), target)  # what takes more than all numbers is of no use
+        bases = [base for base in bases if base == DENSE or _bytes(_rounded(base, how), target) < most] or [DENSE]
     tried = [_try(_rounded(base, how), target, held, known) for base, held in forms(model, target, bases).items()]
     if len(tried) == 1 or known is None:
         return tried[0]
     price = _price(model, target, known, how)
 
     def cost(one: _Tried) -> float:
-        return (one.loss or 0.0) + price * target.copies * one.storage.bytes(*target.matrix, target.rank, SCALE)
+        return (one.loss or 0.0) + price * _bytes(one.storage, target)
 
     return min(tried, key=cost)
 

@@ -115,10 +115,11 @@ def forms(model: nn.Module, target: Target, bases: Sequence[str]) -> dict[str, d
             held = swap.held(model, target.name, target.kind)
             found[base] = {suffix: tensor.detach() for suffix, tensor in held.items()}
             continue
-        A, B = (factor.detach() for factor in swap.factors(model, target.name, target.kind))
         if base == DENSE:
-            found[base] = {"W": A @ B}
-        elif A.dim() == 2:
+            found[base] = {"W": swap.product(model, target.name, target.kind).detach()}
+            continue
+        A, B = (factor.detach() for factor in swap.factors(model, target.name, target.kind))
+        if A.dim() == 2:
             found[base] = get_storage(base).encode(A, B)
         else:
             each = [get_storage(base).encode(*both) for both in zip(A, B)]

@@ -158,6 +158,13 @@ def factors(root: nn.Module, name: str, kind: str) -> Factors:
     return module.matrices()[inside].factors(module)
 
 
+def product(root: nn.Module, name: str, kind: str) -> Tensor:
+    """The matrix that stands for the replaced weight `name` below `root`, stacked for experts."""
+    where, inside = _split(name, kind)
+    module = cast(FactorModule, root.get_submodule(where))
+    return module.matrices()[inside].product(module)
+
+
 def held(root: nn.Module, name: str, kind: str) -> dict[str, Tensor]:
     """The tensors of the replaced weight `name` below `root`, by suffix."""
     where, inside = _split(name, kind)

@@ -234,7 +234,7 @@ class Quantize(Section):
         description="The form that a weight of low rank is kept in: auto: the one that loses least for its bytes, "
         "pivot rows, two factors, or all numbers (compensated); keep: that of compress.storage.",
     )
-    tokens: int = Field(16384, ge=1, description="compensated: calibration tokens that rounding is fitted on.")
+    tokens: int = Field(8192, ge=1, description="compensated: calibration tokens that rounding is fitted on.")
 
 
 class Run(Section):
