@@ -18,26 +18,25 @@ BLOCK = 128  # columns whose errors are spread over the others together; a multi
 
 def round_compensated(W: Tensor, H: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """(codes, scales) of W [n, k] by H [k, k], as `round_nearest` gives them."""
-    left = W.detach().float().clone()
+    left = W.detach().float().T.contiguous()  # column by column, in which order they are visited
     spreading = _spreading(H).to(left)
-    columns = left.shape[1]
-    codes = torch.empty_like(left)
-    scales = []
+    columns = len(left)
+    codes, scales = torch.empty_like(left), []
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        block, lost = left[:, start:stop], torch.empty_like(left[:, start:stop])
+        block, lost = left[start:stop], torch.empty_like(left[start:stop])
         here = spreading[start:stop, start:stop]
         for column in range(stop - start):
             if column % group == 0:
-                scale = find_scales(block[:, column : column + group], bits, group)
-                scales.append(scale)
-            number = block[:, column]
-            code = round_to(number, scale[:, 0], bits)
-            codes[:, start + column] = code
-            error = (number - code * scale[:, 0]) / here[column, column]
-            block[:, column:] -= error[:, None] * here[column, column:]
-            lost[:, column] = error
-        left[:, stop:] -= lost @ spreading[start:stop, stop:]
+                scales.append(find_scales(block[column : column + group].T, bits, group))
+                scale = scales[-1][:, 0]
+            number = block[column]
+            code = round_to(number, scale, bits)
+            codes[start + column] = code
+            torch.mul((number - code * scale), 1 / float(here[column, column]), out=lost[column])
+            block[column + 1 :].addr_(here[column, column + 1 :], lost[column], alpha=-1)
+        left[stop:] -= spreading[start:stop, stop:].T @ lost
+    codes = codes.T.contiguous()
     return codes, refit_scales(W, codes, torch.cat(scales, 1), H, group)
 
 
