@@ -42,6 +42,29 @@ class Coded:
         """The matrix itself, transposed."""
         return self.whole().T
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.whole(), name)  # what a format of somebody's own may ask of a tensor
+
+    def __mul__(self, other: Any) -> Tensor:
+        return self.whole() * other
+
+    def __rmul__(self, other: Any) -> Tensor:
+        return other * self.whole()
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return self.whole() @ other
+
+    def __rmatmul__(self, other: Any) -> Tensor:
+        return other @ self.whole()
+
+    def __add__(self, other: Any) -> Tensor:
+        return self.whole() + other
+
+    def __radd__(self, other: Any) -> Tensor:
+        return other + self.whole()
+
     def __len__(self) -> int:
         return len(self.codes)
 
