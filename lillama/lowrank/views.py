@@ -23,7 +23,6 @@ PREFIX = "linear_"  # of a view's name: `<module>.linear_A` beside the parameter
 class FactorView(nn.Linear):
     """One factor of a linear as a linear: x -> x F^T for the owner's parameter F, read and written as `weight`."""
 
-    bias: nn.Parameter | None
     _is_hf_initialized = True  # transformers would fill the weight of an nn.Linear that it takes for new
 
     def __init__(self, parameters: dict[str, Any], name: str) -> None:
@@ -134,6 +133,6 @@ def multiply_through(owner: nn.Module, matrix: Matrix, x: Tensor, bias: Tensor |
         missed = next(name for name in instead if name not in called)
         raise LillamaError(
             f"the storage '{matrix.storage.name}' cannot call what was put in the place of {PREFIX + missed}",
-            hint=f"It multiplies by something made of {missed}: give the view another weight, not the module another view.",
+            hint=f"It multiplies by something made of {missed}. Give the view that was there another weight instead.",
         )
     return y
