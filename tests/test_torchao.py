@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import GQA
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lillama
 from lillama.checkpoint.quantizer import factorise_
@@ -114,4 +114,22 @@ def test_one_factor_alone_is_quantised() -> None:
     )
     kept = {name for name, parameter in model.named_parameters() if is_quantised(parameter)}
     assert {name.rpartition("layers.")[2][2:] for name in kept} == {"mlp.up_proj.C", "self_attn.q_proj.B"}
+    assert 1e-5 < float((logits(model) - before).norm() / before.norm()) < 0.04
+
+
+def test_experts_and_tables_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 97}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}
+    model: Any = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    how, layer = {"storage": "factors", "rank": 32}, "model.layers.0"
+    modules: dict[str, Any] = {f"{layer}.mlp.experts.{name}": {"kind": "experts", **how} for name in ("up", "down")}
+    modules |= {f"{layer}.self_attn.o_proj": {"kind": "linear", **how}}
+    modules |= {"model.embed_tokens": {"kind": "embedding", **how}}
+    factorise_(model, modules).eval()
+    before = logits(model)
+    quantization.quantize_(model, CONFIGS["int8"][0])
+    kept = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if is_quantised(parameter)}
+    attention = {f"{layer}.self_attn.{name}_proj" for name in "qkvo"}
+    assert kept == {*attention, "lm_head"}, "experts are stacks, and a table looks rows up"
     assert 1e-5 < float((logits(model) - before).norm() / before.norm()) < 0.04

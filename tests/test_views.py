@@ -180,7 +180,7 @@ def test_peft_adapts_all_linears(storage: str) -> None:
     model = compressed(storage)
     with torch.no_grad():
         names, expected = list(model.state_dict()), model(input_ids=IDS).logits
-    settings = {"target_modules": "all-linear", "exclude_modules": r".*lm_head.*", "init_lora_weights": False}
+    settings: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": r".*lm_head.*", "init_lora_weights": False}
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **settings))
     adapted(input_ids=IDS, labels=IDS).loss.backward()
     learning = [p for name, p in adapted.named_parameters() if "lora_" in name]
