@@ -180,8 +180,8 @@ def test_peft_adapts_all_linears(storage: str) -> None:
     model = compressed(storage)
     with torch.no_grad():
         names, expected = list(model.state_dict()), model(input_ids=IDS).logits
-    settings: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": r".*lm_head.*", "init_lora_weights": False}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **settings))
+    settings: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": r".*lm_head.*"}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, **settings))
     adapted(input_ids=IDS, labels=IDS).loss.backward()
     learning = [p for name, p in adapted.named_parameters() if "lora_" in name]
     assert len(learning) == 2 * (4 * 2 + 3), "both factors of four linears, and three that are dense"
