@@ -89,6 +89,8 @@ def test_a_tied_head_shows_the_embedding_s_factors_and_empty_ones_have_no_view()
     assert [name for name, _ in full.named_children()] == ["linear_B", "linear_C"]
     square = LowRankLinear(get_storage("pivoted"), 12, 12, 12)  # every row is a pivot row
     assert [name for name, _ in square.named_children()] == ["linear_B"]
+    few = LowRankLinear(get_storage("pivoted:8:32"), 64, 96, 32)
+    assert not list(few.children()), "a scale is no factor, and codes are in few bits already"
 
 
 def test_numbers_go_as_soon_as_a_module_goes() -> None:

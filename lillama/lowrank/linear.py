@@ -31,7 +31,7 @@ class LowRankLinear(OneMatrix):
         self.in_features, self.out_features = in_features, out_features
         self.matrix = Matrix("", storage, rank, (out_features, in_features))
         self.matrix.register_empty(self, options)
-        add_views(self, storage.parameters)
+        add_views(self, storage)
         first: Tensor = next(self.parameters())
         self.register_parameter("bias", nn.Parameter(first.new_empty(out_features)) if bias else None)
 

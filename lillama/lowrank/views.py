@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lillama.errors import LillamaError
 from lillama.lowrank.arithmetic import ONE_MATRIX, Products
 from lillama.lowrank.module import Matrix
+from lillama.lowrank.storage import Storage
 
 PREFIX = "linear_"  # of a view's name: `<module>.linear_A` beside the parameter `<module>.A`
 
@@ -98,11 +99,11 @@ class CalledView(FactorView):
     """A view that its owner calls."""
 
 
-def add_views(owner: nn.Module, names: tuple[str, ...]) -> None:
-    """Give `owner` a view of each of its parameters `names` that is a matrix with numbers in it."""
-    for name in names:
+def add_views(owner: nn.Module, storage: Storage) -> None:
+    """Give `owner` a view of each parameter that is a matrix with numbers in it; scales of few bits are none."""
+    for name in storage.parameters:
         parameter = owner._parameters[name]
-        if parameter is not None and parameter.dim() == 2 and parameter.numel():
+        if name not in storage.narrow and parameter is not None and parameter.dim() == 2 and parameter.numel():
             owner.add_module(PREFIX + name, FactorView(owner._parameters, name))
 
 
