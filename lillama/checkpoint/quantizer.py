@@ -27,6 +27,7 @@ from lillama.checkpoint import described
 from lillama.errors import LillamaError
 from lillama.factorise.initialisers import svd
 from lillama.lowrank import swap as factors
+from lillama.lowrank.linear import LowRankLinear
 from lillama.lowrank.storage import Factors
 from lillama.plan.plan import Plan
 from lillama.pretrained import sharing
@@ -113,6 +114,7 @@ class LillamaQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         state = model.state_dict()
         for name, module in factors.factor_modules(model):
+            factors.check_plain(name, module)
             state |= factors.markers(name, module.kind)
             for leaf in module.narrow():  # which are bfloat16 numbers, whatever they are computed with
                 state[f"{name}.{leaf}"] = state[f"{name}.{leaf}"].bfloat16()
@@ -142,6 +144,9 @@ class LillamaQuantizer(HfQuantizer):
 def place_factors(model: Any, modules: Modules) -> Any:
     """Put empty factor modules into `model` where `modules` (names as the model has them) says; what is tied is one."""
     described.check_places(model, modules)
+    if any(how["kind"] == "linear" for how in modules.values()):
+        # It has children, and whoever spreads a model over devices would part one factor from the other.
+        model._no_split_modules = {*(model._no_split_modules or ()), LowRankLinear.__name__}
     for name, how in modules.items():
         factors.replace(model, name, kind=how["kind"], storage=how["storage"], rank=how["rank"])
     for name, how in modules.items():

@@ -18,6 +18,8 @@ from lillama.recipe.schema import Lora
 # peft asks transformers for something by its old name.
 OLD_NAME = "`is_gradient_checkpointing` is deprecated"
 
+UNTIED = "Input and output embeddings are no longer tied after merging"
+
 
 def attach(model: Any, section: Lora) -> Any:
     """Wrap `model` in adapters on the parameters that may learn; returns peft's model, where they alone learn.
@@ -66,4 +68,11 @@ def targets(model: Any, on: str) -> tuple[list[str], list[str]]:
 
 def merge(adapted: Any) -> Any:
     """The model itself again, what its adapters learned added to its weights."""
-    return adapted.merge_and_unload()
+    model = adapted.get_base_model()
+    tied = model.config.tie_word_embeddings
+    with warnings.catch_warnings():
+        # Of two modules that share factors each computes a matrix of its own, which peft takes for untied ones.
+        warnings.filterwarnings("ignore", message=UNTIED, category=UserWarning)
+        merged = adapted.merge_and_unload()
+    merged.config.tie_word_embeddings = tied
+    return merged

@@ -92,6 +92,7 @@ def _writes_in_place(x: Tensor, B: Tensor, C: Tensor) -> bool:
     """Whether the products may go where they belong at once: many rows, no gradient, nobody who traces or casts."""
     return (
         type(B) in (Tensor, nn.Parameter)
+        and type(C) in (Tensor, nn.Parameter)
         and x.numel() >= IN_PLACE * x.shape[-1]
         and x.device.type == "cpu"
         and x.dtype == B.dtype == torch.float32

@@ -10,10 +10,14 @@ from lillama.dense.plain import is_conv1d, is_linear, matrix
 from lillama.errors import LillamaError
 from lillama.lowrank.module import Matrix, OneMatrix
 from lillama.lowrank.storage import Storage, Tensors
+from lillama.lowrank.views import FactorView, add_views, multiply_through
 
 
 class LowRankLinear(OneMatrix):
-    """y = W x + b with W of rank r. The bias stays on the output side."""
+    """y = W x + b with W of rank r. The bias stays on the output side.
+
+    Its factors are to be seen as children too, for tools that look for `nn.Linear` (views.py).
+    """
 
     kind = "linear"
     bias: nn.Parameter | None
@@ -27,6 +31,7 @@ class LowRankLinear(OneMatrix):
         self.in_features, self.out_features = in_features, out_features
         self.matrix = Matrix("", storage, rank, (out_features, in_features))
         self.matrix.register_empty(self, options)
+        add_views(self, storage)
         first: Tensor = next(self.parameters())
         self.register_parameter("bias", nn.Parameter(first.new_empty(out_features)) if bias else None)
 
@@ -56,6 +61,9 @@ class LowRankLinear(OneMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         matrix = self.matrix
+        for child in self._modules.values():
+            if type(child) is not FactorView:
+                return multiply_through(self, matrix, x, self.bias)
         return matrix.storage.multiply(x, matrix.tensors(self), matrix.derived(self), bias=self.bias)
 
     def to_dense(self) -> nn.Module:

@@ -12,6 +12,11 @@ from lillama.contract import WeightKind
 from lillama.lowrank.storage import Factors, Storage, empty_tensors
 
 
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether `tensor` is of a class that keeps numbers in fewer bits, such as torchao's."""
+    return type(tensor).dequantize is not Tensor.dequantize
+
+
 class Matrix:
     """The tensors of one matrix (or of a stack of equal ones) in a module, under a prefix, by the rules of a storage.
 
@@ -89,11 +94,18 @@ class Matrix:
 
     def factors(self, owner: nn.Module) -> Factors:
         """Two factors of the matrix, stacked where it is a stack."""
-        return Factors(*self._each(self.storage.decode, self.tensors(owner)))
+        return Factors(*self._each(self.storage.decode, self._numbers(owner)))
 
     def product(self, owner: nn.Module) -> Tensor:
         """The matrix itself, or the stack."""
-        return self.storage.product(self.tensors(owner), self.derived(owner))
+        return self.storage.product(self._numbers(owner), self.derived(owner))
+
+    def _numbers(self, owner: nn.Module) -> dict[str, Tensor]:
+        """The tensors, those that a tool keeps in fewer bits as floating-point numbers again."""
+        tensors = self.tensors(owner)
+        if torch.compiler.is_compiling():
+            return tensors
+        return {suffix: t.dequantize() if is_quantised(t) else t for suffix, t in tensors.items()}
 
     def is_factor(self, name: str) -> bool:
         """Whether a tensor of the owner's is a counted one of this matrix."""

@@ -20,7 +20,7 @@ from lillama.lowrank import arithmetic
 from lillama.lowrank.embedding import LowRankEmbedding
 from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.linear import LowRankLinear
-from lillama.lowrank.module import FactorModule, OneMatrix
+from lillama.lowrank.module import FactorModule, OneMatrix, is_quantised
 from lillama.lowrank.storage import Factors, Tensors, get_storage
 
 KINDS: dict[str, type[FactorModule]] = {
@@ -216,6 +216,17 @@ def is_factor(root: nn.Module, name: str) -> bool:
     owner, _, leaf = name.rpartition(".")
     module = root.get_submodule(owner)
     return isinstance(module, FactorModule) and module.is_factor(leaf)
+
+
+def check_plain(name: str, module: FactorModule) -> None:
+    """LillamaError where a parameter of `module`, called `name`, is kept in fewer bits than a checkpoint's."""
+    for leaf, parameter in module.named_parameters(recurse=False):
+        if is_quantised(parameter):
+            raise LillamaError(
+                f"a checkpoint holds floating-point numbers, this is kept as {type(parameter).__name__}",
+                where=f"{name}.{leaf}",
+                hint="Save before quantising, and quantise what is loaded; or torch.save(model.state_dict(), file).",
+            )
 
 
 def markers(module_name: str, kind: str) -> dict[str, Tensor]:
