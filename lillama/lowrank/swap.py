@@ -183,7 +183,10 @@ def replace_tied(root: nn.Module, head: str, embedding: str, storage: str, rank:
     else:
         new = LowRankLinear.like(old, get_storage(storage), rank, "meta")
     _put(root, head, new.train(old.training))
-    return tie(new, root.get_submodule(embedding))
+    owner = root.get_submodule(embedding)
+    for index in set(new.storage.indices) - set(new.storage.shared_indices):
+        new.register_buffer(index, owner.get_buffer(index).clone())
+    return tie(new, owner)
 
 
 def open_experts(root: nn.Module, name: str) -> None:
