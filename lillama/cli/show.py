@@ -86,15 +86,15 @@ def result(found: Result, recipe: Recipe) -> RenderableType:
     labels = ["after", *(STAGES[stage] for stage in results[1:])]
     for column in ("", "before", *(column for label in labels for column in (label, "change"))):
         table.add_column(column, justify="left" if not column else "right")
+    names = [name for name in (*m["before"], *m["after"]) if not name.endswith(ERROR)]
+    table.columns[0].min_width = max(map(len, names), default=0)  # of two, changes give way on a narrow terminal
     for name, of, show in (("parameters", m["parameters"], lambda n: f"{n:,}"), ("weights on disk", m["bytes"], size)):
         cells = [show(of["before"])]
         for stage in results:
             after = of.get(stage, of["after"])
             cells += [show(after), f"{after / of['before'] - 1:+.1%}"]
         table.add_row(name, *cells)
-    for name in [*m["before"], *(n for n in m["after"] if n not in m["before"])]:
-        if name.endswith(ERROR):
-            continue
+    for name in dict.fromkeys(names):
         row = [_measured(m["before"], name)]
         for stage in results:
             known = ratios_of(found.details.get(stage, {})).get(name)

@@ -45,7 +45,7 @@ from lillama.run.decided import PLAN
 from lillama.run.estimate import check_disk
 from lillama.run.forms import needed
 from lillama.run.prepare import Prepared, prepare
-from lillama.run.quantise import quantise, refuse_other
+from lillama.run.quantise import count, quantise, refuse_other
 
 
 @dataclass
@@ -326,8 +326,9 @@ class Run:
         seconds = previous.get("seconds", {})
         for phase, value in self.progress.seconds.items():
             seconds[phase] = round(seconds.get(phase, 0.0) + value, 2)
+        few_bits = {"quantized": count(self.directory, self.plan)} if "quantized" in measured else {}
         metrics = {
-            "parameters": {"before": self.plan.before, "after": self.plan.after},
+            "parameters": {"before": self.plan.before, "after": self.plan.after, **few_bits},
             "bytes": {stage: checkpoint.file_bytes(place) for stage, place in places.items()},
             **measured,
             **({"embedding": self.directory.json(EMBEDDING)} if self.directory.has(EMBEDDING) else {}),

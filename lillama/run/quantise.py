@@ -7,9 +7,10 @@ from torch import Tensor
 
 from lillama import host
 from lillama.base.progress import Progress
-from lillama.base.rundir import FINETUNED, MODEL, RunDirectory
+from lillama.base.rundir import FINETUNED, MODEL, QUANTIZED, RunDirectory
 from lillama.bits import stage
 from lillama.checkpoint.load import load
+from lillama.lowrank.counts import stored
 from lillama.plan.plan import Plan
 from lillama.recipe.schema import Recipe
 from lillama.report.record import IN_TURN
@@ -20,6 +21,16 @@ def refuse_other(directory: RunDirectory, recipe: Recipe) -> None:
     """LillamaError where a result in few bits is here that another section made of the same weights."""
     if recipe.quantize is not None:
         stage.finished(directory, recipe.quantize, stage.source_of(directory, recipe.finetune is not None))
+
+
+def count(directory: RunDirectory, plan: Plan) -> int:
+    """Unique parameters of the result in few bits: weights that took another form hold other numbers of them."""
+    modules = directory.json(f"{QUANTIZED}/config.json")["quantization_config"]["modules"]
+    now = {name: how["storage"] for name, how in modules.items()}
+    return plan.after + sum(
+        stored(plan.weights[name], rank, now.get(name, plan.storage)) - stored(plan.weights[name], rank, plan.storage)
+        for name, rank in plan.ranks.items()
+    )
 
 
 def quantise(
