@@ -242,6 +242,19 @@ def test_codes_and_scales_survive_saving_and_loading(make: Any, bits: int, tmp_p
     same(model, lillama.load(tmp_path / "shards", dtype=torch.float32))
 
 
+def test_a_tied_head_of_pivot_rows_has_their_numbers_too(tmp_path: Path) -> None:
+    ends = {
+        "model.embed_tokens": {"kind": "embedding", "storage": "pivoted", "rank": 12},
+        "lm_head": {"kind": "linear", "storage": "pivoted", "rank": 12, "tied": "model.embed_tokens"},
+    }
+    model = few(factorise_(tiny(), ends), embedding=4)
+    model.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    assert {key for key in held if key.startswith("lm_head")} == {"lm_head.pivots", "lm_head.weight"}
+    assert held["model.embed_tokens.C_codes"].shape == (85, 6)
+    same(model, lillama.load(tmp_path, dtype=torch.float32))
+
+
 def test_a_changed_description_in_a_checkpoint_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
     few(tiny()).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
@@ -268,4 +281,5 @@ def test_experts_whose_columns_are_odd_stay_what_they_were(tmp_path: Path) -> No
     names = [name for name, _ in factor_modules(model)]
     assert names == ["model.layers.0.self_attn.o_proj"], "of 16 columns"
     model.save_pretrained(tmp_path)
-    same(model, lillama.load(tmp_path, dtype=torch.float32))
+    again, held = lillama.load(tmp_path, dtype=torch.float32).state_dict(), model.state_dict()
+    assert again.keys() == held.keys() and all(torch.equal(again[key], held[key]) for key in held)

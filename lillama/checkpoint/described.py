@@ -79,7 +79,10 @@ def check_places(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> None:
             raise _wrong(f"the model has no {how['kind']} here", name) from error
         if not 1 <= how["rank"] <= min(shape[-2:]):
             raise _wrong(f"a matrix of {shape[-2]} x {shape[-1]} has no rank {how['rank']}", name)
-        storage = get_storage(how["storage"]) if read_name(how["storage"]) else None
+        try:
+            storage = get_storage(how["storage"])
+        except LillamaError as error:
+            raise LillamaError(error.what, where=f"{WHERE}: {name}", hint=error.hint) from error
         if isinstance(storage, Rounded) and not storage.is_even(shape[-2], shape[-1], how["rank"]):
             raise _wrong(
                 f"'{how['storage']}' keeps two columns in a byte; of {shape[-2]} x {shape[-1]} numbers of rank "

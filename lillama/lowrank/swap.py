@@ -184,7 +184,11 @@ def replace_tied(root: nn.Module, head: str, embedding: str, storage: str, rank:
     else:
         new = LowRankLinear.like(old, get_storage(storage), rank, "meta")
     _put(root, head, new.train(old.training))
-    return tie(new, root.get_submodule(embedding))
+    table = root.get_submodule(embedding)
+    names = tie(new, table)
+    for name in (name for name in new.storage.indices if name not in new.storage.shared_indices):
+        new.register_buffer(name, table.get_buffer(name).clone())  # a file holds them for both
+    return names
 
 
 def open_experts(root: nn.Module, name: str) -> None:
