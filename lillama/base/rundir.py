@@ -41,7 +41,8 @@ MODEL = "model"  # the checkpoint
 FINETUNED = "finetuned"  # the checkpoint after fine-tuning
 QUANTIZED = "quantized"  # the last checkpoint in few bits
 ORIGINAL = "original"  # the original unpacked, where it came in another form
-UNITS = (MODEL, FINETUNED, QUANTIZED, ORIGINAL)
+CHECKPOINTS = (MODEL, FINETUNED, QUANTIZED)  # in their order: the last that is there is a run's result
+UNITS = (*CHECKPOINTS, ORIGINAL)
 RESOLVED = "recipe.resolved.yaml"
 EVENTS = "events.jsonl"
 LOCK = ".lock"
@@ -53,6 +54,12 @@ LEFTOVERS = (".*.part", "*/.*.part", "best.[0-9]*.safetensors", "best.[0-9]*.ini
 # In progress until the checkpoint is there: finished files, and folders of what is not.
 WORK = ("init/", "sensitivity/", "snapshot.safetensors")
 WORK_FOLDERS = ("streams", "sensitivity/streams")
+
+
+def last_checkpoint(path: Path) -> Path | None:
+    """The last checkpoint that is in the run directory `path`; None where there is none."""
+    there = [path / name for name in CHECKPOINTS if (path / name / "config.json").is_file()]
+    return there[-1] if there else None
 
 
 class RunDirectory:
@@ -245,6 +252,10 @@ class RunDirectory:
     def has(self, name: str) -> bool:
         """Whether the file was finished and is unharmed."""
         return name in self._manifest.files
+
+    def digests(self, unit: str) -> dict[str, str]:
+        """sha256 of the finished files of a unit (a checkpoint, say), by name."""
+        return {name: digest for name, digest in self._manifest.files.items() if name.startswith(f"{unit}/")}
 
     def record(self, *names: str) -> None:
         """Take finished files into the manifest."""

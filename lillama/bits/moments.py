@@ -75,18 +75,18 @@ def gather(model: Any, wanted: Sequence[Wanted], reading: Reading) -> Iterator[t
 
     Raises LillamaError where no prediction depends on anything, so that nothing can be known.
     """
-    passes = list(_passes(wanted))
+    together = list(passes(wanted))
     batches = _cut(reading.batches, reading.tokens)
-    with reading.progress.phase("what rounding depends on", len(passes) * len(batches)) as bar:
-        for together in passes:
-            sums = {one.name: _Sums(one) for one in together}
-            with _listening(model, together, sums), _without_gradients(model):
+    with reading.progress.phase("what rounding depends on", len(together) * len(batches)) as bar:
+        for some in together:
+            sums = {one.name: _Sums(one) for one in some}
+            with _listening(model, some, sums), _without_gradients(model):
                 tokens = sum(_run(model, batch, reading, bar) for batch in batches)
-            for one in together:
+            for one in some:
                 yield one, sums.pop(one.name).moments(tokens)
 
 
-def _passes(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
+def passes(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
     """The weights whose moments are in memory together."""
     rest = list(wanted)
     while rest:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lillama.base.device import Device
 from lillama.base.files import write_json
 from lillama.base.progress import Progress
-from lillama.base.rundir import MODEL, QUANTIZED, RunDirectory
+from lillama.base.rundir import FINETUNED, MODEL, QUANTIZED, RunDirectory
 from lillama.bits.apply import Choice, quantise_, quantise_ends_
 from lillama.bits.moments import Reading
 from lillama.bits.targets import find_targets
@@ -19,17 +19,32 @@ from lillama.checkpoint import write as checkpoint
 from lillama.checkpoint.quantizer import describe_
 from lillama.checkpoint.seal import seal
 from lillama.contract import WeightKind
-from lillama.errors import LillamaError
+from lillama.errors import DistillationError, LillamaError
+from lillama.lowrank import swap
 from lillama.recipe.schema import Quantize
 
-SETTINGS = "quantize.json"  # in the checkpoint: the section of the recipe that made it
+SETTINGS = "quantize.json"  # in the checkpoint: the section of the recipe that made it, and of which weights
 
 
-def finished(directory: RunDirectory, section: Quantize) -> bool:
-    """Whether this was done; a result of other settings is an error that says so."""
-    if not directory.has(f"{QUANTIZED}/config.json"):
+def source_of(directory: RunDirectory, tuned: bool) -> dict[str, str]:
+    """sha256 of the weights that are put into few bits, by the names of their files: `model/`, or where `tuned` the
+    fine-tuned ones.
+    """
+    held = directory.digests(FINETUNED if tuned else MODEL)
+    return {name: digest for name, digest in held.items() if name.endswith(".safetensors")}
+
+
+def finished(directory: RunDirectory, section: Quantize, source: Mapping[str, str]) -> bool:
+    """Whether this was done of the weights `source`; a result of theirs by other settings is an error that says so.
+
+    One of other weights, which were trained or made anew since, is none.
+    """
+    if not (directory.has(f"{QUANTIZED}/config.json") and directory.has(f"{QUANTIZED}/{SETTINGS}")):
         return False
-    held, wanted = directory.json(f"{QUANTIZED}/{SETTINGS}"), section.model_dump(mode="json")
+    settings = directory.json(f"{QUANTIZED}/{SETTINGS}")
+    if settings["source"] != source:
+        return False
+    held, wanted = settings["quantize"], section.model_dump(mode="json")
     if held != wanted:
         keys = sorted(key for key in held.keys() | wanted.keys() if held.get(key) != wanted.get(key))
         raise LillamaError(
@@ -56,21 +71,43 @@ def quantise_model(
     """
     targets = find_targets(model, offered, section.what)
     if not targets and section.what != "all":
-        raise LillamaError("no weight is left that few bits could hold", where="quantize.what")
+        raise _nothing_left()
     reading = None
-    if section.method == "compensated" and section.bits < 8:
+    if section.fitted:
         reading = Reading(batches, section.tokens, device, progress)
         model.to(device.device)
-    with progress.timed("quantize"):
-        done = quantise_(model, targets, section, reading)
-        model.to("cpu")
-        if section.what == "all":
-            done += quantise_ends_(model, section.embedding, section.group_size)
+    done = quantise_(model, targets, section, reading)
+    model.to("cpu")
+    if section.what == "all":
+        done += quantise_ends_(model, section.embedding, section.group_size)
+    swap.close_experts(model)
+    if not any(choice.storage for choice in done):
+        raise _nothing_left()
+    _check_finite(model)
     known = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     modules = dict(getattr(known, "modules", {})) | described(done)
-    return_to = [list(group) for group in getattr(known, "shared", [])]
-    describe_(model, modules, return_to)
+    describe_(model, modules, getattr(known, "shared", []))
     return done
+
+
+def _check_finite(model: Any) -> None:
+    """DistillationError where rounding came to what is no number: nothing of the kind is stored."""
+    for name, module in swap.factor_modules(model):
+        for leaf in module.narrow():
+            if not bool(module.get_parameter(leaf).isfinite().all()):
+                raise DistillationError(
+                    "rounding gave scales that are not finite",
+                    where=f"{name}.{leaf}",
+                    hint="Use quantize.method: nearest.",
+                )
+
+
+def _nothing_left() -> LillamaError:
+    return LillamaError(
+        "no weight is left that few bits could hold",
+        where="quantize.what",
+        hint="quantize: null leaves the step out; what: linears and what: all take weights that stayed dense.",
+    )
 
 
 def described(done: Sequence[Choice]) -> dict[str, dict[str, Any]]:
@@ -83,10 +120,18 @@ def described(done: Sequence[Choice]) -> dict[str, dict[str, Any]]:
     }
 
 
-def save(model: Any, dtype: torch.dtype, section: Quantize, directory: RunDirectory, card: str) -> None:
+def save(
+    model: Any,
+    dtype: torch.dtype,
+    section: Quantize,
+    *,
+    source: Mapping[str, str],
+    directory: RunDirectory,
+    card: str,
+) -> None:
     """Write the checkpoint, with what stands beside the weights of the compressed one."""
     with directory.put_directory(QUANTIZED, seal) as target:
         model.to(device="cpu", dtype=dtype).save_pretrained(target)
         checkpoint.copy_beside(directory.path / MODEL, target)
         (target / "README.md").write_text(card, encoding="utf-8")
-        write_json(target / SETTINGS, section.model_dump(mode="json"))
+        write_json(target / SETTINGS, {"quantize": section.model_dump(mode="json"), "source": dict(source)})

@@ -75,15 +75,19 @@ def find_ends(model: Any) -> list[Target]:
     """The embedding and the head, where the model has them and their modules are ordinary ones."""
     names = {id(module): name for name, module in model.named_modules()}
     found: list[Target] = []
-    for module, kind in ((model.get_input_embeddings(), "embedding"), (model.get_output_embeddings(), "linear")):
+    for get, kind in ((model.get_input_embeddings, "embedding"), (model.get_output_embeddings, "linear")):
+        try:
+            module = get()
+        except (NotImplementedError, AttributeError):  # what reads no tokens has no embedding
+            continue
         name = names.get(id(module))
         if name is None or not (swap.is_factorised(module) or is_embedding(module) or is_linear(module)):
             continue
         shape, rank, storage = tuple(_matrix(module).shape), 0, DENSE
         if swap.is_factorised(module):
             shape, rank, storage = module.matrix.shape, module.rank, module.storage.name
-        shared = found and _share(module, model.get_submodule(found[0].name))
-        tied = found[0].name if shared else None
+        shares = bool(found) and _share(module, model.get_submodule(found[0].name))
+        tied = found[0].name if shares else None
         found.append(Target(name, kind, shape, rank or min(shape), storage, tied))  # type: ignore[arg-type]
     return found
 
@@ -137,6 +141,5 @@ def put(model: nn.Module, target: Target, storage: Rounded, tensors: dict[str, T
 
 
 def is_even(storage: Rounded, target: Target) -> bool:
-    """Whether bits of these tensors fill whole bytes: 4 bits want an even number of columns."""
-    shapes = storage.base.shapes(*target.matrix, target.rank)
-    return storage.bits == 8 or all(shapes[suffix][-1] % 2 == 0 for suffix in storage.base.parameters)
+    """Whether bits of these tensors fill whole bytes."""
+    return storage.is_even(*target.matrix, target.rank)

@@ -8,6 +8,8 @@ from typing import Any
 from lillama.dense.experts import PROJECTIONS
 from lillama.errors import LillamaError
 from lillama.lowrank import swap as factors
+from lillama.lowrank.rounded import Rounded, read_name
+from lillama.lowrank.storage import get_storage
 
 WHERE = "quantization_config"
 HINT = "config.json is damaged, or of another model: write the checkpoint again."
@@ -35,6 +37,7 @@ def check_modules(modules: Any, shared: Any) -> None:
             raise _wrong(f"'kind' is {kind!r}, none of {', '.join(factors.KINDS)}", name)
         if not isinstance(how.get("storage"), str):
             raise _wrong(f"'storage' is {how.get('storage')!r}, not a name", name)
+        _check_storage(how["storage"], name)
         if type(rank) is not int or rank < 1:
             raise _wrong(f"'rank' is {rank!r}, not a whole number above 0", name)
         if tied is not None and (kind != "linear" or not _is_like(modules, tied, how)):
@@ -45,6 +48,14 @@ def check_modules(modules: Any, shared: Any) -> None:
             raise _wrong(f"a group is {group!r}, not a list of names", "shared")
         if any(one == other or f"{one}.".startswith(f"{other}.") for one, other in _pairs(group)) or "" in group:
             raise _wrong(f"a group names a module twice, or one inside another: {group!r}", "shared")
+
+
+def _check_storage(storage: str, name: Any) -> None:
+    """LillamaError for bits that this version does not know. Whether the format is there the host knows, later."""
+    try:
+        read_name(storage)
+    except LillamaError as error:
+        raise LillamaError(error.what, where=f"{WHERE}: {name}", hint=error.hint) from error
 
 
 def _is_like(modules: Mapping[str, Any], tied: Any, how: Mapping[str, Any]) -> bool:
@@ -68,6 +79,16 @@ def check_places(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> None:
             raise _wrong(f"the model has no {how['kind']} here", name) from error
         if not 1 <= how["rank"] <= min(shape[-2:]):
             raise _wrong(f"a matrix of {shape[-2]} x {shape[-1]} has no rank {how['rank']}", name)
+        try:
+            storage = get_storage(how["storage"])
+        except LillamaError as error:
+            raise LillamaError(error.what, where=f"{WHERE}: {name}", hint=error.hint) from error
+        if isinstance(storage, Rounded) and not storage.is_even(shape[-2], shape[-1], how["rank"]):
+            raise _wrong(
+                f"'{how['storage']}' keeps two columns in a byte; of {shape[-2]} x {shape[-1]} numbers of rank "
+                f"{how['rank']} a tensor has an odd number of them",
+                name,
+            )
 
 
 def check_all_there(missing: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_tok
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from lillama.base.rundir import FINETUNED, MODEL, RESOLVED
+from lillama.base.rundir import FINETUNED, MODEL, QUANTIZED, RESOLVED, last_checkpoint
 from lillama.checkpoint import seal
 from lillama.checkpoint.load import check_whole
 from lillama.checkpoint.standalone import KEY, export_standalone
@@ -22,7 +22,8 @@ from lillama.errors import LillamaError
 
 CARD = "README.md"
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
-STAGES = {MODEL: "after", FINETUNED: "finetuned"}  # the folders of a run -> what metrics.json calls them
+# The folders of a run -> what metrics.json calls them.
+STAGES = {MODEL: "after", FINETUNED: "finetuned", QUANTIZED: "quantized"}
 
 
 def push(path: Path, repo_id: str, *, private: bool = False, standalone: bool = False, trust: bool = False) -> str:
@@ -54,11 +55,8 @@ def push(path: Path, repo_id: str, *, private: bool = False, standalone: bool = 
 
 def _checkpoint(path: Path) -> Path:
     """The last checkpoint of a run directory; any other path as it is."""
-    if not (path / "config.json").is_file():
-        for name in (FINETUNED, MODEL):
-            if (path / name / "config.json").is_file():
-                return path / name
-    return path
+    found = None if (path / "config.json").is_file() else last_checkpoint(path)
+    return found or path
 
 
 def _check_links(path: Path) -> None:

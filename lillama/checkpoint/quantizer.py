@@ -1,6 +1,6 @@
 """The checkpoint format, as a transformers quantizer: `import lillama`, then load and save as always.
 
-config.json carries `quantization_config: {"quant_method": "lillama", "version": 1, "modules": {...}}`. While the
+config.json carries `quantization_config: {"quant_method": "lillama", "version": ..., "modules": {...}}`. While the
 model is a skeleton on the meta device the named modules are replaced by factor modules, so that
 sharding, device_map, dtypes, generate, Trainer and pipeline see an ordinary model. See docs/checkpoint.md.
 """
@@ -113,11 +113,13 @@ class LillamaQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         state = model.state_dict()
+        narrow: dict[int | str, Tensor] = {}  # by address: the numbers of a tied head stay its embedding's
         for name, module in factors.factor_modules(model):
             factors.check_plain(name, module)
             state |= factors.markers(name, module.kind)
             for leaf in module.narrow():  # which are bfloat16 numbers, whatever they are computed with
-                state[f"{name}.{leaf}"] = state[f"{name}.{leaf}"].bfloat16()
+                held = state[f"{name}.{leaf}"]
+                state[f"{name}.{leaf}"] = narrow.setdefault(held.data_ptr() or f"{name}.{leaf}", held.bfloat16())
         return state, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

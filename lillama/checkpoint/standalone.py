@@ -38,8 +38,8 @@ WITH_EXPERTS = (
 def export_standalone(path: str | Path, target: str | Path, *, trust_remote_code: bool = False) -> None:
     """Write the compressed checkpoint in `path` so that transformers alone loads it, by `trust_remote_code=True`.
 
-    Raises LillamaError, with the module's name, where one has no counterpart there: a storage of a plugin, an embedding
-    that does something of its own with its vectors.
+    Raises LillamaError, with the module's name, where one has no counterpart there: a storage of a plugin
+    or of few bits, an embedding that does something of its own with its vectors.
     """
     from lillama.checkpoint.load import check_whole
     from lillama.checkpoint.write import copy_beside
@@ -105,12 +105,15 @@ def _described(path: Path, config: dict[str, Any], trust: bool) -> dict[str, Any
 def _of_module(name: str, module: Any, said: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The description of a factor module. Raises LillamaError for one that cannot be carried."""
     from lillama.lowrank.embedding import LowRankEmbedding
+    from lillama.lowrank.rounded import read_name
 
     each = {
         inside: {"storage": matrix.storage.name, "rank": matrix.rank, "shape": list(matrix.shape)}
         for inside, matrix in module.matrices().items()
     }
     for inside, one in each.items():
+        if read_name(one["storage"]):
+            raise _refused(name, inside, f"its storage '{one['storage']}' is one of few bits")
         if one["storage"] not in STORAGES:
             raise _refused(name, inside, f"the storage '{one['storage']}' is a plugin's")
     if module.kind == "experts":

@@ -13,9 +13,10 @@ from rich.text import Text
 from lillama.base.progress import clock
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Recipe
-from lillama.report.record import by_kind, ratios_of
+from lillama.report.record import PLACES, STAGES, by_kind, ratios_of
 from lillama.report.words import millions, number, size, spread
 from lillama.run.estimate import check_disk, estimate
+from lillama.run.fewbits import checkpoint_bytes
 from lillama.run.pipeline import Result
 from lillama.run.prepare import Prepared
 
@@ -52,6 +53,7 @@ def plan(prepared: Prepared) -> RenderableType:
             else []
         ),
         f"distillation {recipe.distill.schedule}, loss {recipe.distill.loss}, on {prepared.device.device} in {compute}",
+        *_few_bits(prepared),
         f"estimated: memory {size(e.memory)}, disk {size(e.disk)}, "
         + (f"about {clock(e.seconds)} for {e.tokens:,} tokens" if e.seconds else "time depends on calibration.tokens"),
     ]
@@ -63,23 +65,38 @@ def plan(prepared: Prepared) -> RenderableType:
     return Group(*(Text(line) for line in lines), Text(), table, Text())
 
 
+def _few_bits(prepared: Prepared) -> list[str]:
+    """What `quantize` will do, in a line."""
+    section, source = prepared.recipe.quantize, prepared.source
+    if section is None:
+        return []
+    count = checkpoint_bytes(section, prepared.plan, source.model, source.dtype.itemsize)
+    chosen = section.fitted and section.storage == "auto"
+    held = f"about {size(count)}, by the forms that weights then take" if chosen else size(count)
+    ends = f" (embedding and head {section.embedding})" if section.what == "all" else ""
+    how = "compensated" if section.fitted else "nearest"
+    return [f"quantize {section.what} to {section.bits} bits{ends} in groups of {section.group_size}, {how}: {held}"]
+
+
 def result(found: Result, recipe: Recipe) -> RenderableType:
-    """The table after a run: before, after, change, fine-tuned; sample completions; how to load the result."""
+    """The table after a run: before, after, and what came of that, each with its change; how to load the result."""
     m = found.metrics
     table = Table(box=None, pad_edge=False, header_style="bold")
-    tuned = m.get("finetuned")
-    for column in ("", "before", "after", "change", *(() if tuned is None else ("fine-tuned", "change"))):
+    results = [stage for stage in PLACES if stage in m]
+    labels = ["after", *(STAGES[stage] for stage in results[1:])]
+    for column in ("", "before", *(column for label in labels for column in (label, "change"))):
         table.add_column(column, justify="left" if not column else "right")
-    pairs = [("parameters", *m["parameters"].values()), ("weights on disk", *m["bytes"].values())]
-    for name, before, after in pairs:
-        show = size if name == "weights on disk" else (lambda n: f"{n:,}")
-        change = f"{after / before - 1:+.1%}"
-        table.add_row(name, show(before), show(after), change, *(() if tuned is None else (show(after), change)))
-    for name in [*m["before"], *(n for n in m["after"] if n not in m["before"])]:
-        if name.endswith(ERROR):
-            continue
+    names = [name for name in (*m["before"], *m["after"]) if not name.endswith(ERROR)]
+    table.columns[0].min_width = max(map(len, names), default=0)  # of two, changes give way on a narrow terminal
+    for name, of, show in (("parameters", m["parameters"], lambda n: f"{n:,}"), ("weights on disk", m["bytes"], size)):
+        cells = [show(of["before"])]
+        for stage in results:
+            after = of.get(stage, of["after"])
+            cells += [show(after), f"{after / of['before'] - 1:+.1%}"]
+        table.add_row(name, *cells)
+    for name in dict.fromkeys(names):
         row = [_measured(m["before"], name)]
-        for stage in ("after", "finetuned")[: 1 if tuned is None else 2]:
+        for stage in results:
             known = ratios_of(found.details.get(stage, {})).get(name)
             change = spread(known) if known else _ratio(m["before"].get(name), m[stage].get(name))
             row += [_measured(m[stage], name), change]
@@ -87,8 +104,9 @@ def result(found: Result, recipe: Recipe) -> RenderableType:
     parts: list[RenderableType] = [Text(), table, Text()]
     for key, detail in found.details.get("after", {}).items():
         if "prompt" in detail:
-            before = found.details.get("before", {}).get(key, {}).get("completion", "")
-            parts += _completions(detail["prompt"], before, detail["completion"])
+            stages = zip(("before", *labels), ("before", *results))
+            texts = {label: found.details.get(stage, {}).get(key, {}).get("completion", "") for label, stage in stages}
+            parts += _completions({"prompt": detail["prompt"]} | texts)
     total = clock(sum(m["seconds"].values()))
     parts.append(Text(f"took {total}, peak memory {size(m['peak_memory_bytes'])}; everything is in {recipe.run.out}"))
     parts.append(Text())
@@ -98,13 +116,10 @@ def result(found: Result, recipe: Recipe) -> RenderableType:
     return Group(*parts)
 
 
-def _completions(prompt: str, before: str, after: str) -> list[RenderableType]:
-    return [
-        Text.assemble(("prompt  ", "bold"), prompt),
-        Text.assemble(("before  ", "bold"), before.strip()),
-        Text.assemble(("after   ", "bold"), after.strip()),
-        Text(),
-    ]
+def _completions(texts: dict[str, str]) -> list[RenderableType]:
+    """A prompt and what each model made of it, under their labels."""
+    width = max(map(len, texts)) + 2
+    return [*(Text.assemble((label.ljust(width), "bold"), text.strip()) for label, text in texts.items()), Text()]
 
 
 def _measured(values: dict[str, float], name: str) -> str:

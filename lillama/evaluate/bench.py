@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lillama import host
-from lillama.base.rundir import MODEL, ORIGINAL, RESOLVED
+from lillama.base.rundir import ORIGINAL, RESOLVED, last_checkpoint
 from lillama.errors import LillamaError
 from lillama.evaluate import speed, strangers
 from lillama.evaluate.perplexity import positions
 from lillama.evaluate.speed import Timing, median
 from lillama.evaluate.turns import Turns, alternating, give_back, is_out_of_memory, ratio
+from lillama.lowrank.swap import count_parameters
 from lillama.pretrained import sharing
 from lillama.pretrained.locate import resolve
 from lillama.recipe.schema import Recipe
@@ -54,14 +55,15 @@ class Models:
 
 
 def models_of(given: Sequence[str], trust: bool = False) -> Models:
-    """What to compare: the two models of a run directory, or two models.
+    """What to compare: the original and the last checkpoint of a run directory, or two models.
 
     `trust` allows code that came with them to run, whatever the run's own recipe says.
     """
     if len(given) == 2:
         return Models(given[0], given[1], trust=trust)
     run = Path(given[0])
-    if len(given) != 1 or not (run / MODEL / "config.json").is_file() or not (run / RESOLVED).is_file():
+    last = last_checkpoint(run) if len(given) == 1 else None
+    if last is None or not (run / RESOLVED).is_file():
         raise LillamaError(
             f"'{given[0]}' is not a finished run", where="bench", hint="Give a run directory, or ORIGINAL COMPRESSED."
         )
@@ -69,7 +71,7 @@ def models_of(given: Sequence[str], trust: bool = False) -> Models:
     strangers.check_model(recipe, run / RESOLVED)
     unpacked = run / ORIGINAL  # from a GGUF file
     original = str(unpacked) if unpacked.is_dir() else resolve(recipe.model)[0]
-    return Models(original, str(run / MODEL), run, recipe, trust)
+    return Models(original, str(last), run, recipe, trust)
 
 
 def compare(models: Models, settings: Settings, device: str, dtype: str, say: Say) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def compare(models: Models, settings: Settings, device: str, dtype: str, say: Sa
         "models": {
             name: {
                 "place": str(place),
-                "parameters": sum(p.numel() for p in model.parameters()),
+                "parameters": count_parameters(model),
                 "weight_bytes": speed.weight_bytes(model),
             }
             for name, place, model in zip(NAMES, places, loaded)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lillama import host
-from lillama.base.rundir import MODEL, RESOLVED
+from lillama.base.rundir import RESOLVED, last_checkpoint
 from lillama.checkpoint.open import find_plugin, open_model
 from lillama.errors import LillamaError
 from lillama.evaluate import strangers
@@ -108,8 +108,9 @@ def asked_of(directory: Path, place: Path, path: str | None, overrides: Sequence
 
 
 def checkpoint_of(directory: Path) -> Path:
-    """The checkpoint in a run directory; anything else is taken for one itself."""
-    return directory / MODEL if (directory / MODEL / "config.json").is_file() else directory
+    """The last checkpoint in a run directory; anything else is taken for one itself."""
+    own = (directory / "config.json").is_file()
+    return directory if own else last_checkpoint(directory) or directory
 
 
 def evaluate_directory(directory: Path, path: str | None, overrides: Sequence[str], device: str) -> Measured:

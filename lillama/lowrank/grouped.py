@@ -70,13 +70,17 @@ def grouped_products(ends: Tensor) -> Products:
 
 
 def grouped_linear(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
-    """x[start:end] @ W[e]^T for every expert e, its rows of x ending at ends[e]; in the type autocast asks for."""
+    """x[start:end] @ W[e]^T for every expert e, its rows of x ending at ends[e]; in the type autocast asks for.
+
+    Matrices in few bits are no tensor: those of experts that have rows are made, one by one.
+    """
+    whole = isinstance(W, Tensor)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, W = x.to(dtype), W.to(dtype)
+        x, W = x.to(dtype), W.to(dtype) if whole else W
     else:
         x = x.to(W.dtype)
-    if _has_kernel(x, W):
+    if whole and _has_kernel(x, W):
         return _Grouped.apply(x, W, ends)
     start, rows = 0, []
     for expert, end in enumerate(ends.tolist()):

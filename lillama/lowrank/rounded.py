@@ -43,6 +43,11 @@ class Rounded(Storage):
             return self.base.index_type(suffix)
         return torch.int8 if self.bits == 8 else torch.uint8
 
+    def is_even(self, d_out: int, d_in: int, rank: int) -> bool:
+        """Whether the bits of a row fill whole bytes: 4 bits want an even number of columns, 0 among them."""
+        each = self.base.shapes(d_out, d_in, rank)
+        return all(each[suffix][-1] * self.bits % 8 == 0 for suffix in self.base.parameters)
+
     def numbers(self, d_out: int, d_in: int, rank: int) -> int:
         """How many numbers the matrix is of: as many as in the format itself."""
         return self.base.numbers(d_out, d_in, rank)

@@ -21,6 +21,7 @@ from lillama.lowrank.embedding import LowRankEmbedding
 from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.linear import LowRankLinear
 from lillama.lowrank.module import FactorModule, OneMatrix, is_quantised
+from lillama.lowrank.rounded import Rounded
 from lillama.lowrank.storage import Factors, Tensors, get_storage
 
 KINDS: dict[str, type[FactorModule]] = {
@@ -183,10 +184,11 @@ def replace_tied(root: nn.Module, head: str, embedding: str, storage: str, rank:
     else:
         new = LowRankLinear.like(old, get_storage(storage), rank, "meta")
     _put(root, head, new.train(old.training))
-    owner = root.get_submodule(embedding)
-    for index in set(new.storage.indices) - set(new.storage.shared_indices):
-        new.register_buffer(index, owner.get_buffer(index).clone())
-    return tie(new, owner)
+    table = root.get_submodule(embedding)
+    names = tie(new, table)
+    for name in (name for name in new.storage.indices if name not in new.storage.shared_indices):
+        new.register_buffer(name, table.get_buffer(name).clone())  # a file holds them for both
+    return names
 
 
 def open_experts(root: nn.Module, name: str) -> None:
@@ -195,6 +197,13 @@ def open_experts(root: nn.Module, name: str) -> None:
     old = root.get_submodule(where)
     if not isinstance(old, LowRankExperts):
         _put(root, where, LowRankExperts(old).train(old.training))
+
+
+def close_experts(root: nn.Module) -> None:
+    """Undo `open_experts` wherever every projection stayed dense: a checkpoint does not speak of those modules."""
+    for name, module in list(factor_modules(root)):
+        if isinstance(module, LowRankExperts) and not module.matrices():
+            _put(root, name, module.to_dense().train(module.training))
 
 
 def put(root: nn.Module, name: str, kind: str, tensors: Tensors) -> None:
@@ -212,6 +221,19 @@ def is_factorised(module: nn.Module) -> bool:
 def factor_modules(root: nn.Module) -> Iterator[tuple[str, FactorModule]]:
     """The factor modules below `root`, by name; one that has several names comes under the first."""
     return ((name, module) for name, module in root.named_modules() if isinstance(module, FactorModule))
+
+
+def count_parameters(root: nn.Module) -> int:
+    """How many numbers the weights below `root` are: what few bits hold counts as in full, what is shared once."""
+    scales: dict[int, int] = {}  # of those that stand for more numbers than they are
+    for _, module in factor_modules(root):
+        for found in module.matrices().values():
+            if isinstance(found.storage, Rounded):
+                *copies, d_out, d_in = found.shape
+                own = [module.get_parameter(found.prefix + suffix) for suffix in found.storage.parameters]
+                numbers = found.storage.numbers(d_out, d_in, found.rank) * (copies[0] if copies else 1)
+                scales |= {id(own[0]): numbers, **{id(one): 0 for one in own[1:]}}
+    return sum(scales.get(id(p), p.numel()) for p in root.parameters())
 
 
 def is_factor(root: nn.Module, name: str) -> bool:

@@ -227,7 +227,7 @@ class Quantize(Section):
     method: Literal["compensated", "nearest"] = Field(
         "compensated",
         description="compensated: what one number loses is made up for by others, measured on the calibration data; "
-        "nearest: every number for itself, without data.",
+        "nearest: every number for itself, without data, as 8 bits always are.",
     )
     storage: Literal["auto", "keep"] = Field(
         "auto",
@@ -235,6 +235,11 @@ class Quantize(Section):
         "pivot rows, two factors, or all numbers (compensated); keep: that of compress.storage.",
     )
     tokens: int = Field(8192, ge=1, description="compensated: calibration tokens that rounding is fitted on.")
+
+    @property
+    def fitted(self) -> bool:
+        """Whether data are read: with 8 bits there is next to nothing to make up for."""
+        return self.method == "compensated" and self.bits < 8
 
 
 class Run(Section):

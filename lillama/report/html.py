@@ -15,7 +15,8 @@ from lillama.base.files import write_text
 from lillama.base.progress import clock
 from lillama.errors import LillamaError
 from lillama.registry import FIGURES
-from lillama.report.record import STAGES, RunRecord, finished_layers, layer_label, read
+from lillama.report import fewbits
+from lillama.report.record import PLACES, STAGES, RunRecord, finished_layers, layer_label, read
 from lillama.report.words import main_metrics, metric_name, millions, number, size, spread
 from lillama.version import __version__
 
@@ -71,6 +72,8 @@ def render(record: RunRecord) -> str:
         version=__version__,
         tiles=tiles(record),
         table=comparison(record),
+        results=[STAGES[stage] for stage in PLACES if stage in record.metrics],
+        few_bits=fewbits.rows(record),
         charts=drawn,
         in_turn=bool(record.bench or any(map(record.ratios, STAGES))),
         others=[name for name in drawn if name not in PLACED],
@@ -98,13 +101,12 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     ]
     m = record.metrics
     if m:
-        before, after = m["bytes"]["before"], m["bytes"]["after"]
+        before, after = m["bytes"]["before"], m["bytes"].get(record.last) or m["bytes"]["after"]
         shown.append(("weights on disk", f"{1 - after / before:.1%} less", f"{size(before)} → {size(after)}"))
-        last = "finetuned" if "finetuned" in m else "after"
         for name in main_metrics(m["before"])[:3]:
-            a, b = m["before"].get(name), m[last].get(name)
+            a, b = m["before"].get(name), m[record.last].get(name)
             if a and b is not None:
-                ratio = record.ratios(last).get(name, [b / a])[0]
+                ratio = record.ratios(record.last).get(name, [b / a])[0]
                 shown.append((metric_name(name), f"x {ratio:.3g}", f"{number(a)} → {number(b)}"))
         shown.append(("took", clock(sum(m["seconds"].values())), f"peak memory {size(m['peak_memory_bytes'])}"))
     return shown
@@ -132,7 +134,7 @@ def comparison(record: RunRecord) -> list[dict[str, Any]]:
 
 def _harness_note(record: RunRecord) -> str:
     """How benchmarks were measured, in a line, with the paired error of the difference where examples are known."""
-    details = [record.stages.get(stage, {}).get("details", {}) for stage in ("before", "after")]
+    details = [record.stages.get(stage, {}).get("details", {}) for stage in ("before", record.last)]
     key = next((key for key in details[0] if key.partition("/")[0] == "harness" and key in details[1]), None)
     if key is None:
         return ""
@@ -148,7 +150,8 @@ def _harness_note(record: RunRecord) -> str:
             mean = sum(change) / len(change)
             error = math.sqrt(sum((d - mean) ** 2 for d in change) / (len(change) - 1) / len(change))
             pairs.append(f"{task} {own['metric']} {100 * mean:+.1f} ± {100 * error:.1f}")
-    return text + (f" Change in points, paired by example: {'; '.join(pairs)}." if pairs else "")
+    of = "" if record.last == "after" else f" of the {STAGES[record.last]} model"
+    return text + (f" Change{of} in points, paired by example: {'; '.join(pairs)}." if pairs else "")
 
 
 def _windows_note(record: RunRecord) -> str:
@@ -216,7 +219,7 @@ def environment_of(record: RunRecord) -> list[tuple[str, str]]:
 
 def how_to_load(record: RunRecord) -> str:
     """Python that opens the result."""
-    place = record.path / ("finetuned" if "finetuned" in record.metrics else "model")
+    place = record.path / PLACES[record.last]
     kind = (record.model.get("architectures") or ["AutoModelForCausalLM"])[0]
     return (
         f"import lillama  # teaches transformers the format\nfrom transformers import {kind}\n\n"

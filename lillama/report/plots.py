@@ -26,10 +26,11 @@ INKS = {
     "#030303": ("--original", "#64748b"),
     "#040404": ("--compressed", "#2563eb"),
     "#050505": ("--finetuned", "#c2410c"),
+    "#060606": ("--quantized", "#0d9488"),
 }
-INK, GRID, ORIGINAL, COMPRESSED, FINETUNED = INKS
-STAGE_COLORS = dict(zip(STAGES.values(), (ORIGINAL, COMPRESSED, FINETUNED)))
-SERIES = (COMPRESSED, FINETUNED, "#0d9488", "#a855f7", "#ca8a04", "#e11d48", "#0891b2", "#65a30d", ORIGINAL)
+INK, GRID, ORIGINAL, COMPRESSED, FINETUNED, QUANTIZED = INKS
+STAGE_COLORS = dict(zip(STAGES.values(), (ORIGINAL, COMPRESSED, FINETUNED, QUANTIZED), strict=True))
+SERIES = (COMPRESSED, FINETUNED, QUANTIZED, "#a855f7", "#ca8a04", "#e11d48", "#0891b2", "#65a30d", ORIGINAL)
 STYLES = ("-", "--", ":", "-.")
 # Seen on white and on black alike.
 DEPTH = ("#3b82f6", "#a855f7", "#f97316")
@@ -82,7 +83,8 @@ def _svg(figure: Any, description: str) -> str:
 def standalone(svg: str) -> str:
     """A chart as a file of its own, which follows the reader's theme by itself."""
     dark = {"--ink": "#e6eaf0", "--grid": "#39424f", "--original": "#94a3b8", "--compressed": "#6ea8ff"}
-    rules = "; ".join(f"{name}: {color}" for name, color in (dark | {"--finetuned": "#fb923c"}).items())
+    dark |= {"--finetuned": "#fb923c", "--quantized": "#2dd4bf"}
+    rules = "; ".join(f"{name}: {color}" for name, color in dark.items())
     style = f"<style>@media (prefers-color-scheme: dark) {{ svg {{ {rules} }} }}</style>"
     return svg.replace(">", f">{style}", 1)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lillama.base import manifest
-from lillama.base.rundir import EVENTS, MODEL, RESOLVED
+from lillama.base.rundir import EVENTS, FINETUNED, MODEL, QUANTIZED, RESOLVED
 from lillama.errors import LillamaError
 from lillama.report import shapes
 
@@ -18,6 +18,9 @@ BENCH = "bench.json"
 IN_TURN = "evaluation.speed.json"  # what was measured of all models in turn
 # What a run measures, and what people call the model it is measured on.
 STAGES = {"before": "original", "after": "compressed", "finetuned": "fine-tuned", "quantized": "quantised"}
+
+
+PLACES = {"after": MODEL, "finetuned": FINETUNED, "quantized": QUANTIZED}  # their folders, in their order
 
 
 @dataclass
@@ -38,6 +41,11 @@ class RunRecord:
     def ratios(self, stage: str) -> dict[str, list[float]]:
         """`ratios_of` what is known of a stage."""
         return ratios_of(self.stages.get(stage, {}).get("details", {}))
+
+    @property
+    def last(self) -> str:
+        """The stage of the run's result."""
+        return last_stage(self.metrics)
 
 
 def read(path: Path) -> RunRecord:
@@ -118,6 +126,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     shapes.check(held, shapes.Each(shapes.anything), path)
     return dict(held)
+
+
+def last_stage(metrics: Mapping[str, Any]) -> str:
+    """The stage of what a run ends with, of its metrics.json."""
+    return [stage for stage in PLACES if stage == "after" or stage in metrics][-1]
 
 
 def ratios_of(details: Mapping[str, Any]) -> dict[str, list[float]]:

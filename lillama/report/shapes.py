@@ -56,10 +56,11 @@ SPREAD = (number, number, number)
 METRICS = Each(Maybe(number))
 RESULT = {
     "parameters": Each(number),
-    "bytes": {"before": above_zero, "after": number},
+    "bytes": {"before": above_zero, "after": number, "quantized": Maybe(number)},
     "before": METRICS,
     "after": METRICS,
     "finetuned": Maybe(METRICS),
+    "quantized": Maybe(METRICS),
     "seconds": Each(number),
     "peak_memory_bytes": number,
 }

@@ -13,6 +13,7 @@ from lillama.plan.plan import observable
 from lillama.pretrained.streams import Place, budgets, choose
 from lillama.recipe.schema import Finetune
 from lillama.report.words import size
+from lillama.run import fewbits
 from lillama.run.counts import Counts
 
 SINGLE = 4  # bytes of a number while it is learned: float32
@@ -41,6 +42,7 @@ def needed(counts: Counts) -> int:
         fisher + distilling,
         fisher + layers + model,
         layers + model + finetuning(counts),
+        layers + model * (2 if counts.recipe.finetune else 1) + quantised(counts),
     )
     return BESIDE + unpacked + max(peaks)
 
@@ -92,6 +94,14 @@ def finetuning(counts: Counts) -> int:
     one = (SINGLE + MOMENTS) * trained
     held = min(section.checks, 3)
     return max(min(section.checks, 4) * one, held * one + counts.source.dtype.itemsize * plan.after)
+
+
+def quantised(counts: Counts) -> int:
+    """The checkpoint in few bits; weights that may take another form in the largest."""
+    section, source = counts.recipe.quantize, counts.source
+    if section is None:
+        return 0
+    return fewbits.checkpoint_bytes(section, counts.plan, source.model, source.dtype.itemsize, most=True)
 
 
 def learning(counts: Counts, section: Finetune) -> tuple[int, int]:

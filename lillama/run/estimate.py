@@ -17,7 +17,7 @@ from lillama.plan.plan import Plan, observable
 from lillama.pretrained.predictions import LOGITS, READ
 from lillama.pretrained.source import Source
 from lillama.recipe.schema import Recipe
-from lillama.run import disk
+from lillama.run import disk, fewbits
 from lillama.run.counts import Counts
 from lillama.run.prepare import Prepared
 
@@ -62,7 +62,7 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
     else:
         memory = _all_at_once(run)
     memory = max(memory, _measuring_bytes(run), _table_bytes(run))
-    memory = max(memory, _evaluation_bytes(run), _finetuning_bytes(run))
+    memory = max(memory, _evaluation_bytes(run), _finetuning_bytes(run), _quantising_bytes(run))
     if device.device.type == "cpu":
         memory += PROCESS_BYTES
     tokens = recipe.calibration.tokens
@@ -114,7 +114,7 @@ def _operations(run: Counts, tokens: int) -> float:
     flops = seen * (2 * once + train * len(run.streams) * epochs)
     sums = 4 * disk.squares(run) * SINGLE  # of both factors, in float32
     flops += min(tokens, compress.fisher_tokens) * (3 * once + sums) * run.measured
-    return flops + _finetuning(run.source, run.plan, run.recipe)
+    return flops + _finetuning(run.source, run.plan, run.recipe) + fewbits.operations(run)
 
 
 def _finetuning(source: Source, plan: Plan, recipe: Recipe) -> float:
@@ -145,6 +145,12 @@ def _finetuning_bytes(run: Counts) -> int:
     tokens = section.batch_size * (0 if source.config.is_encoder_decoder else section.sequence_length)
     logits = 4 * LOGITS_HELD * min(tokens * _vocabulary(source), LOGITS)
     return weights + tokens * _kept_for_gradients(run) + logits
+
+
+def _quantising_bytes(run: Counts) -> int:
+    """The model in float32, what a batch of calibration keeps, and the moments of the weights."""
+    logits = run.device.compute.itemsize * LOGITS_HELD * _vocabulary(run.source)  # of all positions at once
+    return fewbits.memory(run, _kept_for_gradients(run), logits)
 
 
 def _kept_for_gradients(run: Counts) -> int:
@@ -201,6 +207,8 @@ def _evaluation_bytes(run: Counts) -> int:
         return 0
     results = 2 if recipe.finetune else 1
     together = source.dtype.itemsize * (run.plan.before + results * run.plan.after)
+    if recipe.quantize:
+        together += fewbits.checkpoint_bytes(recipe.quantize, run.plan, source.model, source.dtype.itemsize, most=True)
     if not divided(recipe)[1]:
         together = 0
     whole = sum(p.numel() for p in source.model.parameters()) * source.dtype.itemsize

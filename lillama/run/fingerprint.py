@@ -39,7 +39,13 @@ def of(prepared: Prepared, data: str) -> dict[str, Any]:
     """The fingerprint of a run; `data` is that of its batches. Where the model lies is no part of it."""
     import transformers
 
-    unimportant: Any = {"evaluate": True, "finetune": True, "run": NOT_IN_THE_NUMBERS, "model": {"id"}}
+    unimportant: Any = {
+        "evaluate": True,
+        "finetune": True,
+        "quantize": True,
+        "run": NOT_IN_THE_NUMBERS,
+        "model": {"id"},
+    }
     plugin = prepared.plugin
     return {
         "recipe": prepared.recipe.model_dump(mode="json", exclude=unimportant),

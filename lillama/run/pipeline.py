@@ -15,8 +15,7 @@ from lillama import host
 from lillama.base import device, disk, memory
 from lillama.base.files import write_text
 from lillama.base.progress import Progress
-from lillama.base.rundir import FINETUNED, MODEL, ORIGINAL, QUANTIZED, RESOLVED, RunDirectory
-from lillama.bits import stage as bits
+from lillama.base.rundir import MODEL, ORIGINAL, RESOLVED, RunDirectory
 from lillama.checkpoint import write as checkpoint
 from lillama.checkpoint.card import model_card
 from lillama.checkpoint.load import load
@@ -40,12 +39,13 @@ from lillama.pretrained.locate import read_tokenizer
 from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Finetune, Quantize, Recipe
 from lillama.report import html, track
-from lillama.report.record import IN_TURN, STAGES
+from lillama.report.record import IN_TURN, PLACES, STAGES
 from lillama.run import curve, decided, fingerprint
 from lillama.run.decided import PLAN
 from lillama.run.estimate import check_disk
 from lillama.run.forms import needed
 from lillama.run.prepare import Prepared, prepare
+from lillama.run.quantise import count, quantise, refuse_other
 
 
 @dataclass
@@ -116,6 +116,7 @@ class Run:
 
     def phases(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> Result:
         """What follows when the data is read and the directory open."""
+        self._refuse_other()
         self.plan = kept.apply(decided.apply(self.plan, self.directory), self.directory)
         self.describe()
         # Before anything large is allocated.
@@ -132,11 +133,18 @@ class Run:
             memory.give_back()  # gradients, moments and the original: more than all that follows needs
             measured["finetuned"] = self.measure("finetuned")
         if self.recipe.quantize is not None:
-            self.quantise(self.recipe.quantize, batches)
+            card = self.card(self.recipe.quantize)
+            quantise(self.prepared, self.plan, self.directory, self.progress, batches=batches, card=card)
             memory.give_back()
             measured["quantized"] = self.measure("quantized")
         self.compare(measured)
         return self.finish(measured)
+
+    def _refuse_other(self) -> None:
+        """LillamaError where results are here that other settings made, before the recipe's are written down."""
+        if self.recipe.finetune is not None:
+            finetune.finished(self.directory, self.recipe.finetune)
+        refuse_other(self.directory, self.recipe)
 
     def distill(self, batches: list[dict[str, Tensor]], points: curve.Curve | None) -> None:
         """Leave the checkpoint: measure what ranks depend on, distil, write."""
@@ -206,7 +214,7 @@ class Run:
         )
 
     def measure(self, when: str) -> dict[str, float]:
-        """Run the evaluators on the original ("before"), the compressed ("after") or the "finetuned" model, once."""
+        """Run the evaluators on the model of a stage (STAGES), once."""
         name = f"evaluation.{when}.json"
         wanted, _ = in_turn.divided(self.recipe)
         if self.directory.has(name):
@@ -234,8 +242,7 @@ class Run:
     def place(self, when: str) -> Path:
         """Where the model of a stage is."""
         assert self.source.directory is not None
-        folders = {"after": MODEL, "finetuned": FINETUNED, "quantized": QUANTIZED}
-        return self.directory.path / folders[when] if when in folders else self.source.directory
+        return self.directory.path / PLACES[when] if when in PLACES else self.source.directory
 
     def opened(self, when: str) -> Any:
         """The model of a stage, on the CPU."""
@@ -302,45 +309,27 @@ class Run:
         trackers = (tuple(self.recipe.run.track), track.name(self.recipe))
         setting = Setting(section, prepared.device, self.directory, self.progress, *trackers)
         finetune.finetune(model, teacher, examples, setting)
-        finetune.save(model, self.source.dtype, section, self.directory, self.card())
         # Of an earlier one that was removed.
         self.directory.forget(*filter(self.directory.has, ("evaluation.finetuned.json", IN_TURN)))
+        finetune.save(model, self.source.dtype, section, self.directory, self.card())
 
-    def quantise(self, section: Quantize, batches: list[dict[str, Tensor]]) -> None:
-        """Put the last checkpoint into few bits, unless that was done before; leaves `quantized/`."""
-        if bits.finished(self.directory, section):
-            return
-        last = self.place("after" if self.recipe.finetune is None else "finetuned")
-        model = load(last, trust_remote_code=self.recipe.model.trust_remote_code, dtype=torch.float32)
-        host.get().prepare(self.prepared.plugin, model, self.recipe)
-        offered = [(weight.name, weight.kind) for layer in self.plan.layers for weight in layer.weights]
-        done = bits.quantise_model(
-            model, section, offered=offered, batches=batches, device=self.prepared.device, progress=self.progress
-        )
-        bits.save(model, self.source.dtype, section, self.directory, self.card())
-        for choice in done:
-            how = {"storage": choice.storage} | ({} if choice.loss is None else {"loss": choice.loss})
-            self.directory.event("quantized", weight=choice.target.name, **how)
-        self.directory.forget(*filter(self.directory.has, ("evaluation.quantized.json", IN_TURN)))
-
-    def card(self) -> str:
+    def card(self, bits: Quantize | None = None) -> str:
         """The model card beside the weights."""
-        return model_card(self.recipe, self.plan, self.source.auto_class.__name__)
+        return model_card(self.recipe, self.plan, self.source.auto_class.__name__, bits)
 
     def finish(self, measured: dict[str, dict[str, float]]) -> Result:
         """Write metrics.json and hand the result over."""
         assert self.source.directory is not None
-        target = self.directory.path / MODEL
+        places = {"before": self.source.directory, "after": self.directory.path / MODEL}
+        places |= {"quantized": self.place("quantized")} if "quantized" in measured else {}
         previous = self.directory.json("metrics.json") if self.directory.has("metrics.json") else {}
         seconds = previous.get("seconds", {})
         for phase, value in self.progress.seconds.items():
             seconds[phase] = round(seconds.get(phase, 0.0) + value, 2)
+        few_bits = {"quantized": count(self.directory, self.plan)} if "quantized" in measured else {}
         metrics = {
-            "parameters": {"before": self.plan.before, "after": self.plan.after},
-            "bytes": {
-                "before": checkpoint.file_bytes(self.source.directory),
-                "after": checkpoint.file_bytes(target),
-            },
+            "parameters": {"before": self.plan.before, "after": self.plan.after, **few_bits},
+            "bytes": {stage: checkpoint.file_bytes(place) for stage, place in places.items()},
             **measured,
             **({"embedding": self.directory.json(EMBEDDING)} if self.directory.has(EMBEDDING) else {}),
             "seconds": seconds,

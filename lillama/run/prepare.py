@@ -18,7 +18,7 @@ from lillama.pretrained import locate
 from lillama.pretrained.ends import with_ends
 from lillama.pretrained.source import Source, weights_dtype
 from lillama.recipe.schema import Recipe
-from lillama.run import check
+from lillama.run import check, fewbits
 
 
 @dataclass
@@ -54,6 +54,7 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
     plan = choose_ranks(layers, source.parameters, recipe.compress)
     refit.check_refits(plan, recipe)
     check.check_initialiser(recipe, plan)
+    fewbits.check_quantize(recipe, plan, source.model)
     _check_layers(layers, source)
     return Prepared(recipe, source, plugin, layers, plan, chosen)
 

@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lillama.base.rundir import EVENTS, FINETUNED, MODEL, ORIGINAL, RESOLVED
+from lillama.base.rundir import CHECKPOINTS, EVENTS, ORIGINAL, RESOLVED
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Recipe
 from lillama.report.record import read_events
@@ -30,7 +30,7 @@ from lillama.run.sweepfile import Row, Sweep, rows
 if TYPE_CHECKING:
     from lillama.base.progress import Progress
 
-HEAVY = (MODEL, "layers", ORIGINAL, "streams", FINETUNED)
+HEAVY = (*CHECKPOINTS, "layers", ORIGINAL, "streams")
 
 
 def recipes(base: Path, found: list[Row]) -> dict[str, Recipe]:

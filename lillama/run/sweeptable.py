@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lillama.report import plots
+from lillama.report.record import last_stage
 from lillama.report.words import main_metrics, metric_name, number
 
 if TYPE_CHECKING:
@@ -28,13 +29,14 @@ def chosen(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
 
 def _last(row: Row) -> dict[str, float]:
     """The metrics of what the run ends with."""
-    return dict(row.metrics.get("finetuned") or row.metrics.get("after") or {})
+    return dict(row.metrics.get(last_stage(row.metrics)) or {})
 
 
 def table(sweep: Sweep, rows: Sequence[Row]) -> Table:
     """A row a run: axes, metrics, parameters removed, time, or the error."""
     found: Table = []
     metrics = chosen(sweep, rows)
+    few_bits = any("quantized" in row.metrics for row in rows)  # then parameters do not say how much is left
     for row in rows:
         cells = {axis.rpartition(".")[2]: value for axis, value in row.values.items()}
         for name in metrics:
@@ -42,6 +44,9 @@ def table(sweep: Sweep, rows: Sequence[Row]) -> Table:
         if row.metrics:
             counts = row.metrics["parameters"]
             cells["parameters removed"] = f"{1 - counts['after'] / counts['before']:.1%}"
+            if few_bits:
+                held = row.metrics["bytes"]
+                cells["weights MiB"] = f"{held.get(last_stage(row.metrics), held['after']) / 2**20:.1f}"
             seconds = row.metrics["seconds"]
             cells["distillation s"] = number(sum(seconds.get(p, 0.0) for p in ("embed", "initialise", "distil")))
         if row.error:

@@ -1,0 +1,163 @@
+"""What `quantize` will do to a planned model: which weights, how many bytes are left, what it takes, what cannot be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from lillama.bits.apply import FORMS, SCALE
+from lillama.bits.moments import Wanted, passes
+from lillama.bits.targets import Target, find_ends, is_even
+from lillama.errors import LillamaError
+from lillama.lowrank.rounded import Rounded
+from lillama.lowrank.storage import get_storage
+from lillama.lowrank.whole import NAME as DENSE
+from lillama.plan.plan import Plan
+from lillama.recipe.schema import Quantize, Recipe
+from lillama.run.counts import Counts
+
+ROUNDING = 6  # copies of a matrix in float32 while scales for it are tried
+SQUARES = 6  # float64 matrices of d_in x d_in while one is rounded
+INDEX = 8  # bytes of a row number
+
+
+def planned_targets(plan: Plan, model: Any, what: str) -> list[Target]:
+    """The weights that `bits.targets.find_targets` will find once the plan is carried out, the ends left out."""
+    outside = {end.name for end in find_ends(model)}
+    found = []
+    for weight in plan.weights.values():
+        rank = plan.ranks.get(weight.name)
+        if weight.name in outside or (rank is None and (what == "factors" or weight.kind == "embedding")):
+            continue
+        shape = (weight.copies, *weight.shape) if weight.kind == "experts" else weight.shape
+        storage = DENSE if rank is None else plan.storage
+        found.append(Target(weight.name, weight.kind, shape, rank or min(weight.shape), storage, weight.tied))
+    return found
+
+
+def planned_ends(plan: Plan, model: Any) -> list[Target]:
+    """The embedding and the head as they will be."""
+    return [
+        replace(end, rank=plan.ranks[end.name], storage=plan.storage) if end.name in plan.ranks else end
+        for end in find_ends(model)
+    ]
+
+
+def rounded(target: Target, bits: int, group: int, base: str | None = None) -> Rounded:
+    """The storage that a weight takes, in the form `base` (None: the one it has)."""
+    storage = get_storage(f"{base or target.storage}:{bits}:{group}")
+    assert isinstance(storage, Rounded)
+    return storage
+
+
+def check_quantize(recipe: Recipe, plan: Plan, model: Any) -> None:
+    """LillamaError for a `quantize` that could keep nothing in few bits, or not the plan's storage."""
+    section = recipe.quantize
+    if section is None:
+        return
+    if plan.ranks:
+        weight = plan.weights[next(iter(plan.ranks))]
+        shapes = get_storage(plan.storage).shapes(*weight.shape, plan.ranks[weight.name])
+        odd = [suffix for suffix in get_storage(plan.storage).parameters if len(shapes[suffix]) != 2]
+        if odd:
+            raise LillamaError(
+                f"the storage '{plan.storage}' cannot be kept in few bits: its tensor '{odd[0]}' is no matrix",
+                where="quantize",
+                hint="Leave quantize out, or use compress.storage: pivoted or factors.",
+            )
+    if not any(True for _ in _kept(section, plan, model)):
+        odd_ones = section.bits == 4 and any(planned_targets(plan, model, section.what))
+        raise LillamaError(
+            "no weight is left that few bits could hold",
+            where="quantize.bits" if odd_ones else "quantize.what",
+            hint="4 bits want an even number of columns; 8 bits take any."
+            if odd_ones
+            else "what: linears and what: all take weights that stayed dense.",
+        )
+
+
+def _kept(section: Quantize, plan: Plan, model: Any) -> Iterator[tuple[Target, Rounded]]:
+    """The weights that few bits will hold, each with its storage as `storage: keep` has it."""
+    group = section.group_size
+    for target in planned_targets(plan, model, section.what):
+        storage = rounded(target, section.bits, group)
+        if is_even(storage, target):
+            yield target, storage
+    for end in planned_ends(plan, model) if section.what == "all" else ():
+        storage = rounded(end, section.embedding, group)
+        if is_even(storage, end):
+            yield end, storage
+
+
+def checkpoint_bytes(section: Quantize, plan: Plan, model: Any, each: int, most: bool = False) -> int:
+    """Bytes of the weights in few bits, the others' with `each` for a number.
+
+    With `most`, every weight in the largest form that it might take.
+    """
+    total = each * plan.after
+    for target, storage in _kept(section, plan, model):
+        if target.tied:
+            continue
+        numbers = target.matrix[0] * target.matrix[1]
+        if target.storage != DENSE:
+            numbers = storage.base.numbers(*target.matrix, target.rank)
+        forms = [storage]
+        if most and section.fitted and section.storage == "auto" and target.storage != DENSE:
+            forms += [rounded(target, section.bits, section.group_size, base) for base in FORMS]
+        total += target.copies * (max(_bytes(form, target) for form in forms) - each * numbers)
+    return total
+
+
+def _bytes(storage: Rounded, target: Target) -> int:
+    shapes = storage.base.shapes(*target.matrix, target.rank)
+    indices = sum(math.prod(shapes[suffix]) for suffix in storage.base.indices)
+    return storage.bytes(*target.matrix, target.rank, SCALE) + INDEX * indices
+
+
+def moments_bytes(section: Quantize, plan: Plan, model: Any) -> tuple[int, int]:
+    """(how often the model runs over the data, bytes of the moments that are there at once, a weight's twice)."""
+    if not section.fitted:
+        return 0, 0
+    wanted = [Wanted(t.name, t.kind, t.shape) for t in planned_targets(plan, model, section.what)]
+    together = [[one.bytes for one in some] for some in passes(wanted)]
+    return len(together), max((sum(some) + max(some) for some in together), default=0)
+
+
+def memory(counts: Counts, kept_per_token: int, logits_per_token: int) -> int:
+    """Bytes on the working device: the model in float32, and a batch that runs through it, or a weight being rounded.
+
+    `kept_per_token` is what a forward pass keeps for its gradients, `logits_per_token` what predictions take. Moments
+    are on the host.
+    """
+    section, plan, model = counts.recipe.quantize, counts.plan, counts.source.model
+    if section is None:
+        return 0
+    found = [target for target, _ in _kept(section, plan, model)]
+    largest = max((math.prod(t.matrix) for t in found), default=0)
+    rounding = 4 * ROUNDING * largest
+    batch, held = 0, 0
+    if section.fitted:
+        widest = max((t.matrix[1] for t in planned_targets(plan, model, section.what)), default=0)
+        rounding += 8 * SQUARES * widest**2
+        batch = counts.batch * (kept_per_token + logits_per_token)
+        held = moments_bytes(section, plan, model)[1] if counts.device.device.type == "cpu" else 0
+    return 4 * plan.after + held + max(batch, rounding)
+
+
+def operations(counts: Counts) -> float:
+    """Floating-point operations: the model forwards and back, moments, and rounding in every form that is tried."""
+    section, plan, model = counts.recipe.quantize, counts.plan, counts.source.model
+    if section is None or not section.fitted:
+        return 0.0
+    tokens = min(counts.recipe.calibration.tokens or section.tokens, section.tokens)
+    often, _ = moments_bytes(section, plan, model)
+    found = planned_targets(plan, model, section.what)
+    sums = sum(2 * (t.matrix[0] ** 2 + t.matrix[1] ** 2) * min(t.copies, counts.chosen) for t in found)
+    once = 0.0
+    for target in found:
+        forms = 3 if section.storage == "auto" and target.storage != DENSE else 1
+        d_out, d_in = target.matrix
+        once += target.copies * forms * (8.0 * d_in**3 + 6.0 * d_out * d_in**2)  # in float64, and in float32
+    return tokens * (often * 4 * plan.after + sums) + once
