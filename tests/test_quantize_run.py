@@ -338,7 +338,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path, mo
 def test_the_plan_says_how_many_bytes_are_left(tmp_path: Path) -> None:
     for name, section in (
         ("llama", {"bits": 4, "what": "all", "storage": "keep"}),
-        ("llama-bias", {"bits": 8, "what": "linears"}),
+        ("llama-bias", {"bits": 8, "what": "linears", "storage": "keep"}),
         ("llama-bias", {"bits": 4, "what": "factors", "method": "nearest", "group_size": 128}),
     ):
         home = tmp_path / f"{name}-{section['what']}"
@@ -385,3 +385,27 @@ def test_a_sweep_tables_what_is_left_and_removes_it(tmp_path: Path, capsys: pyte
     assert "weights MiB" in table
     assert not list((tmp_path / "out").glob("*/quantized")) and "quantized" in sweep.HEAVY
     assert sweeptable.last_stage(rows[0]["metrics"]) == "quantized"
+
+
+def test_scales_learn_around_the_rounding_and_codes_stay(tmp_path):
+    """Of the same codes, what learned predicts nearer to the original; norms learn as well, weights do not."""
+    section = {"bits": 4, "what": "factors", "method": "nearest"}
+    learned = {**section, "steps": 8, "learning_rate": 1e-4}
+    changes = {"finetune": {"sequence_length": 16, "batch_size": 4, "tokens": 256, "steps": 1, "learning_rate": 1e-9}}
+    plain = pipeline.compress(recipe(tmp_path, quantize=section, **changes))
+    out = {"out": str(tmp_path / "learned"), "device": "cpu", "compute": "float32"}
+    taught = pipeline.compress(recipe(tmp_path, quantize=learned, run=out, **changes))
+    before, after = (load_file(one.path / "model.safetensors") for one in (plain, taught))
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved and all(name.endswith("_scale") or "norm" in name for name in moved)
+    assert any(name.endswith("_scale") for name in moved)
+    assert not (tmp_path / "learned" / "finetune").exists(), "the trainer's own files go"
+
+    original = logits(tiny("llama")).log_softmax(-1)
+    apart = [
+        float((original.exp() * (original - logits(lillama.load(one.path)).log_softmax(-1))).sum(-1).mean())
+        for one in (plain, taught)
+    ]
+    assert apart[1] < apart[0]
+    again = pipeline.compress(recipe(tmp_path, quantize=learned, run=out, **changes))
+    assert weights_of(again.path) == weights_of(taught.path)

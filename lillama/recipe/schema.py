@@ -9,19 +9,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from lillama.errors import LillamaError
 from lillama.recipe import yamlfile
+from lillama.recipe.afterwards import Finetune as Finetune
+from lillama.recipe.afterwards import Lora as Lora
+from lillama.recipe.afterwards import Quantize as Quantize
 from lillama.recipe.explain import Origin, check_names, explained, together
 from lillama.recipe.overrides import apply_override, plain_copy
-from lillama.registry import Options
-
-
-class Section(Options):
-    """A frozen part of the recipe that refuses keys it does not know and text where a number belongs."""
-
-    model_config = ConfigDict(strict=True)
+from lillama.recipe.section import Section as Section
 
 
 class Model(Section):
@@ -155,91 +152,6 @@ class Calibration(Section):
         "transcribes.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of rows.")
-
-
-class Lora(Section):
-    """Adapters that learn in place of the weights themselves (LoRA); merged before the result is saved."""
-
-    rank: int = Field(16, ge=1, description="Rank of every adapter.")
-    alpha: int | None = Field(None, ge=1, description="Adapters are scaled by alpha / rank; null: by 1.")
-    on: Literal["factors", "dense", "all"] = Field(
-        "all", description="What gets adapters: the factors, the linears that stayed dense, or both."
-    )
-
-
-class Finetune(Section):
-    """Training of the whole compressed model after its layers were distilled; the factors stay factors."""
-
-    dataset: str | None = Field(None, description="Data to train on, as for calibration; null: the calibration's own.")
-    config: str | None = Field(None, description="Configuration of a hub data set.")
-    split: str | None = Field(None, description="Split; null: train, or the calibration's with its data set.")
-    column: str | None = Field(None, description="Column of the text or transcript; null: found by its usual names.")
-    hours: float | None = Field(None, gt=0, description="Hours of speech to use at most; null: all.")
-    variants: int = Field(
-        0, ge=0, description="Speech: further transcripts of every clip, as for calibration; for teacher: 1."
-    )
-    augment: int = Field(0, ge=0, description="Speech: altered copies of every clip, as for calibration.")
-    tokens: int | None = Field(None, gt=0, description="Tokens of text to use at most; null: all.")
-    sequence_length: int = Field(512, ge=2, description="Tokens per sequence of text.")
-    special_tokens: Literal["auto", "text"] | None = Field(
-        None, description="What stands at the start of every sequence, as for calibration; null: the calibration's own."
-    )
-    epochs: int = Field(1, ge=1, description="Passes over the data.")
-    steps: int | None = Field(None, ge=1, description="Updates; null: as many as the epochs take.")
-    batch_size: int = Field(8, ge=1, description="Clips or sequences per forward pass.")
-    gradient_accumulation: int = Field(1, ge=1, description="Forward passes per update.")
-    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="Learning rate after the warm-up; linear and cosine fall to 0."
-    )
-    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the updates over which the learning rate rises.")
-    clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm.")
-    teacher: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Share of the loss that is the distance to the original's predictions (KL divergence); the rest "
-        "is that to the labels. The original is in memory beside the student then.",
-    )
-    lora: Lora | None = Field(None, description="Train adapters (LoRA, by peft) instead of the parameters themselves.")
-    freeze: list[str] | None = Field(
-        None, description="Globs of parameters that stay as they are; null: the encoder, where there is one."
-    )
-    holdout: float = Field(0.05, ge=0, lt=1, description="Share of the examples kept out to choose the best state.")
-    checks: int = Field(4, ge=1, description="How often the held-out loss is measured and the state stored.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of the data.")
-
-
-class Quantize(Section):
-    """The result in few bits: weights become whole numbers, with a scale for every group of them."""
-
-    bits: Literal[4, 8] = Field(8, description="Bits of a number: 8 loses next to nothing, 4 some.")
-    group_size: Literal[32, 64, 128] = Field(
-        32, description="Numbers that share a scale (16 bits), along the dimension that products sum over."
-    )
-    what: Literal["factors", "linears", "all"] = Field(
-        "linears",
-        description="factors: the weights of low rank alone; linears: those that stayed dense as well; all: the "
-        "embedding and the head, too.",
-    )
-    embedding: Literal[4, 8] = Field(8, description="what: all: bits of the embedding and the head.")
-    method: Literal["compensated", "nearest"] = Field(
-        "compensated",
-        description="compensated: what one number loses is made up for by others, measured on the calibration data; "
-        "nearest: every number for itself, without data, as 8 bits always are.",
-    )
-    storage: Literal["auto", "keep"] = Field(
-        "auto",
-        description="The form that a weight of low rank is kept in: auto: the one that loses least for its bytes, "
-        "pivot rows, two factors, or all numbers (compensated); keep: that of compress.storage.",
-    )
-    tokens: int = Field(8192, ge=1, description="compensated: calibration tokens that rounding is fitted on.")
-
-    @property
-    def fitted(self) -> bool:
-        """Whether data are read: with 8 bits there is next to nothing to make up for."""
-        return self.method == "compensated" and self.bits < 8
 
 
 class Run(Section):

@@ -150,7 +150,14 @@ def _finetuning_bytes(run: Counts) -> int:
 def _quantising_bytes(run: Counts) -> int:
     """The model in float32, what a batch of calibration keeps, and the moments of the weights."""
     logits = run.device.compute.itemsize * LOGITS_HELD * _vocabulary(run.source)  # of all positions at once
-    return fewbits.memory(run, _kept_for_gradients(run), logits)
+    rounding, section = fewbits.memory(run, _kept_for_gradients(run), logits), run.recipe.quantize
+    if section is None or not section.steps:
+        return rounding
+    # Codes and what is made of them, which the way back needs, beside the original that predicts.
+    tokens = fewbits.learned_tokens(run.recipe)
+    held = 8 * run.plan.after + run.plan.before * run.source.working.itemsize + TRAINER_BYTES
+    logits = 4 * LOGITS_HELD * min(tokens * _vocabulary(run.source), LOGITS)
+    return max(rounding, held + tokens * _kept_for_gradients(run) + logits)
 
 
 def _kept_for_gradients(run: Counts) -> int:

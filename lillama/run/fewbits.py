@@ -149,8 +149,11 @@ def memory(counts: Counts, kept_per_token: int, logits_per_token: int) -> int:
 def operations(counts: Counts) -> float:
     """Floating-point operations: the model forwards and back, moments, and rounding in every form that is tried."""
     section, plan, model = counts.recipe.quantize, counts.plan, counts.source.model
-    if section is None or not section.fitted:
+    if section is None:
         return 0.0
+    learned = section.steps * learned_tokens(counts.recipe) * (6.0 * plan.after + 2.0 * plan.before)
+    if not section.fitted:
+        return learned
     tokens = min(counts.recipe.calibration.tokens or section.tokens, section.tokens)
     often, _ = moments_bytes(section, plan, model)
     found = planned_targets(plan, model, section.what)
@@ -160,4 +163,12 @@ def operations(counts: Counts) -> float:
         forms = 3 if section.storage == "auto" and target.storage != DENSE else 1
         d_out, d_in = target.matrix
         once += target.copies * forms * (8.0 * d_in**3 + 6.0 * d_out * d_in**2)  # in float64, and in float32
-    return tokens * (often * 4 * plan.after + sums) + once
+    return learned + tokens * (often * 4 * plan.after + sums) + once
+
+
+def learned_tokens(recipe: Recipe) -> int:
+    """Tokens of an update around the rounding (see run/learn.py); 0 where only a plugin knows its examples."""
+    section = recipe.finetune
+    if section is None:
+        return 512  # one sequence, of Finetune's own length
+    return section.batch_size * section.gradient_accumulation * section.sequence_length

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,7 @@ from lillama.distill.job import EMBEDDING, Job
 from lillama.errors import LillamaError
 from lillama.evaluate import in_turn, measure
 from lillama.factorise import sensitivity
-from lillama.finetune import data
 from lillama.finetune import train as finetune
-from lillama.finetune.trainer import Setting
 from lillama.plan.plan import Plan, choose_ranks
 from lillama.pretrained import sharing
 from lillama.pretrained.learn import learn_forms
@@ -44,6 +41,7 @@ from lillama.run import curve, decided, fingerprint
 from lillama.run.decided import PLAN
 from lillama.run.estimate import check_disk
 from lillama.run.forms import needed
+from lillama.run.learn import learn
 from lillama.run.prepare import Prepared, prepare
 from lillama.run.quantise import count, quantise, refuse_other
 
@@ -283,32 +281,10 @@ class Run:
         if finetune.finished(self.directory, section):
             finetune.clear(self.directory)  # of a process that was killed when all was done
             return
-        prepared, hosts = self.prepared, host.get()
-        with self.progress.timed("read data"):
-            examples = hosts.finetune_data(prepared.plugin, self.source.model, self.recipe, self.progress)
-            if examples is None:
-                if self.source.config.is_encoder_decoder:
-                    raise LillamaError(
-                        f"the plugin {prepared.plugin} provides no data to fine-tune this model on",
-                        where="finetune",
-                        hint="Its hook finetune_data would; finetune: null leaves fine-tuning out.",
-                    )
-                examples = data.text_examples(self.tokenizer(), self.recipe, section)
-        compressed = self.directory.path / MODEL
         trust = self.recipe.model.trust_remote_code
-        model = load(compressed, trust_remote_code=trust, dtype=torch.float32)
-        hosts.prepare(prepared.plugin, model, self.recipe)
-        teacher = None
-        if section.teacher > 0:
-            teacher = self.source.auto_class.from_pretrained(
-                self.source.directory,
-                config=copy.deepcopy(self.source.config),
-                dtype=self.source.working,
-                trust_remote_code=trust,
-            )
-        trackers = (tuple(self.recipe.run.track), track.name(self.recipe))
-        setting = Setting(section, prepared.device, self.directory, self.progress, *trackers)
-        finetune.finetune(model, teacher, examples, setting)
+        model = load(self.directory.path / MODEL, trust_remote_code=trust, dtype=torch.float32)
+        host.get().prepare(self.prepared.plugin, model, self.recipe)
+        learn(self.prepared, model, section, self.directory, self.progress)
         # Of an earlier one that was removed.
         self.directory.forget(*filter(self.directory.has, ("evaluation.finetuned.json", IN_TURN)))
         finetune.save(model, self.source.dtype, section, self.directory, self.card())

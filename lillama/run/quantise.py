@@ -10,10 +10,12 @@ from lillama.base.progress import Progress
 from lillama.base.rundir import FINETUNED, MODEL, QUANTIZED, RunDirectory
 from lillama.bits import stage
 from lillama.checkpoint.load import load
+from lillama.finetune import train as finetune
 from lillama.lowrank.counts import stored
 from lillama.plan.plan import Plan
 from lillama.recipe.schema import Recipe
 from lillama.report.record import IN_TURN
+from lillama.run.learn import around_rounding, learn
 from lillama.run.prepare import Prepared
 
 
@@ -62,9 +64,12 @@ def quantise(
         offered = [(weight.name, weight.kind) for layer in plan.layers for weight in layer.weights]
         device = prepared.device
         done = stage.quantise_model(model, section, offered=offered, batches=batches, device=device, progress=progress)
+        if section.steps:
+            learn(prepared, model, around_rounding(model, recipe, section), directory, progress)
         directory.event("quantise", bits=section.bits, group_size=section.group_size)
         for choice in done:
             how = {"storage": choice.storage} | ({} if choice.loss is None else {"loss": choice.loss})
             directory.event("quantized", weight=choice.target.name, **how)
         dtype = prepared.source.dtype
         stage.save(model, dtype, section, source=source, directory=directory, card=card)
+        finetune.clear(directory)
