@@ -79,7 +79,7 @@ class Quantize(Section):
     method: Literal["compensated", "nearest"] = Field(
         "compensated",
         description="compensated: what one number loses is made up for by others, measured on the calibration data; "
-        "nearest: every number for itself, without data, as 8 bits always are.",
+        "nearest: every number for itself, without data.",
     )
     storage: Literal["auto", "keep"] = Field(
         "auto",
