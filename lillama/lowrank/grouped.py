@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lillama.lowrank.arithmetic import Products
+from lillama.lowrank.coded import Coded
 from lillama.lowrank.permute import Permute
 
 OfRows = Callable[[Tensor, Products, "int | Tensor", bool], Tensor]
@@ -73,7 +74,7 @@ def grouped_linear(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
     """x[start:end] @ W[e]^T for every expert e, its rows of x ending at ends[e]; in the type autocast asks for."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, W = x.to(dtype), W.to(dtype)
+        x, W = x.to(dtype), W if isinstance(W, Coded) else W.to(dtype)
     else:
         x = x.to(W.dtype)
     if _has_kernel(x, W):
@@ -117,9 +118,13 @@ class _Grouped(torch.autograd.Function):
 
 
 def _has_kernel(x: Tensor, W: Tensor) -> bool:
-    """Whether torch's grouped product serves: it wants strides (and starts) of whole 16 bytes, and no float64."""
+    """Whether torch's grouped product serves: it wants strides (and starts) of whole 16 bytes, and no float64.
+
+    Of few bits it would want all experts whole at once.
+    """
     if (
-        W.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        isinstance(W, Coded)
+        or W.dtype not in (torch.float32, torch.bfloat16, torch.float16)
         or not hasattr(F, "grouped_mm")
         or x.device.type not in ("cpu", "cuda")
     ):
