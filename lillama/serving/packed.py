@@ -44,7 +44,9 @@ def layout() -> tuple[int, tuple[int, ...]] | None:
 
 
 class Packed(nn.Module):
-    """x -> x W^T, and rows of W, for a piece that torch has packed."""
+    """x -> x W^T, and rows of W, for a piece that torch has packed; `layout` must be known."""
+
+    places: Tensor
 
     def __init__(self, piece: Piece) -> None:
         super().__init__()
@@ -62,6 +64,9 @@ class Packed(nn.Module):
         else:
             codes = codes + 8
         packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+        known = layout()  # asked here: no compiler can
+        assert known is not None
+        self.register_buffer("places", torch.tensor(known[1]).argsort(), persistent=False)
         self.packed = nn.Parameter(packed, requires_grad=False)
         self.scales = nn.Parameter(torch.stack([scale, zero], -1).contiguous(), requires_grad=False)
 
@@ -73,20 +78,19 @@ class Packed(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` [...] of W."""
-        known = layout()
-        assert known is not None
-        size, rows = known
-        places = torch.tensor(rows).argsort()[ids % size]
+        size = len(self.places)
         half = size // 2
-        kept = self.packed.view(torch.uint8).view(-1, self._packed_columns(), half)
+        places = self.places[ids % size]
+        kept = self.packed.view(torch.uint8).view(-1, len(self.scales) * self.group, half)
         picked = kept[ids // size, :, places % half] >> (places // half * 4)[..., None] & 15
-        upper = self.scales.shape[0] if self.bits == 4 else self.scales.shape[0] // 2
-        scale = self.scales[-upper:, ids, 0].movedim(0, -1).repeat_interleave(self.group, -1)
+        scale = _scale(self.scales, self.bits)[:, ids].movedim(0, -1).repeat_interleave(self.group, -1)
         vectors = _codes(picked.to(torch.int16), self.bits, -1).to(scale.dtype) * scale
         return vectors[..., self.around[0] : self.around[0] + self.columns]
 
-    def _packed_columns(self) -> int:
-        return self.scales.shape[0] * self.group
+
+def _scale(scales: Tensor, bits: int) -> Tensor:
+    """The scales themselves [groups, rows]: of 8 bits those of the lower halves."""
+    return scales[len(scales) // 2 if bits == 8 else 0 :, :, 0]
 
 
 def _codes(numbers: Tensor, bits: int, dim: int) -> Tensor:
@@ -113,7 +117,7 @@ def _multiply_whole(
     size, rows = known
     kept = packed.view(torch.uint8).view(-1, len(scales) * group, size // 2)
     in_order = list(rows) == sorted(rows)
-    scale = scales[-(len(scales) if bits == 4 else len(scales) // 2) :, :, 0]
+    scale = _scale(scales, bits)
     results = []
     step = max(1, 2**20 // (len(scales) * group * size))  # blocks at once: few enough to stay in the caches
     for start in range(0, len(kept), step):
