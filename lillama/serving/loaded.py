@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from vllm.distributed import get_pp_group
 
 from lillama.errors import LillamaError
+from lillama.lowrank.rounded import read_name
 from lillama.serving.receiver import AGAIN, Receiver
 from lillama.serving.source import Source
 
@@ -24,6 +26,17 @@ class Loaded:
         self.takers: set[str] = set()  # the last parts of the names of weights that some layer takes
         self.source: Source | None = None
         self._checked = False
+
+    def add(self, received: Receiver) -> None:
+        """Keep the receiver of one more layer.
+
+        What stands for its codes gets the type that they will have: the engine warns of every tensor of another.
+        """
+        self.receivers[received.name] = received
+        last = received.name.rpartition(".")[2]
+        names = {how["storage"] for name, how in self.modules.items() if name.rpartition(".")[2] == last}
+        if any(parts is not None and parts[1] == 4 for parts in map(read_name, names)):
+            received.expect(torch.uint8)
 
     def check_places(self) -> None:
         """LillamaError for a compressed weight that the engine's model keeps dense, whatever this method says."""

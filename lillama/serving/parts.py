@@ -48,7 +48,9 @@ def check_storage(name: str) -> None:
 
 def type_of(suffix: str, dtype: torch.dtype) -> torch.dtype:
     """The type of what stands for a tensor that has not come, where numbers in full are of `dtype`."""
-    return torch.long if suffix == PIVOTS else torch.int8 if suffix.endswith(CODES) else dtype
+    if suffix.endswith((CODES, SCALE)):
+        return torch.int8 if suffix.endswith(CODES) else torch.bfloat16
+    return torch.long if suffix == PIVOTS else dtype
 
 
 class Part(NamedTuple):

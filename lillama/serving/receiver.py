@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lillama.errors import LillamaError
+from lillama.lowrank.rounded import CODES
 from lillama.lowrank.whole import NAME as DENSE
 from lillama.serving.parts import (
     SUFFIXES,
@@ -56,6 +57,12 @@ class Receiver:
             parameter.weight_loader = functools.partial(self.take, suffix)  # type: ignore[attr-defined]
             layer.register_parameter(suffix, parameter)
         layer.weight_loader = self._load_bias
+
+    def expect(self, codes: torch.dtype) -> None:
+        """Let what stands for codes be of this type."""
+        for suffix in SUFFIXES:
+            if suffix.endswith(CODES):
+                getattr(self.layer, suffix).data = torch.empty(0, dtype=codes)
 
     def take(self, suffix: str, parameter: Any, tensor: Tensor, shard: Any = None) -> None:
         """Take over one tensor of a matrix. Raises LillamaError where it is none of what the matrix needs."""

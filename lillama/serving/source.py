@@ -10,7 +10,6 @@ from lillama.base.tensorfile import TensorFile
 from lillama.checkpoint import fits, seal
 from lillama.errors import LillamaError
 from lillama.pretrained.headers import open_files
-from lillama.serving.parts import SUFFIXES
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +58,7 @@ def _check_shared(files: Iterable[TensorFile], names: Sequence[str]) -> None:
     """LillamaError unless shared modules are made of linears: an engine has several layers, which then share these."""
     for file in files:
         for key in file:
-            last = key.rpartition(".")[2]
-            linear = last == "bias" or (last in SUFFIXES and (last != "weight" or len(file.shape(key)) == 2))
+            linear = key.endswith(".bias") or (key.endswith(".weight") and len(file.shape(key)) == 2)
             if not linear and key.startswith(tuple(f"{name}." for name in names)):
                 raise LillamaError(
                     "it is in a module that several blocks share, and no linear: that cannot be served",

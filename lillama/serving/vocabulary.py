@@ -88,7 +88,7 @@ class LowRankVocabularyMethod(QuantizeMethodBase):
         layer.received = Receiver(layer, self.name, sum(outputs), more["params_dtype"], needed)
         if not isinstance(layer, ParallelLMHead):
             layer.received.make = functools.partial(_table, self.loaded)
-        self.loaded.receivers[self.name] = layer.received
+        self.loaded.add(layer.received)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         layer.received.tied_to = embed_tokens.received

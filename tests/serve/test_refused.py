@@ -73,6 +73,25 @@ def test_what_did_not_reach_a_layer_is_named_even_if_nobody_looked_before(name, 
     assert "qkv_proj" in str(caught.value.where)
 
 
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("model.layers.0.self_attn.q_proj.A_codes", "A_scale.* came, but A_codes did not come"),
+        ("model.layers.0.mlp.up_proj.W_scale", "W_codes came, but W_scale did not come"),
+        ("model.layers.1.self_attn.k_proj.pivots", "came, but pivots did not come"),
+    ],
+)
+def test_codes_and_scales_are_asked_for_by_name(name, said, made, tmp_path, engine, monkeypatch):
+    directory = Path(shutil.copytree(made["bits"].directory, tmp_path / "copy"))
+    _without(directory, name)
+    with pytest.raises(LillamaError, match=name):
+        engine(directory)
+    monkeypatch.setattr(Source, "check", lambda *_, **__: None)
+    monkeypatch.setattr("lillama.serving.loaded.Loaded._check_once", lambda _: None)
+    with pytest.raises(LillamaError, match=said):
+        engine(directory)
+
+
 def test_matrices_are_counted(copied, engine, monkeypatch):
     monkeypatch.setattr(Source, "check", lambda *_, **__: None)
     extra = {"kind": "linear", "storage": "factors", "rank": 8}
@@ -87,6 +106,14 @@ def test_an_unknown_storage_is_named(copied, engine):
     with pytest.raises(
         LillamaError, match=r"'spectral' cannot be served: factors, pivoted can, in full or few bits"
     ) as caught:
+        engine(copied)
+    assert name in str(caught.value.where)
+
+
+def test_bits_and_groups_that_are_none_are_named(copied, engine):
+    name = "model.layers.0.self_attn.q_proj"
+    _config(copied, lambda said: said["modules"][name].update(storage="factors:3:32"))
+    with pytest.raises(LillamaError, match=r"'3:32' are no bits and group size that it knows") as caught:
         engine(copied)
     assert name in str(caught.value.where)
 
