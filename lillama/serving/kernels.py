@@ -26,11 +26,10 @@ from vllm.scalar_type import scalar_types
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from lillama.lowrank.coded import spread, unpack
-from lillama.serving.packed import Packed, layout
+from lillama.serving.packed import AT_ONCE, Packed, layout
 from lillama.serving.pieces import Matrix, Piece
 
 TYPES = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}  # by bits: numbers from 0, less a half of all
-AT_ONCE = 2**20  # numbers made whole at a time, so that they stay in the caches
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from lillama.serving.pieces import Piece
 
 ROWS = {4: 128, 8: 64}  # of inputs, from which making the matrix costs less than it saves (measured, by bits)
+AT_ONCE = 2**20  # numbers made whole at a time, so that they stay in the caches
 BLOCK = 64  # rows of a matrix that torch lays out together, on any CPU
 
 
@@ -54,16 +55,13 @@ class Packed(nn.Module):
         self.rows_out, self.columns = piece.shape
         self.around = (piece.left, piece.width - piece.left - piece.columns)
         more = -len(piece) % BLOCK
-        codes = F.pad(piece.numbers(), (0, 0, 0, more)).to(torch.int32)
+        codes = F.pad(piece.numbers(), (0, 0, 0, more))
         scale = F.pad(piece.scale, (0, 0, 0, more), value=1.0).to(torch.bfloat16).T
         zero = torch.zeros_like(scale)
         if piece.bits == 8:
-            # The kernel computes (number - 8) x scale + zero.
-            codes = torch.cat([(codes >> 4) + 8, codes & 15], 1)
             scale, zero = torch.cat([16 * scale, scale]), torch.cat([zero, 8 * scale])
-        else:
-            codes = codes + 8
-        packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+        step = BLOCK * max(1, AT_ONCE // (BLOCK * piece.width))  # torch packs numbers of 32 bits: not all at once
+        packed = torch.cat([_pack(some, piece.bits) for some in codes.split(step)])
         known = layout()  # asked here: no compiler can
         assert known is not None
         self.register_buffer("places", torch.tensor(known[1]).argsort(), persistent=False)
@@ -86,6 +84,13 @@ class Packed(nn.Module):
         scale = _scale(self.scales, self.bits)[:, ids].movedim(0, -1).repeat_interleave(self.group, -1)
         vectors = _codes(picked.to(torch.int16), self.bits, -1).to(scale.dtype) * scale
         return vectors[..., self.around[0] : self.around[0] + self.columns]
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes as torch's product takes them, which computes (number - 8) x scale + zero of numbers from 0 to 15."""
+    codes = codes.to(torch.int32)
+    numbers = codes + 8 if bits == 4 else torch.cat([(codes >> 4) + 8, codes & 15], 1)
+    return torch._convert_weight_to_int4pack_for_cpu(numbers, 1)
 
 
 def _scale(scales: Tensor, bits: int) -> Tensor:
@@ -119,7 +124,7 @@ def _multiply_whole(
     in_order = list(rows) == sorted(rows)
     scale = _scale(scales, bits)
     results = []
-    step = max(1, 2**20 // (len(scales) * group * size))  # blocks at once: few enough to stay in the caches
+    step = max(1, AT_ONCE // (len(scales) * group * size))
     for start in range(0, len(kept), step):
         some = kept[start : start + step]
         numbers = torch.cat([some & 15, some >> 4], -1).view(torch.int8)

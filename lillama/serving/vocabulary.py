@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from lillama.serving.kernels import Made, on_cpu, say_whole
 from lillama.serving.loaded import Loaded
 from lillama.serving.parts import Part
-from lillama.serving.pieces import Matrix, whole
+from lillama.serving.pieces import Matrix, Piece, whole
 from lillama.serving.receiver import Receiver
 
 Keep = Callable[[Matrix], Any]  # makes what a table looks rows up in, and multiplies by
@@ -108,6 +108,8 @@ class LowRankVocabularyMethod(QuantizeMethodBase):
 
 def _table(loaded: Loaded, parts: list[Part], dtype: torch.dtype, device: torch.device, name: str) -> Table:
     (part,) = parts
+    if isinstance(part.first, Piece) and part.second is not None:
+        say_whole(name, part.first, "the first of two factors multiplies from either side, no kernel for few bits does")
 
     def keep(matrix: Matrix) -> Any:
         if isinstance(matrix, Tensor):

@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
 
 from lillama.lowrank.coded import pack, round_nearest
-from lillama.serving import kernels
+from lillama.serving import kernels, packed
 from lillama.serving.packed import ROWS, Packed, layout
 from lillama.serving.pieces import Piece
 
@@ -43,8 +43,9 @@ def check(product, one: Piece, dtype: torch.dtype, rows: int = 3) -> None:
 
 @pytest.mark.parametrize("bits, group", FORMS)
 @pytest.mark.parametrize("n, k, own", [(64, 128, None), (70, 200, None), (100, 256, slice(37, 201))])
-def test_torch_s_product_with_4_bits_serves_8_as_well(bits, group, n, k, own):
+def test_torch_s_product_with_4_bits_serves_8_as_well(bits, group, n, k, own, monkeypatch):
     assert layout() is not None
+    monkeypatch.setattr(packed, "AT_ONCE", 1)  # a block at a time
     one = piece(n, k, bits, group, None if own is None else torch.arange(k)[own])
     product = kernels.on_cpu(one, torch.bfloat16)
     assert isinstance(product, Packed)
