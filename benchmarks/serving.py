@@ -3,9 +3,11 @@
     python benchmarks/serving.py reference DIR tokens.json
     python benchmarks/serving.py agree DIR tokens.json [--impl transformers] [--processes 2] [--eager]
     python benchmarks/serving.py speed DIR ORIGINAL [--dtype bfloat16]
+    python benchmarks/serving.py held DIR [--dtype bfloat16]
 
 `reference` has transformers generate 32 tokens after each of 64 prompts out of Python's help; `agree` has vLLM do it.
 `speed` serves both directories and asks each in turn, five times, for 16 answers at once.
+`held` counts the bytes of the weights in vLLM, eager and in one process. `--prompts N` has fewer of them.
 """
 
 from __future__ import annotations
@@ -37,14 +39,14 @@ def prompts(directory: str, number: int, length: int) -> list[list[int]]:
     return [piece for piece in pieces if len(piece) == length][:number]
 
 
-def reference(directory: str, target: str) -> None:
+def reference(directory: str, target: str, number: int) -> None:
     import torch
 
     import lillama
 
     model = lillama.load(directory, dtype=torch.float32).eval()
     found = []
-    for prompt in prompts(directory, PROMPTS, LENGTH):
+    for prompt in prompts(directory, number, LENGTH):
         ids = torch.tensor([prompt])
         settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         with torch.no_grad():
@@ -53,13 +55,26 @@ def reference(directory: str, target: str) -> None:
     Path(target).write_text(json.dumps(found))
 
 
-def agree(directory: str, tokens: str, impl: str, processes: int, eager: bool) -> None:
+def held(directory: str, dtype: str) -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    llm = LLM(directory, dtype=dtype, max_model_len=LENGTH + NEW, enforce_eager=True)
+
+    def count(model: Any) -> int:
+        kept = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+        return sum({one.data_ptr(): one.nbytes() for one in kept}.values())
+
+    print(f"{dtype}: {sum(llm.apply_model(count)):,} bytes")
+
+
+def agree(directory: str, tokens: str, impl: str, processes: int, eager: bool, dtype: str) -> None:
     from vllm import LLM, SamplingParams
 
     known = json.loads(Path(tokens).read_text())
     llm = LLM(
         directory,
-        dtype="float32",
+        dtype=dtype,
         model_impl=impl,
         tensor_parallel_size=processes,
         max_model_len=LENGTH + NEW,
@@ -135,18 +150,21 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["reference", "agree", "speed"])
+    parser.add_argument("what", choices=["reference", "agree", "speed", "held"])
     parser.add_argument("directory")
-    parser.add_argument("other")
+    parser.add_argument("other", nargs="?", default="")
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
     given = parser.parse_args()
     if given.what == "reference":
-        reference(given.directory, given.other)
+        reference(given.directory, given.other, given.prompts)
     elif given.what == "agree":
-        agree(given.directory, given.other, given.impl, given.processes, given.eager)
+        agree(given.directory, given.other, given.impl, given.processes, given.eager, given.dtype)
+    elif given.what == "held":
+        held(given.directory, given.dtype)
     else:
         speed(given.directory, given.other, given.dtype)
 

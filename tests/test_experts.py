@@ -85,7 +85,7 @@ def test_eager_and_grouped_agree_with_their_gradients(rank, only, planned, stora
         assert (eager - grouped).abs().max() <= 1e-6 * eager.abs().max()
 
 
-@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("storage", ["factors", "pivoted", "factors:4:32", "pivoted:8:32"])
 def test_low_rank_is_what_the_product_says_under_autocast_too(storage):
     dense, inputs = experts("grouped_mm"), routed()
     module = low_rank(dense, dict.fromkeys(PROJECTIONS, 8), storage)

@@ -1,4 +1,4 @@
-"""The method `lillama` of vLLM: which of an engine's layers may be of low rank, and what is refused."""
+"""The method `lillama` of vLLM: which of an engine's layers may be of low rank or in few bits, and what is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lillama.errors import LillamaError
 from lillama.serving.experts import LowRankExpertsMethod
 from lillama.serving.linear import LowRankLinearMethod
 from lillama.serving.loaded import Loaded
-from lillama.serving.parts import DENSE, TENSORS
+from lillama.serving.parts import check_storage
 from lillama.serving.source import Source
 from lillama.serving.vocabulary import LowRankVocabularyMethod
 
@@ -48,14 +48,11 @@ class LowRankConfig(QuantizationConfig):
         version, modules, shared = config.get("version", VERSION), config.get("modules") or {}, config.get("shared")
         described.check_version(version, VERSION)
         described.check_modules(modules, shared)
-        known = TENSORS.keys() - {DENSE}
         for name, how in modules.items():
-            if how["storage"] not in known:
-                raise LillamaError(
-                    f"the storage '{how['storage']}' cannot be served: {', '.join(sorted(known))} can",
-                    where=f"{WHERE}: {name}",
-                    hint="`lillama export DIR OUT --dense` writes a model that any engine serves.",
-                )
+            try:
+                check_storage(how["storage"])
+            except LillamaError as error:
+                raise LillamaError(error.what, where=f"{WHERE}: {name}", hint=error.hint) from error
         return cls(modules, shared or ())
 
     def get_name(self) -> Any:

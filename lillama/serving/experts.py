@@ -18,8 +18,10 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from lillama.dense.experts import PROJECTIONS
 from lillama.errors import LillamaError
+from lillama.lowrank.whole import NAME as DENSE
 from lillama.serving.loaded import Loaded
-from lillama.serving.parts import DENSE, check_shapes, part_of, size_of, storage_of
+from lillama.serving.parts import check_shapes, matrices_of, part_of, size_of, storage_of
+from lillama.serving.pieces import Matrix
 from lillama.serving.products import Products
 from lillama.serving.receiver import AGAIN
 
@@ -60,7 +62,7 @@ class ExpertsReceiver:
 
     @property
     def low_rank(self) -> int:
-        """How many stacks of low rank came."""
+        """How many stacks of low rank or in few bits came."""
         return sum(storage_of(tensors) not in (DENSE, None) for tensors in self.held.values())
 
     def check(self) -> None:
@@ -94,17 +96,19 @@ class ExpertsReceiver:
                 parts.append(part_of(self._of(projection, expert), rows, None))
             down = self._of("down", expert)
             last = part_of(down, torch.arange(1, size_of(down)[0] + 1), own)
-            experts.append(Expert(*(Products(some, self.dtype, self.device) for some in (parts, [last]))))
+            name = f"{self.name}.{expert}"
+            experts.append(Expert(*(Products(some, self.dtype, self.device, name) for some in (parts, [last]))))
         self.held.clear()
         return Experts(experts, ACTIVATIONS[self.layer.activation])
 
-    def _of(self, projection: str, expert: int) -> dict[str, Tensor]:
+    def _of(self, projection: str, expert: int) -> dict[str, Matrix]:
         tensors = {suffix: tensor[expert] for suffix, tensor in self.held[projection].items()}
         try:
-            check_shapes(tensors)
+            matrices = matrices_of(tensors)
+            check_shapes(matrices)
         except LillamaError as error:
             raise LillamaError(error.what, where=f"{self.name}.{projection}", hint=AGAIN) from error
-        return tensors
+        return matrices
 
     def remove_placeholders(self) -> None:
         """There are none."""

@@ -29,7 +29,7 @@ class LowRankLinearMethod(LinearMethodBase):
         **more: Any,
     ) -> None:
         layer.received = Receiver(layer, self.name, sum(output_partition_sizes), params_dtype)
-        self.loaded.receivers[self.name] = layer.received
+        self.loaded.add(layer.received)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self.loaded.finish(layer.received)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from vllm.distributed import get_pp_group
 
 from lillama.errors import LillamaError
+from lillama.lowrank.rounded import read_name
 from lillama.serving.receiver import AGAIN, Receiver
 from lillama.serving.source import Source
 
@@ -25,15 +27,26 @@ class Loaded:
         self.source: Source | None = None
         self._checked = False
 
+    def add(self, received: Receiver) -> None:
+        """Keep the receiver of one more layer.
+
+        What stands for its codes gets the type that they will have: the engine warns of every tensor of another.
+        """
+        self.receivers[received.name] = received
+        last = received.name.rpartition(".")[2]
+        names = {how["storage"] for name, how in self.modules.items() if name.rpartition(".")[2] == last}
+        if any(parts is not None and parts[1] == 4 for parts in map(read_name, names)):
+            received.expect(torch.uint8)
+
     def check_places(self) -> None:
-        """LillamaError for a weight of low rank that the engine's model keeps dense, whatever this method says."""
+        """LillamaError for a compressed weight that the engine's model keeps dense, whatever this method says."""
         if get_pp_group().world_size > 1:
             return  # others have the rest
         for name, how in self.modules.items():
             last = "experts" if how["kind"] == "experts" else name.rpartition(".")[2]
             if not how.get("tied") and last not in self.takers:
                 raise LillamaError(
-                    "it is of low rank, and this model of vLLM takes a dense weight here alone",
+                    "it is compressed, and this model of vLLM takes a dense weight here alone",
                     where=name,
                     hint="vLLM's general model may do better: --model-impl transformers.",
                 )
@@ -69,13 +82,17 @@ class Loaded:
                     return self.receivers.get(group[0] + received.name.removeprefix(name))
         return None
 
+    def has_tied_head(self) -> bool:
+        """Whether the table of tokens multiplies, too."""
+        return any(how.get("tied") for how in self.modules.values())
+
     def _embedding(self, name: str) -> Receiver | None:
         last = name.rpartition(".")[2]
         found = [other for other in self.receivers.values() if other.name.rpartition(".")[2] == last]
         return found[0] if len(found) == 1 else None
 
     def _check_once(self) -> None:
-        """LillamaError unless every matrix of low rank that config.json speaks of reached a layer."""
+        """LillamaError unless every compressed matrix that config.json speaks of reached a layer."""
         if self._checked:
             return
         self._checked = True
@@ -87,5 +104,6 @@ class Loaded:
         came = sum(received.low_rank for received in self.receivers.values())
         if came != len(expected):
             raise LillamaError(
-                f"{came} matrices of low rank reached a layer, of {len(expected)} in config.json", hint=AGAIN
+                f"{came} compressed matrices reached a layer, of {len(expected)} in config.json",
+                hint=AGAIN,
             )

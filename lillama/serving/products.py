@@ -6,41 +6,31 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from lillama.serving.kernels import multiplier
 from lillama.serving.parts import Part
-
-
-class Product(nn.Module):
-    """x -> x W^T, by the product that the engine has for dense weights (packed beforehand on a CPU)."""
-
-    weight: nn.Parameter
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.register_parameter("weight", nn.Parameter(weight.contiguous(), requires_grad=False))
-        # Not `quant_method`: the engine processes every module that has one, and this is done here.
-        self.by = UnquantizedLinearMethod()
-        self.by.process_weights_after_loading(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.by.apply(self, x)
+from lillama.serving.pieces import Piece, stacked
 
 
 class Products(nn.Module):
     """All matrices with one input: their first products are one, and one gather puts the rows into their places.
 
-    Where every matrix is two factors, the results stand in their places as they are, and nothing is gathered.
+    First products in other bits or groups than the rest are one of their own. Where every matrix is two factors, the
+    results stand in their places as they are, and nothing is gathered.
     """
 
     order: Tensor | None
 
-    def __init__(self, parts: Sequence[Part], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, parts: Sequence[Part], dtype: torch.dtype, device: torch.device, name: str) -> None:
         super().__init__()
-        self.first = Product(torch.cat([part.first for part in parts]).to(device, dtype))
+        alike = _alike(parts)
+        self.firsts = nn.ModuleList(
+            multiplier(stacked([part.first for part in some]), dtype, device, name) for some in alike
+        )
+        parts = [part for some in alike for part in some]
         low = [part for part in parts if part.second is not None]
         self.seconds = nn.ModuleList(
-            Product(part.second.to(device, dtype)) for part in low if part.second is not None and len(part.second)
+            multiplier(part.second, dtype, device, name) for part in low if part.second is not None and len(part.second)
         )
         starts = torch.tensor([0, *(len(part.first) for part in parts)]).cumsum(0).tolist()
         slices = {id(part): slice(start, start + len(part.first)) for start, part in zip(starts, parts)}
@@ -54,7 +44,8 @@ class Products(nn.Module):
         self.register_buffer("order", None if in_place else order.to(device), persistent=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        first = self.first(x)
+        firsts = [product(x) for product in self.firsts]
+        first = firsts[0] if len(firsts) == 1 else torch.cat(firsts, -1)
         results = [second(first[..., own]) for own, second in zip(self.inputs, self.seconds)]
         if self.with_first:
             results.insert(0, first)
@@ -62,6 +53,14 @@ class Products(nn.Module):
         if self.order is not None:
             y = y.gather(-1, self.order.expand(*y.shape[:-1], -1))
         return y if bias is None else y + bias
+
+
+def _alike(parts: Sequence[Part]) -> list[list[Part]]:
+    """The matrices whose first ones can be one, in the order in which their kinds come."""
+    found: dict[object, list[Part]] = {}
+    for part in parts:
+        found.setdefault(part.first.like if isinstance(part.first, Piece) else None, []).append(part)
+    return [*found.values()]
 
 
 def _order(parts: Sequence[Part], starts: Sequence[int]) -> Tensor:

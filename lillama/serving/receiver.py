@@ -15,7 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from lillama.errors import LillamaError
-from lillama.serving.parts import DENSE, SUFFIXES, TENSORS, Part, check_shapes, padded, part_of, size_of, storage_of
+from lillama.lowrank.rounded import CODES
+from lillama.lowrank.whole import NAME as DENSE
+from lillama.serving.parts import (
+    SUFFIXES,
+    TENSORS,
+    Part,
+    check_shapes,
+    matrices_of,
+    padded,
+    part_of,
+    size_of,
+    storage_of,
+    type_of,
+)
 from lillama.serving.products import Products
 
 AGAIN = "The checkpoint is damaged or incomplete; write it again."
@@ -25,8 +38,8 @@ Load = Callable[..., Any]
 class Receiver:
     """The matrices of one layer of the engine, by shard: None where the layer is one matrix."""
 
-    make: Callable[[list[Part], torch.dtype, torch.device], nn.Module] = Products
-    """What multiplies by the matrices, of these."""
+    make: Callable[[list[Part], torch.dtype, torch.device, str], nn.Module] = Products
+    """What multiplies by the matrices, of these; the last is the layer's name."""
 
     def __init__(self, layer: Any, name: str, outputs: int, dtype: torch.dtype, needed: int | None = None) -> None:
         """`outputs`: how many the layer has in this process; `needed` of them (None: all) are not padding."""
@@ -34,16 +47,22 @@ class Receiver:
         self.needed = outputs if needed is None else needed
         self.tied_to: Receiver | None = None
         self.parts: dict[Any, Part] = {}
-        self.low_rank = 0  # how many matrices of low rank came
+        self.low_rank = 0  # how many matrices of low rank or in few bits came
         self._waiting: dict[Any, dict[str, Tensor]] = {}
         self._load: Load = layer.weight_loader  # knows which rows and columns of a shard are this process's
         self.device = torch.empty(0).device
         for suffix in SUFFIXES:
-            empty = torch.empty(0, dtype=torch.long if suffix == "pivots" else dtype)
+            empty = torch.empty(0, dtype=type_of(suffix, dtype))
             parameter = nn.Parameter(empty, requires_grad=False)
             parameter.weight_loader = functools.partial(self.take, suffix)  # type: ignore[attr-defined]
             layer.register_parameter(suffix, parameter)
         layer.weight_loader = self._load_bias
+
+    def expect(self, codes: torch.dtype) -> None:
+        """Let what stands for codes be of this type."""
+        for suffix in SUFFIXES:
+            if suffix.endswith(CODES):
+                getattr(self.layer, suffix).data = torch.empty(0, dtype=codes)
 
     def take(self, suffix: str, parameter: Any, tensor: Tensor, shard: Any = None) -> None:
         """Take over one tensor of a matrix. Raises LillamaError where it is none of what the matrix needs."""
@@ -59,16 +78,18 @@ class Receiver:
 
     def _part(self, tensors: dict[str, Tensor], shard: Any) -> Part:
         try:
-            check_shapes(tensors)
-            rows, columns = self._own(size_of(tensors), shard)
+            matrices = matrices_of(tensors)
+            check_shapes(matrices)
+            rows, columns = self._own(size_of(matrices), shard)
+            part = part_of(matrices, rows, columns)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise LillamaError(
-                f"a matrix of {size_of(tensors)} does not fit: {error}", where=self._where(shard), hint=AGAIN
+                f"a matrix of {size_of(matrices)} does not fit: {error}", where=self._where(shard), hint=AGAIN
             ) from error
         except LillamaError as error:
             raise LillamaError(error.what, where=self._where(shard), hint=AGAIN) from error
-        part = part_of(tensors, rows, columns)
-        moved = [t if t is None else t.to(self.device, self.dtype) for t in (part.first, part.second)]
+        # What is in few bits goes to its place when it is laid out for the product there.
+        moved = [t.to(self.device, self.dtype) if isinstance(t, Tensor) else t for t in (part.first, part.second)]
         return Part(moved[0], moved[1], part.source)  # type: ignore[arg-type]
 
     def _own(self, size: tuple[int, int], shard: Any) -> tuple[Tensor, Tensor | None]:
@@ -120,7 +141,8 @@ class Receiver:
         self.check()
         parts = [*self.parts.values()]
         self.parts.clear()
-        return self.make([padded(parts[0])] if self.needed < self.outputs else parts, self.dtype, self.device)
+        parts = [padded(parts[0])] if self.needed < self.outputs else parts
+        return self.make(parts, self.dtype, self.device, self.name)
 
     def remove_placeholders(self) -> None:
         """Take the empty parameters away, but for `weight`, which engines ask for its type and device."""

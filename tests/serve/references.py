@@ -24,6 +24,17 @@ MIXED = {
     "down_proj": ("pivoted", 56),
 }
 
+# The same in few bits, groups that a second process cuts (down_proj has 96 of 192 inputs in each) among them.
+BITS = {
+    "q_proj": ("factors:4:32", 32),
+    "k_proj": ("pivoted:8:64", 24),
+    "v_proj": ("dense:4:64", 64),
+    "o_proj": ("factors:8:128", 40),
+    "gate_proj": ("pivoted:4:32", 64),
+    "up_proj": ("dense:8:32", 128),
+    "down_proj": ("pivoted:4:64", 56),
+}
+
 
 def _mixed(family: str) -> Callable[[Path], Path]:
     def build(directory: Path) -> Path:
@@ -81,6 +92,45 @@ def _experts(storage: str, **ranks: int) -> Callable[[Path], Path]:
     return build
 
 
+def _bits(family: str) -> Callable[[Path], Path]:
+    """Every form in 4 and in 8 bits, beside others in what is merged; embedding and head are one table of 8 bits."""
+
+    def build(directory: Path) -> Path:
+        model = tiny(family)
+        modules = linears(model, BITS)
+        modules["model.layers.1.self_attn.q_proj"] = {"kind": "linear", "storage": "pivoted", "rank": 32}
+        del modules["model.layers.1.mlp.up_proj"]
+        table = {"storage": "dense:8:32", "rank": 97}
+        modules["model.embed_tokens"] = {"kind": "embedding", **table}
+        modules["lm_head"] = {"kind": "linear", **table, "tied": "model.embed_tokens"}
+        return save(model, modules, directory, max_shard_size="100KB")
+
+    return build
+
+
+def _bits_apart(directory: Path) -> Path:
+    """Embedding and head of low rank in few bits, each for itself, and all else dense in few bits."""
+    model = tiny("llama-bias")
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    modules = linears(model, dict.fromkeys(names, ("dense:4:64", 0)))
+    for name, how in modules.items():
+        how["rank"] = min(model.get_submodule(name).weight.shape)
+    modules["model.embed_tokens"] = {"kind": "embedding", "storage": "pivoted:8:64", "rank": 40}
+    modules["lm_head"] = {"kind": "linear", "storage": "factors:4:32", "rank": 40}
+    return save(model, modules, directory)
+
+
+def _bits_experts(directory: Path) -> Path:
+    model = tiny("mixtral")
+    modules = linears(model, {"q_proj": ("dense:8:64", 128)})
+    forms = {"gate": ("factors:4:32", 32), "up": ("dense:4:32", 128), "down": ("pivoted:8:128", 48)}
+    for name, _ in model.named_modules():
+        if name.endswith(".experts"):
+            for projection, (storage, rank) in forms.items():
+                modules[f"{name}.{projection}"] = {"kind": "experts", "storage": storage, "rank": rank}
+    return save(model, modules, directory)
+
+
 MODELS = {
     "mixed": _mixed("llama"),
     "biases": _mixed("llama-bias"),
@@ -92,12 +142,16 @@ MODELS = {
     "shared": _shared,
     "experts": _experts("factors", gate=32, up=40, down=48),  # dense ones in the first block
     "experts-pivoted": _experts("pivoted", gate=32, down=48),  # `up` stays dense
+    "bits": _bits("llama-tied"),
+    "bits-apart": _bits_apart,
+    "bits-experts": _bits_experts,
 }
 
 
 def tokens(directory: Path) -> list[list[int]]:
     """The NEW likeliest tokens after each prompt, by transformers in float32."""
-    model = lillama.load(directory, dtype=torch.float32).eval()
+    # transformers 5.19 leaves what it renames while it reads, experts, in the type of the file.
+    model = lillama.load(directory, dtype=torch.float32).float().eval()
     return [_greedy(model, torch.tensor([prompt])) for prompt in PROMPTS]
 
 

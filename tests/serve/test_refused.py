@@ -73,25 +73,54 @@ def test_what_did_not_reach_a_layer_is_named_even_if_nobody_looked_before(name, 
     assert "qkv_proj" in str(caught.value.where)
 
 
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("model.layers.0.self_attn.q_proj.A_codes", "A_scale.* came, but A_codes did not come"),
+        ("model.layers.0.mlp.up_proj.W_scale", "W_codes came, but W_scale did not come"),
+        ("model.layers.1.self_attn.k_proj.pivots", "came, but pivots did not come"),
+    ],
+)
+def test_codes_and_scales_are_asked_for_by_name(name, said, made, tmp_path, engine, monkeypatch):
+    directory = Path(shutil.copytree(made["bits"].directory, tmp_path / "copy"))
+    _without(directory, name)
+    with pytest.raises(LillamaError, match=name):
+        engine(directory)
+    monkeypatch.setattr(Source, "check", lambda *_, **__: None)
+    monkeypatch.setattr("lillama.serving.loaded.Loaded._check_once", lambda _: None)
+    with pytest.raises(LillamaError, match=said):
+        engine(directory)
+
+
 def test_matrices_are_counted(copied, engine, monkeypatch):
     monkeypatch.setattr(Source, "check", lambda *_, **__: None)
     extra = {"kind": "linear", "storage": "factors", "rank": 8}
     _config(copied, lambda said: said["modules"].update({"model.layers.7.self_attn.o_proj": extra}))
-    with pytest.raises(LillamaError, match=r"12 matrices of low rank reached a layer, of 13"):
+    with pytest.raises(LillamaError, match=r"12 compressed matrices reached a layer, of 13"):
         engine(copied)
 
 
 def test_an_unknown_storage_is_named(copied, engine):
     name = "model.layers.0.self_attn.q_proj"
     _config(copied, lambda said: said["modules"][name].update(storage="spectral"))
-    with pytest.raises(LillamaError, match=r"'spectral' cannot be served: factors, pivoted can") as caught:
+    with pytest.raises(
+        LillamaError, match=r"'spectral' cannot be served: factors, pivoted can, in full or few bits"
+    ) as caught:
+        engine(copied)
+    assert name in str(caught.value.where)
+
+
+def test_bits_and_groups_that_are_none_are_named(copied, engine):
+    name = "model.layers.0.self_attn.q_proj"
+    _config(copied, lambda said: said["modules"][name].update(storage="factors:3:32"))
+    with pytest.raises(LillamaError, match=r"'3:32' are no bits and group size that it knows") as caught:
         engine(copied)
     assert name in str(caught.value.where)
 
 
 def test_a_newer_format_is_refused(copied, engine):
-    _config(copied, lambda said: said.update(version=2))
-    with pytest.raises(LillamaError, match="format version 2, this lillama reads up to 1"):
+    _config(copied, lambda said: said.update(version=3))
+    with pytest.raises(LillamaError, match="format version 3, this lillama reads up to 2"):
         engine(copied)
 
 
@@ -118,7 +147,7 @@ def test_a_file_that_was_cut_short_is_named(copied, engine):
 def test_an_embedding_that_vllm_keeps_dense_is_refused_with_what_helps(tmp_path, engine):
     model = tiny("mixtral")
     save(model, {"model.embed_tokens": {"kind": "embedding", "storage": "factors", "rank": 40}}, tmp_path)
-    with pytest.raises(LillamaError, match=r"(?s)embed_tokens: it is of low rank.*--model-impl transformers"):
+    with pytest.raises(LillamaError, match=r"(?s)embed_tokens: it is compressed.*--model-impl transformers"):
         engine(tmp_path)
 
 

@@ -29,21 +29,23 @@ def test_the_tokens_are_those_of_transformers(name, made, engine):
 def test_a_compiled_model_says_the_same(made, engine):
     assert _served(engine, made["biases"], enforce_eager=False) == made["biases"].tokens
     assert _served(engine, made["experts-pivoted"], enforce_eager=False) == made["experts-pivoted"].tokens
+    assert _served(engine, made["bits"], enforce_eager=False) == made["bits"].tokens
 
 
-def test_bfloat16_begins_as_float32_does(made, engine):
+@pytest.mark.parametrize("name, eager", [("mixed", True), ("bits", True), ("bits", False), ("bits-experts", True)])
+def test_bfloat16_begins_as_float32_does(name, eager, made, engine):
     """Rounding changes which token is likeliest sooner or later: most first ones agree."""
-    got = _served(engine, made["mixed"], dtype="bfloat16")
-    assert sum(a[0] == b[0] for a, b in zip(got, made["mixed"].tokens)) >= 6
+    got = _served(engine, made[name], dtype="bfloat16", enforce_eager=eager)
+    assert sum(a[0] == b[0] for a, b in zip(got, made[name].tokens)) >= 6
 
 
-@pytest.mark.parametrize("name", ["biases", "shared", "tied-pivoted", "experts"])
+@pytest.mark.parametrize("name", ["biases", "shared", "tied-pivoted", "experts", "bits", "bits-experts"])
 def test_two_processes_share_the_rows_and_columns(name, made, engine, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     assert _served(engine, made[name], tensor_parallel_size=2) == made[name].tokens
 
 
-@pytest.mark.parametrize("name", ["biases", "fused", "embedding", "tied-pivoted", "shared"])
+@pytest.mark.parametrize("name", ["biases", "fused", "embedding", "tied-pivoted", "shared", "bits"])
 def test_the_model_of_transformers_inside_vllm(name, made, engine):
     """Last: from here on the classes of transformers are vLLM's own."""
     assert _served(engine, made[name], model_impl="transformers") == made[name].tokens

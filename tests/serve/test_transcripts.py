@@ -25,25 +25,37 @@ RANKS = {
     "fc1": ("pivoted", 24),
     "fc2": ("factors", 32),
 }
+BITS = {
+    "q_proj": ("pivoted:8:32", 24),
+    "k_proj": ("factors:4:32", 16),
+    "v_proj": ("dense:4:64", 64),
+    "out_proj": ("factors:8:64", 24),
+    "fc1": ("pivoted:4:32", 24),
+    "fc2": ("dense:8:32", 64),
+}
 WIDTHS = {"d_model": 64, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_target_positions": 64}
 START = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
 NEW = 16
 
 
-@pytest.fixture(scope="module")
-def speech(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("speech")
+def _save(directory: Path, ranks):
+    """A speech model whose decoder is compressed, and its processor."""
     model = speech_models.whisper(speech_models.MULTILINGUAL, **WIDTHS)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed_positions" not in name:
                 parameter.normal_(std=0.25)
-    modules = {name: how for name, how in linears(model, RANKS).items() if ".decoder." in name}
+    modules = {name: how for name, how in linears(model, ranks).items() if ".decoder." in name}
     lillama.factorise_(model, modules)
     model.save_pretrained(directory)
     processor = speech_models.processor(speech_models.MULTILINGUAL)
     processor.save_pretrained(directory)
     return directory, processor
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    return _save(tmp_path_factory.mktemp("speech"), RANKS)
 
 
 def _transformers(directory, processor, clip, start) -> list[int]:
@@ -58,10 +70,11 @@ def _transformers(directory, processor, clip, start) -> list[int]:
     return out[0, len(start) :].tolist()
 
 
-def test_the_transcripts_are_those_of_transformers(speech, engine):
+@pytest.mark.parametrize("ranks", [RANKS, BITS], ids=["full", "bits"])
+def test_the_transcripts_are_those_of_transformers(ranks, tmp_path, engine):
     from vllm import SamplingParams
 
-    directory, processor = speech
+    directory, processor = _save(tmp_path, ranks)
     start = processor.tokenizer.convert_tokens_to_ids(START)
     clips = [speech_models.tone(1.0, pitch=200.0 + 90 * i) for i in range(4)]
     wanted = [_transformers(directory, processor, clip, start) for clip in clips]
