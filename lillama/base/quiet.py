@@ -7,6 +7,12 @@ import os
 import warnings
 
 
+def quiet_imports() -> None:
+    """Before anything is imported: transformers imports torchao, which tells of kernels that this machine lacks."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def quiet_libraries() -> None:
     """Keep other libraries' bars and advice out of our output; errors still come through."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

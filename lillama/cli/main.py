@@ -273,6 +273,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user's mistake is one message and exit status 2."""
+    from lillama.base import quiet
+
+    quiet.quiet_imports()
     args = _parser().parse_args(argv, argparse.Namespace(debug=False))
     # Threads that spin while they wait starve whatever shares the machine; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
