@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +15,7 @@ from conftest import tiny
 from huggingface_hub import ModelCard, constants
 
 from lillama.base.files import write_json
+from lillama.checkpoint import push
 from lillama.checkpoint.quantizer import factorise_
 from lillama.cli import main as cli
 
@@ -99,6 +101,16 @@ def run(tmp_path: Path) -> Path:
         "  speed: {}\n"
     )
     return tmp_path / "run"
+
+
+def test_of_a_run_the_last_checkpoint_goes_with_its_own_numbers(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    for name, value in (("finetuned", 12.75), ("quantized", 12.875)):
+        shutil.copytree(run / "model", run / name)
+        write_json(run / "metrics.json", metrics := metrics | {name: {"wiki/perplexity": value}})
+        assert push._checkpoint(run) == run / name
+        assert push._measured(run / name)[1] == {"wiki/perplexity": value}
+    assert push._checkpoint(run / "model") == run / "model"
 
 
 def test_a_run_goes_to_the_hub_with_what_it_measured(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ def test_unknown_key_below(tmp_path: Path) -> None:
 
 
 def test_a_key_of_another_section_is_sent_there() -> None:
-    hint = "Did you mean 'distill.learning_rate' or 'finetune.learning_rate'?"
+    hint = "Did you mean 'distill.learning_rate' or 'finetune.learning_rate' or 'quantize.learning_rate'?"
     assert refused(with_lines("learning_rate: 1e-4")).hint == hint
     assert refused(with_lines("distill: {out: x}")).hint == "Did you mean 'run.out'?"
 

@@ -75,15 +75,17 @@ def gather(model: Any, wanted: Sequence[Wanted], reading: Reading) -> Iterator[t
 
     Raises LillamaError where no prediction depends on anything, so that nothing can be known.
     """
-    together = list(passes(wanted))
     batches = _cut(reading.batches, reading.tokens)
-    with reading.progress.phase("what rounding depends on", len(together) * len(batches)) as bar:
-        for some in together:
-            sums = {one.name: _Sums(one) for one in some}
-            with _listening(model, some, sums), _without_gradients(model):
-                tokens = sum(_run(model, batch, reading, bar) for batch in batches)
-            for one in some:
-                yield one, sums.pop(one.name).moments(tokens)
+    for some in passes(wanted):
+        sums = {one.name: _Sums(one) for one in some}
+        with (
+            reading.progress.phase("what rounding depends on", len(batches)) as bar,
+            _listening(model, some, sums),
+            _without_gradients(model),
+        ):
+            tokens = sum(_run(model, batch, reading, bar) for batch in batches)
+        for one in some:
+            yield one, sums.pop(one.name).moments(tokens)
 
 
 def passes(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
@@ -190,7 +192,7 @@ def _hook(sums: _Sums) -> Callable[..., None]:
 @contextlib.contextmanager
 def _experts(module: LowRankExperts, projection: str, sums: _Sums) -> Iterator[None]:
     """The same for a projection of experts, which compute one by one meanwhile."""
-    through, config = module._through, module.config
+    through, config, own = module._through, module.config, module.__dict__.get("_through")
 
     def listen(name: str, x: Tensor, products: Any, expert: Any) -> Tensor:
         y = through(name, x, products, expert)
@@ -203,10 +205,10 @@ def _experts(module: LowRankExperts, projection: str, sums: _Sums) -> Iterator[N
     try:
         yield
     finally:
-        module.__dict__["_through"] = through
         module.config = config
-        if module.__dict__["_through"] == type(module)._through.__get__(module):  # it was not replaced
-            del module.__dict__["_through"]
+        module.__dict__.pop("_through")
+        if own is not None:
+            module.__dict__["_through"] = own
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ class Rounded(Storage):
         return codes + round(each * sum(n * k for n, k in (held[s + SCALE] for s in self.base.parameters)))
 
     def encode(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        """Every number is rounded for itself; round.py does better where more is known."""
+        """Every number is rounded for itself; bits/weights.py does better where more is known."""
         return self.kept(self.base.encode(A, B))
 
     def kept(self, tensors: Tensors) -> dict[str, Tensor]:
