@@ -68,13 +68,14 @@ def quantise_ends_(model: Any, bits: int, group: int) -> list[Choice]:
     for target in find_ends(model):
         storage = get_storage(f"{target.storage}:{bits}:{group}")
         assert isinstance(storage, Rounded)
+        if not is_even(storage, target):  # nor is a head that is tied to it
+            done.append(Choice(target, None))
+            continue
         if target.tied:
             leaves = swap.replace_tied(model, target.name, target.tied, storage.name, target.rank)
             same = {f"{target.name}.{leaf}": f"{target.tied}.{leaf}" for leaf in leaves}
             held = [f"{target.name}.{leaf}" for leaf in ("weight", *storage.base.parameters)]
             sharing.tell(model, same, gone=held)
-        elif not is_even(storage, target):
-            return []
         else:
             tensors = forms(model, target, [target.storage])[target.storage]
             put(model, target, storage, round_matrix(storage, tensors, None))

@@ -83,7 +83,10 @@ def gather(model: Any, wanted: Sequence[Wanted], reading: Reading) -> Iterator[t
             _listening(model, some, sums),
             _without_gradients(model),
         ):
-            tokens = sum(_run(model, batch, reading, bar) for batch in batches)
+            tokens = 0
+            for number, batch in enumerate(batches):  # each draws tokens of its own, the same in every pass
+                tokens += _run(model, batch, reading.device, reading.seed + number)
+                bar.advance()
         for one in some:
             yield one, sums.pop(one.name).moments(tokens)
 
@@ -110,12 +113,12 @@ def _cut(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[s
     return found
 
 
-def _run(model: Any, batch: Mapping[str, Tensor], reading: Reading, bar: Any) -> int:
+def _run(model: Any, batch: Mapping[str, Tensor], where: Device, seed: int) -> int:
     """Forwards and back over one batch; how many tokens were predicted."""
-    device = reading.device.device
-    generator = torch.Generator(device).manual_seed(reading.seed)
+    device = where.device
+    generator = torch.Generator(device).manual_seed(seed)
     given = {name: value.to(device) for name, value in arguments(dict(batch)).items()}
-    with torch.enable_grad(), reading.device.autocast():
+    with torch.enable_grad(), where.autocast():
         outputs = run_model(model, given)
         logits = main_output(outputs)
         mask = find_mask(dict(batch), logits.shape[:-1])
@@ -132,7 +135,6 @@ def _run(model: Any, batch: Mapping[str, Tensor], reading: Reading, bar: Any) ->
             hint="Use quantize.method: nearest.",
         )
     loss.backward()
-    bar.advance()
     return len(logits)
 
 

@@ -83,22 +83,22 @@ def quantise_model(
     swap.close_experts(model)
     if not any(choice.storage for choice in done):
         raise _nothing_left()
-    _check_finite(model)
+    check_finite(model)
     known = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     modules = dict(getattr(known, "modules", {})) | described(done)
     describe_(model, modules, getattr(known, "shared", []))
     return done
 
 
-def _check_finite(model: Any) -> None:
+def check_finite(model: Any) -> None:
     """DistillationError where rounding came to what is no number: nothing of the kind is stored."""
     for name, module in swap.factor_modules(model):
         for leaf in module.narrow():
             if not bool(module.get_parameter(leaf).isfinite().all()):
                 raise DistillationError(
-                    "rounding gave scales that are not finite",
+                    "scales of its numbers in few bits are not finite",
                     where=f"{name}.{leaf}",
-                    hint="Use quantize.method: nearest.",
+                    hint="Use quantize.method: nearest; of quantize.steps, lower the learning_rate.",
                 )
 
 

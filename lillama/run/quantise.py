@@ -66,6 +66,7 @@ def quantise(
         done = stage.quantise_model(model, section, offered=offered, batches=batches, device=device, progress=progress)
         if section.steps:
             learn(prepared, model, around_rounding(model, recipe, section), directory, progress)
+            stage.check_finite(model)
         directory.event("quantise", bits=section.bits, group_size=section.group_size)
         for choice in done:
             how = {"storage": choice.storage} | ({} if choice.loss is None else {"loss": choice.loss})
