@@ -31,7 +31,9 @@ def test_there_is_a_checkpoint_of_every_kind_and_storage():
     for name in CASES:
         said = json.loads((GOLDEN / name / "model" / "config.json").read_text())["quantization_config"]
         kinds |= {(how["kind"], how["storage"]) for how in said["modules"].values()}
-    assert kinds == {(k, s) for k in ("linear", "embedding", "experts") for s in ("factors", "pivoted")}
+    assert kinds >= {(k, s) for k in ("linear", "embedding", "experts") for s in ("factors", "pivoted")}
+    assert {kind for kind, storage in kinds if ":4:" in storage} == {"linear", "embedding", "experts"}
+    assert ("linear", "factors:8:32") in kinds and ("linear", "dense:8:32") in kinds
 
 
 @pytest.mark.parametrize("name", CASES)

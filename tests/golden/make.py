@@ -1,12 +1,15 @@
 """Makes the checkpoints of this folder: one of every kind of weight and storage, as format version 1 has them.
 
     python tests/golden/make.py DIRECTORY
+    python tests/golden/make.py --few-bits tests/golden
     python tests/golden/make.py --curves tests/golden/curves.json
 
 They were made by the code before the package had rooms (commit b66e734) and are not made again: every later version has
 to load them (tests/test_golden.py). A new version of the format adds its own beside them. Every case leaves
 `NAME/model` and `NAME/expected.safetensors` (the model's arguments, and the logits in float32); `run` is a whole
 finished run directory, and `run/original-model` the model it compressed.
+
+`--few-bits` makes those of format version 2 out of some of the others (first done after commit 6ef22fc).
 
 `--curves` writes how the held-out losses of the layers of one tiny model of each family fall, which
 tests/faults/test_golden_curves.py compares with. Make it again only for a change that is meant to change them.
@@ -22,7 +25,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -35,6 +38,10 @@ from transformers import (
 )
 
 import lillama
+from lillama.base.device import choose
+from lillama.base.progress import Progress
+from lillama.bits.stage import quantise_model
+from lillama.recipe.schema import Quantize
 from lillama.testing import recipe_for, token_batches
 
 SMALL = {
@@ -130,6 +137,28 @@ def make(model, plugin, settings, target: Path, keep_run: bool = False) -> None:
     save_file(batches[0] | {"logits": logits.contiguous()}, target / "expected.safetensors")
 
 
+# name: (which of the others, bits)
+FEW = {
+    "few-tied-pivoted": ("tied-pivoted", 4),
+    "few-experts": ("experts-factors", 4),
+    "few-linear": ("linear-factors", 8),
+}
+
+
+def few_bits(directory: Path) -> None:
+    for name, (other, bits) in FEW.items():
+        model = lillama.load(directory / other / "model").eval()
+        offered = [(n, "linear") for n, module in model.named_modules() if type(module) is torch.nn.Linear]
+        section = Quantize(bits=bits, what="all", embedding=bits, method="nearest")
+        quantise_model(model, section, offered=offered, device=choose("cpu", "float32"), progress=Progress())
+        model.save_pretrained(directory / name / "model")
+        held = load_file(directory / other / "expected.safetensors")
+        held.pop("logits")
+        with torch.no_grad():
+            logits = model(**held).logits.float()
+        save_file(held | {"logits": logits.contiguous()}, directory / name / "expected.safetensors")
+
+
 # family: (model, plugin, settings)
 CURVES = {
     "llama": (llama, "decoder", {"compress.init": "random", "compress.storage": "pivoted"}),
@@ -187,5 +216,7 @@ def main(directory: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "--curves":
         curves(Path(sys.argv[2]))
+    elif sys.argv[1] == "--few-bits":
+        few_bits(Path(sys.argv[2]))
     else:
         main(Path(sys.argv[1]).resolve())
