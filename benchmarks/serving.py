@@ -7,7 +7,8 @@
 
 `reference` has transformers generate 32 tokens after each of 64 prompts out of Python's help; `agree` has vLLM do it.
 `speed` serves both directories and asks each in turn, five times, for 16 answers at once.
-`held` counts the bytes of vLLM's tensors (without dense weights that it packed on a CPU) and of the whole process. `--prompts N` has fewer of them.
+`held` counts the bytes of vLLM's tensors (without dense weights that it packed on a CPU) and of the whole process.
+`--prompts N` has fewer of them.
 """
 
 from __future__ import annotations
