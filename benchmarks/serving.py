@@ -7,13 +7,16 @@
 
 `reference` has transformers generate 32 tokens after each of 64 prompts out of Python's help; `agree` has vLLM do it.
 `speed` serves both directories and asks each in turn, five times, for 16 answers at once.
-`held` counts the bytes of the weights in vLLM, eager and in one process. `--prompts N` has fewer of them.
+`held` counts the bytes of vLLM's tensors (without dense weights that it packed on a CPU) and of the whole process.
+`--prompts N` has fewer of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
+import gc
 import json
 import os
 import pydoc_data.topics
@@ -65,7 +68,11 @@ def held(directory: str, dtype: str) -> None:
         kept = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
         return sum({one.data_ptr(): one.nbytes() for one in kept}.values())
 
-    print(f"{dtype}: {sum(llm.apply_model(count)):,} bytes")
+    tensors = sum(llm.apply_model(count))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    anonymous = next(line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line)
+    print(f"{dtype}: {tensors:,} bytes in tensors; the process has {anonymous.split()[1]} KiB of its own in memory")
 
 
 def agree(directory: str, tokens: str, impl: str, processes: int, eager: bool, dtype: str) -> None:
