@@ -67,6 +67,13 @@ def test_refitted_scales_lose_no_more():
     assert torch.equal(refitted, refitted.bfloat16().float()), "scales are kept in bfloat16"
 
 
+def test_rounding_leaves_what_it_is_given_as_it_was():
+    for W in (torch.randn(8, 64), torch.randn(64, 8).T):  # in memory row by row, and column by column
+        before = W.clone()
+        round_compensated(W, gram(64, 1), 4, 32)
+        assert torch.equal(W, before)
+
+
 def test_inputs_that_never_came_and_weights_that_are_nothing_do_no_harm():
     for W, H in ((torch.randn(8, 64), torch.zeros(64, 64)), (torch.zeros(8, 64), gram(64, 1))):
         codes, scales = round_compensated(W, H, 4, 32)

@@ -18,7 +18,8 @@ BLOCK = 128  # columns whose errors are spread over the others together; a multi
 
 def round_compensated(W: Tensor, H: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """(codes, scales) of W [n, k] by H [k, k], as `round_nearest` gives them."""
-    left = W.detach().float().T.contiguous()  # column by column, in which order they are visited
+    # Column by column, in which order they are visited; a copy, though W may lie so already.
+    left = W.detach().float().T.clone(memory_format=torch.contiguous_format)
     spreading = _spreading(H).to(left)
     columns = len(left)
     codes, scales = torch.empty_like(left), []

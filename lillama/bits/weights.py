@@ -45,10 +45,9 @@ def _dense(storage: Rounded, tensors: Tensors, known: Moments) -> dict[str, Pair
 
 
 def _factors(storage: Rounded, tensors: Tensors, known: Moments) -> dict[str, Pair]:
-    W = tensors["A"].double() @ tensors["B"].double()
-    _, B = turned(tensors["A"], tensors["B"], known)
+    A, B = turned(tensors["A"], tensors["B"], known)
     first = round_compensated(B, known.inputs, storage.bits, storage.group)
-    A, gram = _refitted(W, _whole(first, storage.group), known.inputs)
+    A, gram = _refitted(A, B, _whole(first, storage.group), known.inputs)
     return {"A": round_compensated(A, gram, storage.bits, storage.group), "B": first}
 
 
@@ -57,7 +56,7 @@ def _pivoted(storage: Rounded, tensors: Tensors, known: Moments) -> dict[str, Pa
     first = round_compensated(B, known.inputs, storage.bits, storage.group)
     if not len(C):
         return {"B": first, "C": round_nearest(C, storage.bits, storage.group)}
-    C, gram = _refitted(C.double() @ B.double(), _whole(first, storage.group), known.inputs)
+    C, gram = _refitted(C, B, _whole(first, storage.group), known.inputs)
     return {"B": first, "C": round_compensated(C, gram, storage.bits, storage.group)}
 
 
@@ -73,14 +72,22 @@ def _whole(rounded: Pair, group: int) -> Tensor:
     return codes * spread(scales, group, codes.shape[1])
 
 
-def _refitted(W: Tensor, B: Tensor, H: Tensor) -> Pair:
-    """(A, B H B^T) with the A for which tr((W - A B) H (W - A B)^T) is least."""
-    B64, H64 = B.double(), H.double()
+def _refitted(A: Tensor, B: Tensor, rounded: Tensor, H: Tensor) -> Pair:
+    """(A', B' H B'^T) with the A' for which tr((A B - A' B') H (A B - A' B')^T) is least, B' being `rounded`.
+
+    In directions that too few inputs were seen in, A' stays what A is.
+    """
+    A64, B64, H64 = A.double(), rounded.double(), H.double()
     BH = B64 @ H64
     gram = BH @ B64.T
     one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    ridge = (RIDGE * gram.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.linalg.solve(gram + ridge * one, BH @ W.double().T).T.float(), gram.float()
+    missing = BH @ (A64 @ (B.double() - B64)).T
+    return (A64 + torch.linalg.solve(gram + one * _share(gram, RIDGE), missing).T).float(), gram.float()
+
+
+def _share(gram: Tensor, share: float) -> Tensor:
+    """A share of the mean diagonal of a Gram matrix, never nothing."""
+    return (share * gram.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def turned(A: Tensor, B: Tensor, known: Moments) -> Pair:
@@ -117,5 +124,5 @@ def _singular(left: Tensor, right: Tensor) -> tuple[Pair, tuple[Tensor, Tensor, 
 def _root(gram: Tensor, ridge: float) -> Tensor:
     """The lower Cholesky factor of a Gram matrix, with a share of its mean diagonal added."""
     gram = gram.double()
-    more = (ridge * gram.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.linalg.cholesky(gram + more * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.cholesky(gram + one * _share(gram, ridge))

@@ -31,7 +31,8 @@ from lillama.testing.recipes import default_recipe, full_rank_plan, recipe_for
 from lillama.testing.streams import check_streams
 
 BITS = (4, 8)
-FAR = {4: 0.5, 8: 0.05}  # of the output's norm that few bits may change: small matrices have few numbers to make up
+# Of the output's norm that few bits may change: small matrices have few numbers to make up, experts are chosen anew.
+FAR = {4: 0.7, 8: 0.3}
 
 Step = Callable[[], None]  # called after every part of a check
 
