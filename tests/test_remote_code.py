@@ -104,7 +104,7 @@ def test_a_model_with_code_of_its_own_goes_all_the_way(home: Path, capsys: pytes
     trusted = ["--set", "model.trust_remote_code=true"]
     assert cli.main(["eval", str(home / "out"), "--json", *trusted]) == 0, capsys.readouterr().err
     found = json.loads(capsys.readouterr().out)
-    stored = json.loads((home / "out" / "metrics.json").read_text())["after"]
+    stored = json.loads((home / "out" / "metrics.json").read_text())["finetuned"]
     assert found["perplexity/perplexity"] == pytest.approx(stored["perplexity/perplexity"])
 
 

@@ -72,7 +72,10 @@ def _is_dense(model: nn.Module, name: str, kind: str) -> bool:
 
 
 def find_ends(model: Any) -> list[Target]:
-    """The embedding and the head, where the model has them and their modules are ordinary ones."""
+    """The embedding and the head, where the model has them and their modules are ordinary ones.
+
+    None of them where others, such as the two ends of an encoder and a decoder, have the same table.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     found: list[Target] = []
     for get, kind in ((model.get_input_embeddings, "embedding"), (model.get_output_embeddings, "linear")):
@@ -89,7 +92,18 @@ def find_ends(model: Any) -> list[Target]:
         shares = bool(found) and _share(module, model.get_submodule(found[0].name))
         tied = found[0].name if shares else None
         found.append(Target(name, kind, shape, rank or min(shape), storage, tied))  # type: ignore[arg-type]
-    return found
+    return [] if _have_others(model, {end.name for end in found}) else found
+
+
+def _have_others(model: nn.Module, names: set[str]) -> bool:
+    """Whether a parameter of these modules is that of another, or one of them has another name."""
+    held = {id(p) for name in names for p in model.get_submodule(name).parameters(recurse=False)}
+    return any(
+        id(parameter) in held and name not in names
+        for name, module in model.named_modules(remove_duplicate=False)
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
 
 
 def _matrix(module: Any) -> Any:
