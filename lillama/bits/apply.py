@@ -20,7 +20,7 @@ from lillama.bits.targets import Target, find_ends, forms, is_even, put
 from lillama.bits.weights import least_component, round_matrix
 from lillama.lowrank import swap
 from lillama.lowrank.rounded import Rounded
-from lillama.lowrank.storage import get_storage
+from lillama.lowrank.storage import rounded
 from lillama.lowrank.whole import NAME as DENSE
 from lillama.pretrained import sharing
 from lillama.recipe.schema import Quantize
@@ -66,8 +66,7 @@ def quantise_ends_(model: Any, bits: int, group: int) -> list[Choice]:
     """Keep the embedding and the head in so many bits, every number rounded for itself; one set where they are tied."""
     done = []
     for target in find_ends(model):
-        storage = get_storage(f"{target.storage}:{bits}:{group}")
-        assert isinstance(storage, Rounded)
+        storage = rounded(target.storage, bits, group)
         if not is_even(storage, target):  # nor is a head that is tied to it
             done.append(Choice(target, None))
             continue
@@ -93,9 +92,7 @@ def _known(model: Any, targets: Sequence[Target], reading: Reading | None) -> It
 
 
 def _rounded(base: str, how: Quantize) -> Rounded:
-    storage = get_storage(f"{base}:{how.bits}:{how.group_size}")
-    assert isinstance(storage, Rounded)
-    return storage
+    return rounded(base, how.bits, how.group_size)
 
 
 def _bytes(storage: Rounded, target: Target) -> int:
@@ -123,8 +120,8 @@ def _best(model: Any, target: Target, how: Quantize, known: Moments | None) -> _
 def _try(storage: Rounded, target: Target, tensors: Mapping[str, Tensor], known: Moments | None) -> _Tried:
     """A weight rounded in one form, and the cost."""
     if len(target.shape) == 2:
-        rounded = round_matrix(storage, dict(tensors), known)
-        return _Tried(storage, rounded, None if known is None else _loss(storage, tensors, rounded, known))
+        now = round_matrix(storage, dict(tensors), known)
+        return _Tried(storage, now, None if known is None else _loss(storage, tensors, now, known))
     each = []
     for copy in range(target.copies):
         one = Target(target.name, target.kind, target.shape[1:], target.rank, target.storage)
@@ -137,11 +134,11 @@ def _of(tensors: Mapping[str, Tensor], copy: int) -> dict[str, Tensor]:
     return {suffix: tensor[copy] for suffix, tensor in tensors.items()}
 
 
-def _loss(storage: Rounded, tensors: Mapping[str, Tensor], rounded: Mapping[str, Tensor], known: Moments) -> float:
+def _loss(storage: Rounded, tensors: Mapping[str, Tensor], now: Mapping[str, Tensor], known: Moments) -> float:
     """1/2 tr(G E H E^T) of the error E that rounding leaves."""
     base = storage.base
     W = base.product(dict(tensors), base.derive(dict(tensors))).float()
-    E = storage.product(rounded, storage.derive(rounded)).float().to(W.device) - W
+    E = storage.product(now, storage.derive(now)).float().to(W.device) - W
     G, H = known.outputs.to(E.device), known.inputs.to(E.device)
     return float(((G @ E @ H) * E).sum()) / 2
 

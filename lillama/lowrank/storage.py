@@ -28,7 +28,8 @@ def _storage(cls: type[Storage], name: str) -> Storage:
 
 
 @functools.cache
-def _rounded(base: str, bits: int, group: int) -> Rounded:
+def rounded(base: str, bits: int, group: int) -> Rounded:
+    """The format `base` in few bits, which `get_storage` knows as `base:bits:group`; `dense` is one here."""
     return Rounded(_storage(DenseStorage, NAME) if base == NAME else get_storage(base), bits, group)
 
 
@@ -39,7 +40,7 @@ def get_storage(name: str) -> Storage:
     """
     if (parts := read_name(name)) is not None:
         base, bits, group = parts
-        return _rounded(base, bits, group)
+        return rounded(base, bits, group)
     cls: Any = STORAGES.get(name)
     if not (isinstance(cls, type) and issubclass(cls, Storage)):
         raise LillamaError(

@@ -12,7 +12,7 @@ from lillama.bits.moments import Wanted, passes
 from lillama.bits.targets import Target, find_ends, is_even
 from lillama.errors import LillamaError
 from lillama.lowrank.rounded import Rounded
-from lillama.lowrank.storage import get_storage
+from lillama.lowrank.storage import get_storage, rounded
 from lillama.lowrank.whole import NAME as DENSE
 from lillama.plan.plan import Plan
 from lillama.recipe.schema import Quantize, Recipe
@@ -45,13 +45,6 @@ def planned_ends(plan: Plan, model: Any) -> list[Target]:
     ]
 
 
-def rounded(target: Target, bits: int, group: int, base: str | None = None) -> Rounded:
-    """The storage that a weight takes, in the form `base` (None: the one it has)."""
-    storage = get_storage(f"{base or target.storage}:{bits}:{group}")
-    assert isinstance(storage, Rounded)
-    return storage
-
-
 def check_quantize(recipe: Recipe, plan: Plan, model: Any) -> None:
     """LillamaError for a `quantize` that could keep nothing in few bits, or not the plan's storage."""
     section = recipe.quantize
@@ -82,11 +75,11 @@ def _kept(section: Quantize, plan: Plan, model: Any) -> Iterator[tuple[Target, R
     """The weights that few bits will hold, each with its storage as `storage: keep` has it."""
     group = section.group_size
     for target in planned_targets(plan, model, section.what):
-        storage = rounded(target, section.bits, group)
+        storage = rounded(target.storage, section.bits, group)
         if is_even(storage, target):
             yield target, storage
     for end in planned_ends(plan, model) if section.what == "all" else ():
-        storage = rounded(end, section.embedding, group)
+        storage = rounded(end.storage, section.embedding, group)
         if is_even(storage, end):
             yield end, storage
 
@@ -105,7 +98,7 @@ def checkpoint_bytes(section: Quantize, plan: Plan, model: Any, each: int, most:
             numbers = storage.base.numbers(*target.matrix, target.rank)
         forms = [storage]
         if most and section.fitted and section.storage == "auto" and target.storage != DENSE:
-            forms += [rounded(target, section.bits, section.group_size, base) for base in FORMS]
+            forms += [rounded(base, section.bits, section.group_size) for base in FORMS]
         total += target.copies * (max(_bytes(form, target) for form in forms) - each * numbers)
     return total
 
