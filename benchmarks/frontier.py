@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,11 @@ def texts_of(given: Sequence[str]) -> dict[str, tuple[str, str]]:
     """name -> (data set, split) of `NAME=DATASET:SPLIT`."""
     found = {}
     for one in given:
-        name, _, rest = one.partition("=")
-        place, _, split = rest.rpartition(":")
-        if not (name and place and split):
+        # The colon before the split: a slice of it, train[80%:], has one of its own.
+        parts = re.fullmatch(r"([^=]+)=(.+):([^:\[\]]+(?:\[.*\])?)", one)
+        if parts is None:
             raise SystemExit(f"--text {one}: write NAME=DATASET:SPLIT")
+        name, place, split = parts.groups()
         found[name] = (place, split)
     return found
 

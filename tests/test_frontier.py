@@ -44,3 +44,14 @@ def test_the_frontier_of_a_tiny_model(tmp_path, monkeypatch):
     before = (out / "points.jsonl").read_text()
     frontier.main()  # goes on where it is: nothing is measured twice
     assert (out / "points.jsonl").read_text() == before
+
+
+def test_a_split_may_be_a_slice(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import frontier
+
+    given = ["help=package:pydoc_data.topics:train[80%:]", "other=a/b.txt:test"]
+    assert frontier.texts_of(given) == {
+        "help": ("package:pydoc_data.topics", "train[80%:]"),
+        "other": ("a/b.txt", "test"),
+    }
