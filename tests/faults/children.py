@@ -148,7 +148,8 @@ def _mark_phases(said: mmap.mmap) -> None:
 
 def results(out: Path) -> dict[str, str]:
     """sha256 of the weights that a finished run left, and of its plan."""
-    files = [path for path in sorted(out.glob("*/*.safetensors")) if path.parent.name in ("model", "finetuned")]
+    folders = ("model", "finetuned", "quantized")
+    files = [path for path in sorted(out.glob("*/*.safetensors")) if path.parent.name in folders]
     files += out.glob("plan.json")
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

@@ -46,6 +46,7 @@ compress: {{reduction: 0.2, of: weights, rank_multiple: 2}}
 distill: {{schedule: {schedule}, batch_size: 2, loss: {loss}, checks: 3, holdout: 0.2}}
 calibration: {{dataset: {home}/data{suffix}, sequence_length: 16, tokens: 640}}
 finetune: {{steps: 6, batch_size: 2, sequence_length: 16, tokens: 256, checks: 3, learning_rate: 1e-3}}
+quantize: {{bits: 4, what: all, tokens: 256}}
 evaluate: {{{evaluate}}}
 run: {{out: {home}/run, device: cpu, compute: float32, snapshot_seconds: 0.05, stream_memory: {stream_memory}}}
 """

@@ -96,7 +96,7 @@ def fill(home: Path, library: Path, instants: list[int], family: str, schedule: 
         if manifest.is_there(case.out):
             files = manifest.read(case.out).files
             gone = [n for n, digest in files.items() if not (case.out / n).is_file() or sha256(case.out / n) != digest]
-            if [name for name in gone if not name.startswith(("model/", "finetuned/"))]:
+            if [name for name in gone if not name.startswith(("model/", "finetuned/", "quantized/"))]:
                 troubles.append(f"{what}: named as finished, and not whole: {gone}")
         code = children.run(case.recipe, log).wait()
         if code != 0:

@@ -32,4 +32,4 @@ def test_the_same_seed_gives_the_same_bytes(schedule, lora, tmp_path):
         torch.rand(draw)
         pipeline.compress(recipe)
         found.append(weights(tmp_path / "run"))
-    assert found[0] == found[1] and {"model", "finetuned"} <= found[0].keys()
+    assert found[0] == found[1] and {"model", "finetuned", "quantized"} <= found[0].keys()
