@@ -77,6 +77,16 @@ def _remember(what: str, peak: int) -> int:
     return _forgotten[what]
 
 
+def memory_in_use() -> int:
+    """Bytes that are in use now: on the first CUDA device in use, else the resident memory of this process."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.memory_allocated())
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
     return _remember("", _resident_peak())

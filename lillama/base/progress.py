@@ -19,6 +19,8 @@ from rich.progress import (
     Progress as RichProgress,
 )
 
+from lillama.base import memory
+
 EVERY_SECONDS = 15.0
 SHOWN_EVERY = 0.25  # seconds, on a terminal
 
@@ -32,6 +34,7 @@ class Bar:
         self.what, self.loss, self.unit = "", None, "tokens/s"
         self._shown = ""
         self.started = self._spoke = time.monotonic()
+        self._first: tuple[int, float] | None = None  # steps done and the time when the first of them were
         self.rich: RichProgress | None = None
         self.task: Any = None
 
@@ -53,6 +56,8 @@ class Bar:
         """Count steps done now."""
         self.done += steps
         self.counted += steps
+        if self._first is None and steps:
+            self._first = self.counted, time.monotonic()
         self.tokens += tokens
         self.loss = loss if loss is not None else self.loss
         self._show(steps)
@@ -68,6 +73,7 @@ class Bar:
             parts.append(f"{self.tokens / seconds:,.0f} {self.unit}")
         if self.loss is not None:
             parts.append(f"loss {float(self.loss):.4f}")
+        parts.append(f"{memory.memory_in_use() / 2**30:.1f} GiB")
         return " · ".join(parts)
 
     def _show(self, steps: int = 0) -> None:
@@ -80,8 +86,18 @@ class Bar:
             return
         if self.progress.console is not None and now - self._spoke >= EVERY_SECONDS:
             self._spoke = now
-            left = (now - self.started) / max(self.counted, 1) * (self.total - self.done)
-            self.progress.say(self._line(f"{clock(left)} left"))
+            left = self.seconds_left(now)
+            self.progress.say(self._line("" if left is None else f"{clock(left)} left"))
+
+    def seconds_left(self, now: float) -> float | None:
+        """How long the rest takes at the pace so far; None before the second step.
+
+        The first step does not count: it also waits for what is made once, and is often several times as long.
+        """
+        if self._first is None or self.counted <= self._first[0]:
+            return None
+        steps, since = self._first
+        return (now - since) / (self.counted - steps) * (self.total - self.done)
 
     def finish(self) -> None:
         """The closing line where there is no bar."""
