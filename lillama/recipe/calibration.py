@@ -92,7 +92,9 @@ class Calibration(Section):
     )
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the rows to use.")
     tokens: int | None = Field(
-        None, gt=0, description="How many tokens to use at most; null: all. A mixture has exactly so many."
+        None,
+        gt=0,
+        description="How many tokens to use at most; null: all. A mixture has exactly so many, in whole sequences.",
     )
     sequence_length: int = Field(512, ge=2, description="Tokens per sequence; rows are joined and cut to this.")
     special_tokens: Literal["auto", "text"] = Field(
