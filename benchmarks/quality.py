@@ -32,7 +32,7 @@ from lillama.base import quiet
 from lillama.base.progress import Progress
 from lillama.data import render
 from lillama.data import rows as dataset
-from lillama.data.text import CHARACTERS_PER_TOKEN, chunks
+from lillama.data.stream import CHARACTERS_PER_TOKEN, chunks
 from lillama.errors import LillamaError
 from lillama.evaluate.context import Context
 from lillama.evaluate.perplexity import perplexity

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lillama.data.batches import fingerprint, text_batches
 from lillama.data.render import render_rows
-from lillama.data.text import chunks, token_blocks
+from lillama.data.stream import chunks
+from lillama.data.text import token_blocks
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Calibration
 
@@ -265,7 +266,7 @@ TEXTS = st.lists(st.text(st.characters(exclude_characters="<", codec="utf-8"), m
 def test_joining_and_cutting_lose_nothing_but_the_tail(texts: list[str], length: int, most: int | None) -> None:
     rows = datasets.Dataset.from_dict({"text": ["a row that alone fills one block", *texts]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lillama.data.text.load_rows", lambda *_, **__: rows)
+        patch.setattr("lillama.data.stream.load_rows", lambda *_, **__: rows)
         result = blocks("any", sequence_length=length, tokens=most).flatten().tolist()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     wanted: list[int] = []

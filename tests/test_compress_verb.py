@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-from conftest import WORDS, tiny, tokenizer
+from conftest import tiny, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lillama.base.progress import Progress
 from lillama.cli import main as cli
 from lillama.recipe.schema import Recipe
-from lillama.run import oneline, owntext
+from lillama.run import oneline
 
-TEMPLATE = "{% for m in messages %}</s> the {{ m.content }} mat{% endfor %}"
 STAGES = ("before", "after", "finetuned")
 # A tiny model on short windows.
 SMALL = (
@@ -44,13 +41,13 @@ def model_dir(tmp_path_factory):
 @pytest.fixture
 def short(monkeypatch):
     """Little to write, and nothing timed."""
-    writing = owntext.Writing
-    monkeypatch.setattr(owntext, "Writing", lambda tokens: writing(tokens, length=24, batch=4))
     recipe_of = oneline.recipe_of
 
     def without_speed(*arguments):
         settings = recipe_of(*arguments)
         settings["evaluate"].pop("speed")
+        if "generate" in settings["calibration"]:
+            settings["calibration"]["generate"] |= {"length": 24, "batch": 4}
         return settings
 
     monkeypatch.setattr(oneline, "recipe_of", without_speed)
@@ -62,11 +59,15 @@ def test_a_model_is_compressed_on_text_it_writes_itself(model_dir, tmp_path, cap
     assert call(*command, *small()) == 0
     said = capsys.readouterr().out
     assert said.index("parameters") < said.index("the model writes")  # the plan comes first
-    texts = [json.loads(line)["text"] for line in (tmp_path / "run.text.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in (out / "calibration" / "own.jsonl").read_text().splitlines()]
     assert len(texts) == 43 and all(texts)  # 1,024 tokens of 24 a text
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["parameters"]["after"] < metrics["parameters"]["before"]
-    # The recipe that it wrote is the run: nothing is left to do.
+    # The recipe that it wrote is the run: nothing is left to do. Elsewhere it is complete as well.
+    assert "{run.out}/calibration/own.jsonl" in recipe.read_text()
+    moved = Recipe.load(recipe, ["run.out=elsewhere"])
+    assert moved.calibration.generate is not None and moved.calibration.dataset is None
+    assert moved.evaluate["perplexity"]["dataset"] == "elsewhere/calibration/own.jsonl"
     capsys.readouterr()
     assert call("run", recipe) == 0
     again = json.loads((out / "metrics.json").read_text())
@@ -81,7 +82,7 @@ def test_data_is_taken_instead_where_it_is_given(model_dir, tmp_path, capsys, sh
     data, out = tmp_path / "text.txt", tmp_path / "run"
     data.write_text("the cat sat on a mat and ran . \n" * 200)
     assert call("compress", model_dir, "--reduction", "0.1", "--data", data, "--out", out, *small()) == 0
-    assert not (tmp_path / "run.text.jsonl").exists()
+    assert not (out / "calibration").exists()
     assert Recipe.load(out / "recipe.resolved.yaml").calibration.dataset == str(data)
 
 
@@ -126,27 +127,6 @@ def test_a_run_is_named_after_its_model(model, place):
     assert oneline.place_of(model, 0.25) == place
 
 
-def test_half_of_the_text_begins_as_a_user_does_and_all_of_it_is_sampled_by_the_seed():
-    torch.manual_seed(0)
-    model, reader = tiny("mistral").eval(), tokenizer()
-    assert owntext.beginnings(reader) == [[2]]  # it has </s>, and no template
-    reader.chat_template = TEMPLATE
-    first, second = owntext.beginnings(reader)
-    assert reader.decode(first) == "</s> the" and second == [2]
-    writing = owntext.Writing(tokens=96, length=12, batch=4)
-    state = torch.get_rng_state()
-    written = list(owntext.texts(model, reader, writing, Progress()))
-    assert torch.equal(state, torch.get_rng_state())  # whoever draws next draws what he would have drawn
-    assert written == list(owntext.texts(model, reader, writing, Progress()))
-    assert len(written) == 8
-    assert sum(text.startswith("</s> the") for text in written) >= 4
-    assert len(set(written)) > 4 and any(word in " ".join(written) for word in WORDS)
-    few = list(owntext.texts(model, reader, owntext.Writing(48, 12, 4), Progress()))  # fewer than are written at once
-    assert len(few) == 4 and sum(text.startswith("</s> the") for text in few) < 4
-    other = list(owntext.texts(model, reader, owntext.Writing(96, 12, 4, seed=1), Progress()))
-    assert other != written
-
-
 def test_a_model_that_continues_no_text_is_refused(tmp_path, capsys):
     from transformers import BertConfig, BertForMaskedLM
 
@@ -157,7 +137,7 @@ def test_a_model_that_continues_no_text_is_refused(tmp_path, capsys):
     assert code == 2
     said = capsys.readouterr().err
     assert "does not continue text" in said and "--data" in said
-    assert not (tmp_path / "run.text.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("share", ["0", "1.5", "-0.2"])

@@ -47,7 +47,10 @@ RESOLVED = "recipe.resolved.yaml"
 EVENTS = "events.jsonl"
 LOCK = ".lock"
 OWNER = ".owner"  # who has the lock, for people
-BOOKKEEPING = frozenset((LOCK, OWNER, manifest.NAME, manifest.COPY))
+CALIBRATION = "calibration"  # the text that a model wrote itself: it is there before a run begins, and has its own hash
+OWN_TEXT = f"{CALIBRATION}/own.jsonl"
+ABOUT_OWN_TEXT = "own.json"  # beside it: what it was made of
+BOOKKEEPING = frozenset((LOCK, OWNER, CALIBRATION, manifest.NAME, manifest.COPY))
 # What a process that was killed leaves: files and folders not yet renamed, best states of layers that were learning.
 LEFTOVERS = (".*.part", "*/.*.part", "best.[0-9]*.safetensors", "best.[0-9]*.initial")
 
@@ -109,6 +112,24 @@ class RunDirectory:
                 self.close()
                 raise
 
+    @contextlib.contextmanager
+    def claimed(self, fingerprint: dict[str, Any], restart: bool = False) -> Iterator[None]:
+        """While the block lasts the directory is this process' own, before a run is begun in it or goes on.
+
+        For what takes long and decides the `fingerprint` of `open`; errors are those of `open`.
+        """
+        with disk.explained(self.path):
+            if restart and self.path.exists() and not self._is_empty():
+                manifest.read(self.path)  # refuses what is no run's
+            else:
+                self._check(fingerprint)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def close(self) -> None:
         """Let other processes work here."""
         self._lock.release(force=True)
@@ -133,7 +154,7 @@ class RunDirectory:
         """LillamaError unless a run with this fingerprint may go on, or begin, here; reads the manifest there is."""
         if manifest.is_there(self.path):
             self._manifest = manifest.read(self.path)
-            if differences := _differences(self._manifest.fingerprint, fingerprint):
+            if differences := manifest.differences(self._manifest.fingerprint, fingerprint):
                 raise LillamaError(
                     "the directory holds another run, which differs in\n    " + "\n    ".join(differences),
                     where=str(self.path),
@@ -148,8 +169,10 @@ class RunDirectory:
             )
 
     def _is_empty(self) -> bool:
-        """Whether nothing but an old lock is here."""
+        """Whether nothing but an old lock is here, and text that a model wrote."""
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else {""}
+        if all(path.name.startswith(("own.", ".own.")) for path in (self.path / CALIBRATION).glob("*")):
+            names -= {CALIBRATION}
         # A process that was killed as it began may have left the first lines of a manifest.
         begun = {name for name in names if name.endswith(".part") and name.startswith(f".{manifest.NAME}.")}
         return names - begun <= {LOCK, OWNER}
@@ -319,14 +342,3 @@ class RunDirectory:
             handle.write(json.dumps(without_infinities({"time": round(time.time(), 3), "event": kind, **data})) + "\n")
         for listen in list(self.listeners):
             listen(kind, data)
-
-
-def _differences(held: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    out: list[str] = []
-    for key in sorted(held.keys() | new.keys()):
-        a, b = held.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            out.append(f"{prefix}{key}: {json.dumps(a)} there, {json.dumps(b)} here")
-    return out

@@ -9,8 +9,6 @@ from typing import Any
 from lillama.cli.console import console
 from lillama.errors import LillamaError
 
-OWN_TEXT = ".text.jsonl"
-
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
     """The arguments of the verb."""
@@ -30,17 +28,16 @@ def compress(args: argparse.Namespace) -> int:
     from lillama.base import quiet
     from lillama.base.progress import Progress
     from lillama.cli import show
-    from lillama.run import oneline, owntext, pipeline, prepare
+    from lillama.run import oneline, pipeline
 
     if not 0 < args.reduction < 1:
         raise LillamaError(f"{args.reduction} is no share between 0 and 1", where="--reduction")
     quiet.quiet_libraries()
     out, place = console(), args.out or oneline.place_of(args.model, args.reduction)
-    text = Path(f"{place.rstrip('/')}{OWN_TEXT}")
-    asked = oneline.Asked(args.model, args.reduction, args.data or str(text), place, args.tokens)
+    asked = oneline.Asked(args.model, args.reduction, args.data, place, args.tokens)
     overrides = [*_model(args.model), *(args.set or [])]
-    recipe, planned = _planned(asked, overrides)
-    out.print(show.plan(planned))
+    recipe, prepared = _planned(asked, overrides)
+    out.print(show.plan(prepared))
     if args.write_recipe:
         from lillama.base.files import write_text
 
@@ -49,10 +46,6 @@ def compress(args: argparse.Namespace) -> int:
     if args.plan:
         out.print(_written(args, recipe), markup=False, highlight=False)
         return 0
-    if not args.data and not text.exists():
-        owntext.write_own_text(recipe, text, owntext.Writing(args.tokens), Progress(out))
-        out.print(f"the model's own text is in {text}; it is used again as long as it is there", markup=False)
-    prepared = prepare.prepare(recipe)
     result = pipeline.Run(prepared, Progress(out), restart=args.restart).execute()
     out.print(show.result(result, recipe))
     return 0
@@ -68,8 +61,7 @@ def _planned(asked: Any, overrides: list[str]) -> tuple[Any, Any]:
 
     def planned(embedding: bool) -> tuple[Any, Any]:
         recipe = Recipe.parse(oneline.recipe_of(asked, source.parameters, embedding), overrides)
-        # What is measured on text that is still to be written cannot be looked for yet.
-        return recipe, prepare.prepare(recipe.model_copy(update={"evaluate": {}}))
+        return recipe, prepare.prepare(recipe)
 
     try:
         return planned(oneline.is_mostly_table(source.model))
@@ -89,5 +81,15 @@ def _model(given: str) -> list[str]:
 
 def _written(args: argparse.Namespace, recipe: Any) -> str:
     """The recipe as a file: with every default written out, and the command above it."""
-    data = "" if args.data else "# The text is what the model wrote itself: `lillama compress` makes it once.\n"
-    return f"# lillama compress {args.model} --reduction {args.reduction}\n{data}{recipe.to_yaml()}"
+    evaluators = {key: _unplaced(options, recipe.run.out) for key, options in recipe.evaluate.items()}
+    recipe = recipe.model_copy(update={"evaluate": evaluators})
+    return f"# lillama compress {args.model} --reduction {args.reduction}\n{recipe.to_yaml()}"
+
+
+def _unplaced(options: dict[str, Any], out: str) -> dict[str, Any]:
+    """An evaluator's options with the run directory left open, where they have the model's own text."""
+    from lillama.base.rundir import OWN_TEXT
+    from lillama.recipe.schema import RUN_OUT
+
+    own = options.get("dataset") == f"{out}/{OWN_TEXT}"
+    return {**options, "dataset": f"{RUN_OUT}/{OWN_TEXT}"} if own else options

@@ -140,12 +140,12 @@ def _lacks(recipe: Any) -> list[str]:
             lacks.append(f"needs the hub for the model {where}")
     except LillamaError as error:
         lacks.append(error.what)
-    dataset = recipe.calibration.dataset
-    if dataset.startswith("package:"):
-        if importlib.util.find_spec(dataset.removeprefix("package:").partition(".")[0]) is None:
-            lacks.append(f"needs the module {dataset}")
-    elif not Path(dataset).expanduser().exists() and not _cached(dataset, "dataset"):
-        lacks.append(f"needs the hub for the data set {dataset}")
+    for dataset in (part.dataset for part in recipe.calibration.parts):
+        if dataset.startswith("package:"):
+            if importlib.util.find_spec(dataset.removeprefix("package:").partition(".")[0]) is None:
+                lacks.append(f"needs the module {dataset}")
+        elif not Path(dataset).expanduser().exists() and not _cached(dataset, "dataset"):
+            lacks.append(f"needs the hub for the data set {dataset}")
     if recipe.plugin != "auto" and recipe.plugin not in registry.PLUGINS:
         lacks.append(f"needs the plugin {recipe.plugin}")
     return lacks

@@ -1,27 +1,22 @@
-"""Calibration text as token blocks: the batches that layers are distilled on."""
+"""Calibration text as token blocks: of one data set, of several, and of what the model wrote itself."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lillama.data.render import render_rows
-from lillama.data.rows import is_lines, keep_rows, load_rows
-from lillama.data.special import Around, cut, find_around, text_tokenizer
+from lillama.data.stream import stream_blocks
 from lillama.errors import LillamaError
+from lillama.recipe.calibration import OF_ONE, Data
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from lillama.recipe.schema import Calibration
 
-CHARACTERS_PER_TOKEN = 4  # of English prose, roughly; only sizes the chunks of a .txt file
-ROWS_AT_ONCE = 64  # per call of the tokenizer: enough for its threads, little to throw away at the end
+OwnText = Callable[[], Path]  # the file of what the model wrote itself, written by then
 
 
 def token_blocks(
@@ -30,124 +25,62 @@ def token_blocks(
     where: str = "calibration",
     progress: Callable[[int], None] | None = None,
     ended: bool = True,
+    own: OwnText | None = None,
 ) -> Tensor:
     """The calibration text as int64 blocks [N, sequence_length], at most `calibration.tokens` in all.
 
-    Rows that pass `filter` are shuffled by `seed`, `fraction` of them, at most `rows`, kept, rendered, tokenised with
-    the tokenizer's usual special tokens, ended by EOS, joined and cut; what does not fill a block at the end is
-    dropped. The lines of a .txt file first become chunks of about a block's length (see `chunks`), which are shuffled.
-    With `special_tokens: auto` every block has around it what the tokenizer puts around a text ([CLS] ... [SEP]; but
-    without `ended` only before it), and rows are then parted by what ends a text. `progress` is called with the number
-    of tokens so far. Raises LillamaError if there is not one block.
+    What becomes of one source is said at `stream_blocks`. A mixture has exactly tokens // sequence_length blocks,
+    shared out by weight (rounded down, the rest to the largest remainders), every block of one source alone, and all
+    of them shuffled by `seed`. `own` is asked for the model's own text once all data sets were read.
+    Raises LillamaError where a source has less than its share, or if there is not one block.
     """
-    tokenizer = text_tokenizer(tokenizer)
-    length, most = calibration.sequence_length, calibration.tokens
-    if most is not None and most < length:
+    if not calibration.is_mixture and calibration.generate is None:
+        return stream_blocks(tokenizer, calibration, where, progress, ended)
+    found: list[Tensor] = []
+    for given, place in _sources(calibration, where, own):
+        blocks = stream_blocks(tokenizer, given, place, progress, ended)
+        if not calibration.is_mixture:
+            return blocks
+        if blocks.numel() < (given.tokens or 0):
+            raise LillamaError(
+                f"'{given.dataset}' has {blocks.numel()} tokens in whole sequences, and {given.tokens} are its share",
+                where=place,
+                hint="Give more text, lower its weight, or lower tokens.",
+            )
+        found.append(blocks)
+    blocks = torch.cat(found)
+    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(calibration.seed))]
+
+
+def _sources(calibration: Calibration, where: str, own: OwnText | None) -> Iterator[tuple[Calibration, str]]:
+    """The calibration on each source alone, and its key in the recipe; what the model wrote comes last."""
+    wanted = _wanted(calibration, where)
+    for i, part in enumerate(calibration.parts):
+        place = where if calibration.dataset is not None else f"{where}.datasets.{i}"
+        yield calibration.model_copy(update=_of_one(part) | {"tokens": wanted[i]}), place
+    section, place = calibration.generate, f"{where}.generate"
+    if section is not None:
+        if own is None:
+            raise LillamaError("nothing here has the model write its own text", where=place)
+        written = _of_one(Data.model_validate({"dataset": str(own()), "split": section.split}))
+        yield calibration.model_copy(update=written | {"tokens": wanted[-1], "fraction": 1.0}), place
+
+
+def _wanted(calibration: Calibration, where: str) -> list[int | None]:
+    """The tokens of every source; of one that is alone as many as there may be."""
+    if not calibration.is_mixture:
+        return [calibration.tokens]
+    shares = calibration.shares
+    if not all(shares):
         raise LillamaError(
-            f"{most} tokens are fewer than one sequence of {length}",
+            f"of {calibration.tokens} tokens in sequences of {calibration.sequence_length}, not every source has one",
             where=f"{where}.tokens",
-            hint=f"Raise it, or lower {where}.sequence_length.",
+            hint="Raise it, or lower sequence_length.",
         )
-    around = find_around(tokenizer, calibration.special_tokens)
-    around = around if ended else Around(around.before)
-    around.room(length, where)
-    rows = load_rows(calibration.dataset, config=calibration.config, split=calibration.split, where=where)
-    rows = keep_rows(rows, calibration.filter, where)
-    pieces: list[Tensor] = []
-    total = 0
-    texts = (text for text in _texts(rows, tokenizer, calibration, where) if text.strip())
-    while batch := list(itertools.islice(texts, ROWS_AT_ONCE)):
-        for ids in _encode(tokenizer, batch, around):
-            pieces.append(torch.tensor(ids, dtype=torch.int64))
-            total += len(ids)
-        if progress:
-            progress(total if most is None else min(total, most))
-        if most is not None and total >= most:
-            break
-    stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
-    blocks = cut(stream, length, around, total if most is None else most // length)
-    if not blocks:
-        raise LillamaError(
-            f"the text of '{calibration.dataset}' has {total} tokens, fewer than one sequence of {length}",
-            where=f"{where}.dataset",
-            hint=f"Give more text, or lower {where}.sequence_length.",
-        )
-    return torch.stack(blocks)
+    return list(shares)
 
 
-def chunks(lines: Iterable[str], characters: int) -> Iterator[str]:
-    """Consecutive pieces of a text, cut at line ends, that joined give the text back.
-
-    A piece ends at the first blank line after `characters`, or, where none comes, at the first line end
-    after twice as many; so paragraphs stay whole and lines are never torn.
-    """
-    piece: list[str] = []
-    size = 0
-    for line in lines:
-        piece.append(f"{line}\n")
-        size += len(line) + 1
-        if size >= (characters if not line.strip() else 2 * characters):
-            yield "".join(piece)
-            piece, size = [], 0
-    if piece:
-        yield "".join(piece)
-
-
-def _texts(rows: Dataset, tokenizer: Any, calibration: Calibration, where: str) -> Iterator[str]:
-    """The texts to tokenise: a share of the rows, or of the chunks of running text, in shuffled order."""
-
-    def chosen(count: int) -> list[int]:
-        generator = torch.Generator().manual_seed(calibration.seed)
-        order: list[int] = torch.randperm(count, generator=generator).tolist()
-        return order[: math.ceil(calibration.fraction * count)]
-
-    if is_lines(rows):
-        size = CHARACTERS_PER_TOKEN * calibration.sequence_length
-        pieces = list(chunks(render_rows(rows, tokenizer, None, where), size))
-        return _at_most(calibration.rows, (pieces[i] for i in chosen(len(pieces))))
-    rows = rows.select(chosen(len(rows))[: calibration.rows])
-    return render_rows(rows, tokenizer, calibration.column, where)
-
-
-def _at_most(lines: int | None, pieces: Iterator[str]) -> Iterator[str]:
-    """The first pieces that have `lines` lines with text in them, the last one cut there."""
-    left = lines
-    for piece in pieces:
-        if left is not None:
-            kept: list[str] = []
-            for line in piece.splitlines(keepends=True):
-                if not left:
-                    break
-                kept.append(line)
-                left -= bool(line.strip())
-            piece = "".join(kept)
-        if piece:
-            yield piece
-        if left == 0:
-            return
-
-
-def _encode(tokenizer: Any, texts: list[str], around: Around) -> Iterator[list[int]]:
-    """Token ids of every text, begun and ended once even where a chat template wrote BOS or EOS already.
-
-    What ends a block ends every text as well; such texts are not begun, for a [CLS] stands at no other place.
-    """
-    begin, end, end_id = tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id
-    begun = [(bool(begin) and text.startswith(begin)) or bool(around.after) for text in texts]
-    encoded: dict[bool, Iterator[list[int]]] = {}
-    for state in set(begun):
-        part = [text for text, is_begun in zip(texts, begun) if is_begun is state]
-        ids = tokenizer(part, add_special_tokens=not state, return_attention_mask=False, verbose=False)
-        encoded[state] = iter(ids["input_ids"])
-    after = list(around.after)
-    for text, state in zip(texts, begun):
-        ids = list(next(encoded[state]))
-        if after:
-            yield ids if ids[-len(after) :] == after else ids + after
-            continue
-        if end and end_id is not None:
-            while ids[-2:] == [end_id, end_id]:  # the template's and the tokenizer's own
-                ids.pop()
-            if ids[-1:] != [end_id] and not text.rstrip().endswith(end):
-                ids.append(end_id)
-        yield ids
+def _of_one(part: Data) -> dict[str, Any]:
+    """The keys of a calibration on that data set alone."""
+    alone = {"datasets": None, "generate": None, "dataset": part.dataset}
+    return alone | {name: getattr(part, name) for name in OF_ONE}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lillama.recipe.schema import Finetune, Recipe
+from lillama.recipe.schema import Calibration, Finetune, Recipe
+
+if TYPE_CHECKING:
+    from lillama.data.text import OwnText
 
 IGNORED = -100
 
@@ -15,32 +18,43 @@ IGNORED = -100
 Examples = list[dict[str, Any]]
 
 
-def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune) -> Examples:
-    """Blocks of text as examples of a causal model; the data set is the calibration's unless the section names one."""
+def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune, written: OwnText | None = None) -> Examples:
+    """Blocks of text as examples of a causal model; the data are the calibration's unless the section names some.
+
+    `written` is where the model's own text is, where the calibration has it write.
+    """
     from lillama.data.special import find_around, text_tokenizer
     from lillama.data.text import token_blocks
 
     own = section.dataset is not None
     base = recipe.calibration
-    data = base.model_copy(
-        update={
-            "dataset": section.dataset or base.dataset,
-            "config": section.config if own else section.config or base.config,
-            "split": section.split or ("train" if own else base.split),
-            "column": section.column if own else section.column or base.column,
-            "filter": None if own else base.filter,
-            "rows": None if own else base.rows,
-            "fraction": 1.0,
-            "tokens": section.tokens,
-            "sequence_length": section.sequence_length,
-            "special_tokens": section.special_tokens or base.special_tokens,
-            "seed": section.seed,
-        }
-    )
-    blocks = token_blocks(tokenizer, data, "finetune" if own else "calibration", ended=False)
+    update: dict[str, Any] = {
+        "fraction": 1.0,
+        "tokens": section.tokens,
+        "sequence_length": section.sequence_length,
+        "special_tokens": section.special_tokens or base.special_tokens,
+        "seed": section.seed,
+    }
+    if own:
+        update |= {"dataset": section.dataset, "datasets": None, "generate": None, "filter": None, "rows": None}
+        update |= {"config": section.config, "split": section.split or "train", "column": section.column}
+    else:
+        update |= _as_calibrated(base, section)
+    data = base.model_copy(update=update)
+    blocks = token_blocks(tokenizer, data, "finetune" if own else "calibration", ended=False, own=written)
     labels = blocks.clone()
     labels[:, : len(find_around(text_tokenizer(tokenizer), data.special_tokens).before)] = IGNORED
     return [{"input_ids": block, "labels": label} for block, label in zip(blocks, labels)]
+
+
+def _as_calibrated(base: Calibration, section: Finetune) -> dict[str, Any]:
+    """What the section changes of the calibration's own data: of a mixture nothing but how much of it is read."""
+    if base.is_mixture:
+        return {"tokens": section.tokens or base.tokens}
+    if base.dataset is None:
+        return {}
+    config, column = section.config or base.config, section.column or base.column
+    return {"config": config, "split": section.split or base.split, "column": column}
 
 
 def split(examples: Examples, share: float, generator: torch.Generator) -> tuple[Examples, Examples]:

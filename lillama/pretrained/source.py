@@ -75,6 +75,7 @@ class Source:
         self.directory: Path | None = None  # of safetensors files, once `fetch` was called
         self._keys: dict[str, list[tuple[Path, str]]] = {}
         self._files: dict[Path, TensorFile] = {}
+        self._identity: dict[str, Any] | None = None
         self._checked: set[str] = set()  # parameters whose numbers were looked at
 
     def skeleton(self) -> PreTrainedModel:
@@ -100,10 +101,11 @@ class Source:
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from others: a hub commit, or the content of local files (identity.py)."""
-        commit = getattr(self.config, "_commit_hash", None)
-        if commit:
-            return {"id": self.where, "commit": commit}
-        return identity.of(Path(self.where), self.gguf, self.section.trust_remote_code)
+        if self._identity is None:  # all files are read for it
+            commit = getattr(self.config, "_commit_hash", None)
+            local = Path(self.where), self.gguf, self.section.trust_remote_code
+            self._identity = {"id": self.where, "commit": commit} if commit else identity.of(*local)
+        return self._identity
 
     @property
     def parameters(self) -> int:

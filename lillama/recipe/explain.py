@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from lillama import registry
 from lillama.errors import LillamaError, did_you_mean, distance, nearest, quoted
 from lillama.recipe import yamlfile
+from lillama.recipe.calibration import REFUSED
 from lillama.registry import Registry
 
 if TYPE_CHECKING:
@@ -44,9 +45,13 @@ def together(errors: Iterable[LillamaError]) -> LillamaError:
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section a field holds, if it holds one."""
-    kinds = (field.annotation, *get_args(field.annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    """The section a field holds, or has a list of, if it does."""
+    kinds = [field.annotation]
+    for kind in kinds:  # those inside of others are added on the way
+        if isinstance(kind, type) and not get_args(kind) and issubclass(kind, BaseModel):
+            return kind
+        kinds += get_args(kind)
+    return None
 
 
 def _nearest_key(path: Path_, top: type[BaseModel], schema: type[BaseModel]) -> str:
@@ -96,6 +101,8 @@ def explain(
     elif kind == "missing":
         what, hint = f"the key '{'.'.join(map(str, path))}' is missing", "Add it."
         where = origin.document.where(path)
+    elif kind == REFUSED:
+        what, hint = problem["msg"], problem["ctx"]["hint"]
     else:
         message = f"{problem['msg'][0].lower()}{problem['msg'][1:]}".replace("None", "null")
         if kind in _MAPPING_TYPES:

@@ -16,6 +16,9 @@ from lillama.recipe import yamlfile
 from lillama.recipe.afterwards import Finetune as Finetune
 from lillama.recipe.afterwards import Lora as Lora
 from lillama.recipe.afterwards import Quantize as Quantize
+from lillama.recipe.calibration import Calibration as Calibration
+from lillama.recipe.calibration import Data as Data
+from lillama.recipe.calibration import Generate as Generate
 from lillama.recipe.explain import Origin, check_names, explained, together
 from lillama.recipe.overrides import apply_override, plain_copy
 from lillama.recipe.section import Section as Section
@@ -117,43 +120,6 @@ class Distill(Section):
     checks: int = Field(4, ge=1, description="How often the held-out loss is measured while a layer trains.")
 
 
-class Calibration(Section):
-    """The data that layers are distilled on."""
-
-    dataset: str = Field(
-        description="Hub id, a .txt/.jsonl/.json/.parquet/.csv file, a folder of such files, "
-        "or package:MODULE for texts in a module of Python."
-    )
-    config: str | None = Field(None, description="Configuration of a hub data set.")
-    split: str = Field("train", description="Split, slices allowed: train[:80%].")
-    column: str | None = Field(None, description="Column of the text; null: found by its usual names.")
-    filter: dict[str, str | int | list[str | int]] | None = Field(
-        None, description="Rows to keep: a column's value, or a list of values. {language: hau}, for example."
-    )
-    rows: int | None = Field(None, gt=0, description="How many rows (lines of a .txt file) to use at most; null: all.")
-    fraction: float = Field(1.0, gt=0, le=1, description="Share of the rows to use.")
-    tokens: int | None = Field(None, gt=0, description="How many tokens to use at most; null: all.")
-    sequence_length: int = Field(512, ge=2, description="Tokens per sequence; rows are joined and cut to this.")
-    special_tokens: Literal["auto", "text"] = Field(
-        "auto",
-        description="auto: around every sequence stand the special tokens that the tokenizer puts around a text (BOS; "
-        "[CLS] ... [SEP]), and count towards its length; text: sequences are cut from the text as it runs.",
-    )
-    variants: int = Field(
-        0,
-        ge=0,
-        description="Speech: further transcripts of every clip, sampled from the original at rising temperatures. They "
-        "show the decoder more words where there is little data.",
-    )
-    augment: int = Field(
-        0,
-        ge=0,
-        description="Speech: altered copies of every clip (parts of it, another speed, noise), which the original "
-        "transcribes.",
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of rows.")
-
-
 class Run(Section):
     """Where and how the run happens."""
 
@@ -193,6 +159,19 @@ class Run(Section):
     snapshot_seconds: float = Field(
         300.0, ge=0, description="Concurrent schedule: how often the state is stored for a later resume."
     )
+
+
+RUN_OUT = "{run.out}"  # in the `dataset` of an evaluator: the run directory, for what a run itself writes
+
+
+def placed(evaluators: dict[str, dict[str, Any]], recipe: Any) -> dict[str, dict[str, Any]]:
+    """The evaluators' options with the run directory in the place of `{run.out}`."""
+    out = getattr(recipe.run, "out", None)
+    found = {key: dict(options) for key, options in evaluators.items()}
+    for options in found.values():
+        if out is not None and isinstance(dataset := options.get("dataset"), str):
+            options["dataset"] = dataset.replace(RUN_OUT, out)
+    return found
 
 
 class Readable(Section):
@@ -242,7 +221,7 @@ class Readable(Section):
             recipe = cls.model_validate(data)
         except ValidationError as error:
             raise together(explained(error, (), origin, cls, cls)) from error
-        recipe = recipe.model_copy(update={"evaluate": check_names(recipe, origin)})
+        recipe = recipe.model_copy(update={"evaluate": placed(check_names(recipe, origin), recipe)})
         recipe._written = document.text
         return recipe
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM
+
+from lillama.base.rundir import OWN_TEXT
 from lillama.contract import Layer
 from lillama.data.files import missing
 from lillama.errors import LillamaError, did_you_mean
 from lillama.plan.plan import Plan
-from lillama.recipe.schema import Calibration, Finetune, Recipe
+from lillama.pretrained.source import Source
+from lillama.recipe.schema import Calibration, Finetune, Generate, Recipe
 from lillama.registry import EVALUATORS, INITIALISERS
 from lillama.signature import parameters
 
@@ -44,17 +49,31 @@ def check_lengths(recipe: Recipe, config: Any) -> None:
 
 
 def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
-    sections: list[tuple[str, Calibration | Finetune | None]] = [
+    sections: list[tuple[str, Calibration | Generate | Finetune | None]] = [
         ("calibration", recipe.calibration),
+        ("calibration.generate", recipe.calibration.generate),
         ("finetune", recipe.finetune),
     ]
     for name, section in sections:
         # Nobody chose the default: it stands in the recipe of a model with fewer positions whose batches are given.
-        if section and section.sequence_length != type(section).model_fields["sequence_length"].default:
-            yield f"{name}.sequence_length", section.sequence_length
+        key = "length" if isinstance(section, Generate) else "sequence_length"
+        if section and getattr(section, key) != type(section).model_fields[key].default:
+            yield f"{name}.{key}", getattr(section, key)
     for key, options in recipe.evaluate.items():
         if isinstance(length := options.get("sequence_length"), int):
             yield f"evaluate.{key}.sequence_length", length
+
+
+def check_writer(recipe: Recipe, source: Source) -> None:
+    """LillamaError for a model that is to write its own calibration text and does not continue text."""
+    if recipe.calibration.generate is None:
+        return
+    if source.auto_class is not AutoModelForCausalLM or source.config.is_encoder_decoder:
+        raise LillamaError(
+            f"{type(source.model).__name__} does not continue text, so it cannot write its own",
+            where="calibration.generate",
+            hint="Give data: calibration.dataset, or --data of `lillama compress`.",
+        )
 
 
 def check_skip(globs: Sequence[str], layers: Sequence[Layer], model: Any) -> None:
@@ -96,8 +115,13 @@ def check_initialiser(recipe: Recipe, plan: Plan) -> None:
 
 
 def check_data(recipe: Recipe) -> None:
-    """LillamaError for a local file or folder that fine-tuning or an evaluation needs and that does not exist."""
+    """LillamaError for a local file or folder that is needed late in a run and that does not exist."""
+    calibration, own = recipe.calibration, Path(recipe.run.out) / OWN_TEXT
     needed = [(f"evaluate.{key}.{option}", value) for key, option, value in _data_options(recipe)]
+    if calibration.generate is not None:
+        needed = [(where, value) for where, value in needed if Path(value) != own]  # which is still to be written
+        if calibration.generate.prompts is not None:
+            needed.append(("calibration.generate.prompts", calibration.generate.prompts))
     if recipe.finetune is not None and recipe.finetune.dataset is not None:
         needed.insert(0, ("finetune.dataset", recipe.finetune.dataset))
     for where, value in needed:

@@ -57,7 +57,7 @@ def _measuring(counts: Counts, fisher: int) -> int:
     if not counts.measured:
         return 0
     blocks = sum(layer.kind == "block" for layer in counts.plan.layers)
-    tokens = min(counts.recipe.calibration.tokens or 0, counts.recipe.compress.fisher_tokens)
+    tokens = min(counts.recipe.calibration.known_tokens or 0, counts.recipe.compress.fisher_tokens)
     place, every = streams(counts, blocks + 2, tokens)
     if place != "file":
         return fisher
@@ -68,7 +68,7 @@ def _measuring(counts: Counts, fisher: int) -> int:
 def _one_by_one(counts: Counts, layers: int) -> int:
     """The finished layers, the streams that are in files, and the best state of the layer that learns."""
     count = 3 if "student" in counts.streams else 2
-    place, flowing = streams(counts, count, counts.recipe.calibration.tokens or 0)
+    place, flowing = streams(counts, count, counts.recipe.calibration.known_tokens or 0)
     best = 2 * SINGLE * max(counts.trained.values(), default=0) if counts.recipe.run.low_memory else 0
     return layers + best + (flowing if place == "file" else 0)
 
@@ -79,7 +79,7 @@ def _all_at_once(counts: Counts, layers: int) -> int:
     init = SINGLE * sum(counts.factors.values())
     snapshot = (2 * SINGLE + MOMENTS) * trained
     best = SINGLE * (trained + max(counts.trained.values(), default=0)) if low else 0
-    tokens = min(counts.recipe.calibration.tokens or 0, counts.recipe.compress.gram_tokens) if counts.grams else 0
+    tokens = min(counts.recipe.calibration.known_tokens or 0, counts.recipe.compress.gram_tokens) if counts.grams else 0
     place, flowing = streams(counts, 2, tokens)
     starting = init + (flowing if place == "file" else 0)
     return max(starting, init + max(2 * snapshot + best, snapshot + layers))

@@ -56,17 +56,17 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
     run = Counts(source, plan, recipe, device)
     if run.sequential:
         copies = 3 if "student" in run.streams else 2
-        place, stream_bytes = disk.streams(run, copies, recipe.calibration.tokens or 0)
+        place, stream_bytes = disk.streams(run, copies, recipe.calibration.known_tokens or 0)
         own = place == ("host" if device.device.type == "cpu" else "device")
         memory = _one_by_one(run) + (stream_bytes if own else 0)
     else:
         memory = _all_at_once(run)
-    memory = max(memory, _measuring_bytes(run), _table_bytes(run))
+    memory = max(memory, _measuring_bytes(run), _table_bytes(run), _writing_bytes(run))
     memory = max(memory, _evaluation_bytes(run), _finetuning_bytes(run), _quantising_bytes(run))
     if device.device.type == "cpu":
         memory += PROCESS_BYTES
-    tokens = recipe.calibration.tokens
-    seconds = _operations(run, tokens) / _throughput(device, run.batch) if tokens else None
+    tokens = recipe.calibration.known_tokens
+    seconds = _operations(run, tokens) / _throughput(device, run.batch) + _writing(run) if tokens else None
     return Estimate(int(memory), disk.needed(run), seconds, tokens)
 
 
@@ -122,12 +122,30 @@ def _finetuning(source: Source, plan: Plan, recipe: Recipe) -> float:
     section = recipe.finetune
     if section is None or source.config.is_encoder_decoder:
         return 0.0
-    tokens = section.tokens or recipe.calibration.tokens or 0
+    tokens = section.tokens or recipe.calibration.known_tokens or 0
     if section.steps:
         updates = section.steps * section.batch_size * section.gradient_accumulation * section.sequence_length
     else:
         updates = tokens * section.epochs
     return float(updates) * (6 * plan.after + 2 * plan.before * (section.teacher > 0))
+
+
+def _writing(run: Counts) -> float:
+    """Seconds in which the model writes its own text, a token of every text of a round at a time."""
+    section, written = run.recipe.calibration.generate, run.recipe.calibration.written
+    if section is None:
+        return 0.0
+    return 2 * run.plan.before * written / _throughput(run.device, section.batch, least=1)
+
+
+def _writing_bytes(run: Counts) -> int:
+    """The whole original, the keys and values of a round's texts, and the predictions of their next tokens."""
+    section, source, item = run.recipe.calibration.generate, run.source, run.device.compute.itemsize
+    if section is None:
+        return 0
+    blocks = sum(1 for layer in run.plan.layers if layer.kind == "block")
+    kept = 2 * item * blocks * run.width * section.length  # as many heads of keys as of queries, at most
+    return item * run.plan.before + section.batch * (kept + 4 * LOGITS_HELD * _vocabulary(source))
 
 
 def _finetuning_bytes(run: Counts) -> int:
@@ -193,7 +211,7 @@ def _measuring_bytes(run: Counts) -> int:
     logits = run.device.compute.itemsize * LOGITS_HELD * min(run.batch * _vocabulary(source), LOGITS)
     block = max((item * run.numbers.get(layer.name, 0) for layer in blocks), default=0)
     squares = max((sum(w.copies * min(w.shape) ** 2 for w in observable(layer)) for layer in blocks), default=0)
-    tokens = min(recipe.calibration.tokens or 0, recipe.compress.fisher_tokens)
+    tokens = min(recipe.calibration.known_tokens or 0, recipe.compress.fisher_tokens)
     place, streams = disk.streams(run, len(blocks) + 2, tokens)
     own = place == ("host" if run.device.device.type == "cpu" else "device")
     return (streams if own else 0) + max(around + logits, block + 8 * squares + _step(run)[0])
@@ -244,10 +262,10 @@ def _gram_bytes(weights: Sequence[Weight], wanted: Iterable[str]) -> int:
     return sum(sizes.values())
 
 
-def _throughput(device: Device, tokens: int) -> float:
-    """Floating-point operations per second of a matrix product as a layer makes them for a batch."""
+def _throughput(device: Device, tokens: int, least: int = 64) -> float:
+    """Floating-point operations per second of a matrix product as a layer makes them for a batch of tokens."""
     n = 1024 if device.device.type == "cpu" else 4096
-    a = torch.randn(min(max(tokens, 64), n), n, device=device.device, dtype=device.compute)
+    a = torch.randn(min(max(tokens, least), n), n, device=device.device, dtype=device.compute)
     b = torch.randn(n, n, device=device.device, dtype=device.compute)
     best = 0.0
     for _ in range(4):

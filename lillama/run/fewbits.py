@@ -147,7 +147,7 @@ def operations(counts: Counts) -> float:
     learned = section.steps * learned_tokens(counts.recipe) * (6.0 * plan.after + 2.0 * plan.before)
     if not section.fitted:
         return learned
-    tokens = min(counts.recipe.calibration.tokens or section.tokens, section.tokens)
+    tokens = min(counts.recipe.calibration.known_tokens or section.tokens, section.tokens)
     often, _ = moments_bytes(section, plan, model)
     found = planned_targets(plan, model, section.what)
     sums = sum(2 * (t.matrix[0] ** 2 + t.matrix[1] ** 2) * min(t.copies, counts.chosen) for t in found)

@@ -29,6 +29,8 @@ ANY = object()
 # is in the hash of the data.
 NEW_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("calibration", "special_tokens", ANY),
+    ("calibration", "datasets", None),
+    ("calibration", "generate", None),
     ("finetune", "special_tokens", ANY),
     ("compress", "embedding", False),
     ("compress", "keep_dense_below", 0.0),

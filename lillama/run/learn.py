@@ -17,6 +17,7 @@ from lillama.lowrank import swap
 from lillama.pretrained.locate import read_tokenizer
 from lillama.recipe.schema import Finetune, Quantize, Recipe
 from lillama.report import track
+from lillama.run.owntext import OwnText
 from lillama.run.prepare import Prepared
 
 
@@ -53,7 +54,8 @@ def _examples(prepared: Prepared, section: Finetune, directory: RunDirectory, pr
             hint="Its hook finetune_data would; without finetune and quantize.steps nothing is trained.",
         )
     tokenizer = read_tokenizer(recipe.model, source.where, source.gguf, directory.path / ORIGINAL)
-    return data.text_examples(tokenizer, recipe, section)
+    own = OwnText(prepared, directory.path, progress)
+    return data.text_examples(tokenizer, recipe, section, own.path)
 
 
 def around_rounding(model: Any, recipe: Recipe, section: Quantize) -> Finetune:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lillama.base.rundir import OWN_TEXT
+from lillama.recipe.schema import RUN_OUT
+
 # A model as small as this learns more as a whole than layer by layer; a larger one has no room for that
 # (docs/results/quality.md).
 LEARNS_WHOLE = 1_000_000_000
@@ -15,11 +18,14 @@ MOSTLY_TABLE = 1 / 3  # of the parameters: then the blocks alone would have to g
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says: the model, the share to remove, the data, and where everything goes."""
+    """What the command line says: the model, the share to remove, the data, and where everything goes.
+
+    Without `data` the model writes its own text.
+    """
 
     model: str
     reduction: float
-    data: str
+    data: str | None
     out: str
     tokens: int
 
@@ -31,12 +37,17 @@ def recipe_of(asked: Asked, parameters: int, embedding: bool = False) -> dict[st
     """
     calibrated = round(100 * (1 - HELD_OUT))
     tokens = int(asked.tokens * (1 - HELD_OUT))
+    text = asked.data or f"{RUN_OUT}/{OWN_TEXT}"
     settings: dict[str, Any] = {
         "model": {"id": asked.model},
         "compress": {"reduction": asked.reduction, "embedding": embedding},
-        "calibration": {"dataset": asked.data, "split": f"train[:{calibrated}%]", "tokens": tokens},
+        "calibration": {**_data(asked, f"train[:{calibrated}%]"), "tokens": tokens},
         "evaluate": {
-            "perplexity": {"dataset": asked.data, "split": f"train[{calibrated}%:]", "tokens": 8192},
+            "perplexity": {
+                "dataset": text,
+                "split": f"train[{calibrated}%:]",
+                "tokens": 8192,
+            },
             "speed": {},
             "sample": {"prompt": "The most important thing about the sea is", "new_tokens": 40},
         },
@@ -55,6 +66,13 @@ def recipe_of(asked: Asked, parameters: int, embedding: bool = False) -> dict[st
             "checks": 2,
         }
     return settings
+
+
+def _data(asked: Asked, split: str) -> dict[str, Any]:
+    """What is calibrated on: the part `split` of the data given, or of what the model writes."""
+    if asked.data is None:
+        return {"generate": {"tokens": asked.tokens, "split": split}}
+    return {"dataset": asked.data, "split": split}
 
 
 def is_mostly_table(model: Any) -> bool:

@@ -1,116 +1,188 @@
-"""Text that a model writes itself: what it is calibrated on where no data is given.
+"""The text that a recipe's model writes itself, kept in the run directory: `calibration/own.jsonl`.
 
-Sampled at temperature 1 from the original's own predictions; half of it begins as the chat template begins a user's
-turn, half as any text does. It covers what the model knows rather than the domain of one collection.
+A round is a file of its own until all are there, drawn with a seed of its own: a run that is stopped goes on with the
+round it was in, and ends with the text of one that was not. The text is kept with what it was made of, and is used
+again as long as that is the same.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
 
-from lillama.base import device as devices
-from lillama.base.files import write_text
-from lillama.base.progress import Progress
-from lillama.base.rundir import ORIGINAL
+from lillama.base import disk, memory
+from lillama.base.files import atomic_file, checksum, read_checked, sha256, write_checked, write_text
+from lillama.base.progress import Bar, Progress
+from lillama.base.rundir import ABOUT_OWN_TEXT, ORIGINAL, OWN_TEXT
 from lillama.checkpoint.open import open_model
-from lillama.data.special import find_around, text_tokenizer
+from lillama.data.render import render_rows
+from lillama.data.rows import load_rows
+from lillama.data.special import text_tokenizer
 from lillama.errors import LillamaError
 from lillama.pretrained.locate import read_tokenizer
-from lillama.recipe.schema import Recipe
-from lillama.run.prepare import open_source
+from lillama.recipe.schema import Generate
+from lillama.run.check import positions
+from lillama.run.prepare import Prepared, open_source
+from lillama.run.writing import WHERE, Beginnings, Round, Writing, beginnings, interleave, rounds, write_round
 
-HINT = "Give data: --data FILE, a folder or a hub id."
-MARK = "lillama-begins-here"  # stands for what a user says, to find what a template puts before it
-
-
-@dataclass(frozen=True)
-class Writing:
-    """How much is written: tokens in all, tokens of one text, texts at once, and the seed of the sampling."""
-
-    tokens: int = 65536
-    length: int = 512
-    batch: int = 32
-    seed: int = 0
+# Settings that say what becomes of the text, not what it is.
+NOT_IN_THE_TEXT = {"split", "weight", "tokens", "prompts"}
+MOST_PROMPT_CHARACTERS = 20  # for every token of a text: more of a prompt is never read
 
 
-def write_own_text(recipe: Recipe, path: Path, writing: Writing, progress: Progress) -> None:
-    """Have the recipe's model write texts to `path`, a .jsonl file with one `text` a line.
+@dataclass
+class OwnText:
+    """The text of one run in `directory`; where `common` is given, runs share there what is the same text."""
 
-    The file appears when all is written. Special tokens stay in the texts, so that they are read back as they were
-    written. Raises LillamaError for a model that does not continue text.
-    """
-    chosen = devices.choose(recipe.run.device, recipe.run.compute)
-    source = open_source(recipe, chosen)
-    if source.auto_class is not AutoModelForCausalLM or source.config.is_encoder_decoder:
-        raise LillamaError(
-            f"{type(source.model).__name__} does not continue text, so it cannot write its own", where="data", hint=HINT
-        )
-    with tempfile.TemporaryDirectory() as spare:
-        place = source.fetch(Path(spare))
-        tokenizer = read_tokenizer(recipe.model, source.where, source.gguf, Path(spare) / ORIGINAL)
-        model = open_model(place, chosen.compute, source.auto_class, recipe.model.trust_remote_code)
-    tokenizer = text_tokenizer(tokenizer)
-    model.to(chosen.device)
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts(model, tokenizer, writing, progress)]
-    write_text(path, "\n".join(lines) + "\n")
+    prepared: Prepared
+    directory: Path
+    progress: Progress
+    common: Path | None = None
+
+    def path(self) -> Path:
+        """The file of the text, a .jsonl file with one `text` a line; it is written unless it is there.
+
+        Special tokens stay in the texts, so that they are read back as they were written. Raises LillamaError for a
+        model that has nothing to begin a text with.
+        """
+        target = self.directory / OWN_TEXT
+        if not self.is_there(target):
+            with disk.explained(self.directory):
+                self._fill(target)
+        return target
+
+    def is_there(self, target: Path | None = None) -> bool:
+        """Whether a file is there, unharmed, that was made of the same."""
+        target = target or self.directory / OWN_TEXT
+        about = _read(target.with_name(ABOUT_OWN_TEXT))
+        return about.get("made_of") == self.made_of and target.is_file() and about.get("sha256") == sha256(target)
+
+    def _fill(self, target: Path) -> None:
+        if self.common is None:
+            self._write(target)
+            return
+        shared = self.common / checksum(self.made_of)[:16] / target.name
+        if not self.is_there(shared):
+            self._write(shared)
+        for name in (target.name, ABOUT_OWN_TEXT):
+            with atomic_file(target.with_name(name)) as temporary:
+                shutil.copyfile(shared.with_name(name), temporary)
+
+    def _write(self, target: Path) -> None:
+        """Write what is missing, and put the rounds together."""
+        wanted = rounds(self.writing, list(self.begin))
+        model: Any = None
+        texts: dict[str, list[str]] = {kind: [] for kind in self.begin}
+        with self.progress.phase("the model writes", len(wanted)) as bar:
+            for this in wanted:
+                file = _file_of(target, this)
+                held = _read(file)
+                if held.get("made_of") != self.made_of or len(held.get("texts", ())) != this.texts:
+                    model = model or self._open()
+                    held = self._write_round(model, file, this, bar)
+                else:
+                    bar.skip(1)
+                texts[this.kind] += held["texts"]
+        del model
+        memory.give_back()
+        lines = [json.dumps({"text": text, "begin": kind}, ensure_ascii=False) for kind, text in interleave(texts)]
+        write_text(target, "\n".join(lines) + "\n")
+        about = {"made_of": self.made_of, "sha256": sha256(target), "texts": len(lines)}
+        write_checked(target.with_name(ABOUT_OWN_TEXT), about)
+        for this in wanted:
+            _file_of(target, this).unlink(missing_ok=True)
+
+    def _write_round(self, model: Any, file: Path, this: Round, bar: Bar) -> dict[str, Any]:
+        found = write_round(model, self.tokenizer, self.begin[this.kind], self.writing, this)
+        held = {"made_of": self.made_of, "texts": found}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_checked(file, held)
+        bar.advance(tokens=this.texts * self.writing.length)
+        return held
+
+    @property
+    def section(self) -> Generate:
+        """What the recipe says of the text."""
+        section = self.prepared.recipe.calibration.generate
+        if section is None:
+            raise LillamaError("the recipe does not have the model write", where=WHERE)
+        return section
+
+    @cached_property
+    def writing(self) -> Writing:
+        """How much is written, and how."""
+        tokens = self.prepared.recipe.calibration.written
+        return Writing.of(self.section, tokens, positions(self.prepared.source.config))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The original's tokenizer."""
+        source = self.prepared.source
+        unpacked = self.directory / ORIGINAL
+        return text_tokenizer(read_tokenizer(self.prepared.recipe.model, source.where, source.gguf, unpacked))
+
+    @cached_property
+    def begin(self) -> Beginnings:
+        """What the texts begin with."""
+        return beginnings(self.tokenizer, self.section, self._prompts(), self.writing.length)
+
+    @cached_property
+    def made_of(self) -> dict[str, Any]:
+        """All that decides the text."""
+        return {
+            "model": {key: value for key, value in self.prepared.source.identity().items() if key != "id"},
+            "compute": str(self.prepared.device.compute),
+            "generate": self.section.model_dump(mode="json", exclude=NOT_IN_THE_TEXT),
+            "tokens": self.writing.tokens,
+            "length": self.writing.length,
+            "begin": hashlib.sha256(json.dumps(self.begin).encode()).hexdigest(),
+        }
+
+    def _prompts(self) -> list[str]:
+        """Prompts, as many as there may be texts, in an order of the seed."""
+        section = self.section
+        if section.prompts is None:
+            return []
+        where = f"{WHERE}.prompts"
+        try:
+            rows = load_rows(section.prompts, split="train", where=where)
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(section.seed))
+            given = render_rows(rows.select(order.tolist()), self.tokenizer, None, where)
+        except LillamaError as error:
+            error.where = where  # it has no keys below it
+            raise
+        most = MOST_PROMPT_CHARACTERS * self.writing.length
+        found = list(itertools.islice((text[:most] for text in given if text.strip()), self.writing.texts))
+        if not found:
+            raise LillamaError(f"'{section.prompts}' has no text to begin with", where=where)
+        return found
+
+    def _open(self) -> Any:
+        """The original, whole, on the device."""
+        recipe, chosen = self.prepared.recipe, self.prepared.device
+        source = open_source(recipe, chosen)
+        with tempfile.TemporaryDirectory() as spare:
+            place = source.fetch(Path(spare))
+            model = open_model(place, chosen.compute, source.auto_class, recipe.model.trust_remote_code)
+        return model.to(chosen.device)
 
 
-def texts(model: Any, tokenizer: Any, writing: Writing, progress: Progress) -> Iterator[str]:
-    """Texts that `model` writes from its beginnings on: `writing.length` tokens each, about `writing.tokens` in all."""
-    model.generation_config = _sampling(tokenizer)
-    kinds = beginnings(tokenizer)
-    left = max(1, -(-writing.tokens // writing.length))  # texts
-    rounds = -(-left // writing.batch)
-    rounds += rounds % len(kinds)  # of each kind as many
-    with progress.phase("the model writes", rounds) as bar, torch.random.fork_rng():
-        torch.manual_seed(writing.seed)
-        for number in range(rounds):
-            begin = kinds[number % len(kinds)]
-            rows = -(-left // (rounds - number))  # shared out evenly, so that no kind takes what is the other's
-            left -= rows
-            if not rows:
-                continue
-            ids = torch.tensor([begin] * rows, device=model.device)
-            with torch.inference_mode():
-                new = max(1, writing.length - len(begin))
-                written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new)
-            bar.advance(tokens=written.numel())
-            yield from tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def _file_of(target: Path, this: Round) -> Path:
+    return target.with_name(f"own.{this.number:04}.json")
 
 
-def beginnings(tokenizer: Any) -> list[list[int]]:
-    """The ids that texts begin with: of a user's turn, where there is a chat template, and of any text.
-
-    Raises LillamaError where the tokenizer has no token that a text begins or ends with.
-    """
-    found: list[list[int]] = []
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": MARK}]
-        before, mark, _ = tokenizer.apply_chat_template(turns, tokenize=False).partition(MARK)
-        if mark and before:
-            found.append(list(tokenizer(before, add_special_tokens=False)["input_ids"]))
-    start = list(find_around(tokenizer, "auto").before)
-    if not start:
-        token = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
-        start = [] if token is None else [token]
-    if start:
-        found.append(start)
-    if not found:
-        raise LillamaError("the tokenizer has no token that a text begins with", where="data", hint=HINT)
-    return found
-
-
-def _sampling(tokenizer: Any) -> GenerationConfig:
-    """Sampling from the predictions as they are; what ends a turn or a text does not end the writing."""
-    config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    config.pad_token_id = pad
-    return config
+def _read(path: Path) -> dict[str, Any]:
+    """What a file says; nothing where it is not there, or damaged."""
+    try:
+        return read_checked(path)
+    except (OSError, ValueError):
+        return {}

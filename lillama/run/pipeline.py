@@ -42,6 +42,7 @@ from lillama.run.decided import PLAN
 from lillama.run.estimate import check_disk
 from lillama.run.forms import needed
 from lillama.run.learn import learn
+from lillama.run.owntext import OwnText
 from lillama.run.prepare import Prepared, prepare
 from lillama.run.quantise import count, quantise, refuse_other
 
@@ -83,14 +84,19 @@ class Run:
         restart: bool = False,
         batches: list[dict[str, Tensor]] | None = None,
         before: dict[str, Any] | None = None,
+        texts: Path | None = None,
     ) -> None:
-        """`before`: what another run's evaluation.before.json holds, of the same original."""
+        """`before`: what another run's evaluation.before.json holds, of the same original.
+
+        `texts`: where runs share what their models write themselves.
+        """
         self.prepared, self.progress = prepared, progress
         self.recipe, self.source, self.plan = prepared.recipe, prepared.source, prepared.plan
         self.directory = RunDirectory(Path(self.recipe.run.out))
         self.restart = restart
         self.given = batches
         self.before = before
+        self.texts = texts
         self.details: dict[str, Any] = {}
 
     def execute(self) -> Result:
@@ -180,11 +186,22 @@ class Run:
             if stream is not None:
                 batches = list(stream)
             else:
-                blocks = calibration.token_blocks(self.tokenizer(), self.recipe.calibration)
+                blocks = calibration.token_blocks(self.tokenizer(), self.recipe.calibration, own=self.own_text)
                 batches = data_batches.text_batches(blocks, self.recipe.distill.batch_size)
         if not batches:
             raise LillamaError("the calibration data gives no batch", where="calibration")
         return batches
+
+    def own_text(self) -> Path:
+        """The file of what the model wrote itself; it writes now unless that is there, before the directory is open."""
+        own = OwnText(self.prepared, self.directory.path, self.progress, self.texts)
+        if own.is_there():
+            return own.path()
+        held = self.directory.held()
+        new = fingerprint.of(self.prepared, held.get("data", "") if held else "")  # of which the text decides the data
+        new = new if held is None else fingerprint.like(new, held, Path(self.source.where))
+        with self.directory.claimed(new, self.restart):
+            return own.path()
 
     def tokenizer(self) -> Any:
         """The original's tokenizer."""

@@ -47,6 +47,7 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
     source.share(hosts.shared_modules(plugin, source.model, recipe))
     if not any(layer.weights for layer in layers):
         raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
+    check.check_writer(recipe, source)
     check.check_lengths(recipe, source.config)
     check.check_skip(recipe.compress.skip, layers, source.model)
     if config is None:  # where the model is not at hand, the data need not be

@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lillama.base.rundir import CHECKPOINTS, EVENTS, ORIGINAL, RESOLVED
+from lillama.base.rundir import CALIBRATION, CHECKPOINTS, EVENTS, ORIGINAL, RESOLVED
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Recipe
 from lillama.report.record import read_events
@@ -67,7 +67,7 @@ def run(sweep: Sweep, base: Path, progress: Progress, overrides: list[str] | Non
 
 
 class _Shared:
-    """What all runs of one original have in common, and is done once: unpacking it, and measuring it."""
+    """What all runs of one original have in common, and is done once: unpacking it, measuring it, what it writes."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -84,7 +84,8 @@ class _Shared:
         prepared = prepare.prepare(recipe)
         key = json.dumps([prepared.source.identity(), str(prepared.source.dtype)], sort_keys=True)
         # A Progress of its own: it adds up the seconds of one run.
-        pipeline.Run(prepared, Progress(progress.console), before=self.before.get(key)).execute()
+        own = Progress(progress.console)
+        pipeline.Run(prepared, own, False, None, self.before.get(key), self.out / CALIBRATION).execute()
         measured = Path(recipe.run.out) / "evaluation.before.json"
         if measured.is_file():
             self.before[key] = json.loads(measured.read_text())

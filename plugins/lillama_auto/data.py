@@ -65,17 +65,18 @@ def _images(recipe: Recipe) -> Iterator[Any]:
     import PIL.Image
 
     section = recipe.calibration
-    folder = Path(section.dataset).expanduser()
+    dataset = section.one_dataset()
+    folder = Path(dataset).expanduser()
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES) if folder.is_dir() else []
     if files:
         for file in files:
             yield lambda file=file: PIL.Image.open(file)
         return
-    rows = load_rows(section.dataset, config=section.config, split=section.split, where="calibration")
+    rows = load_rows(dataset, config=section.config, split=section.split, where="calibration")
     column = next((name for name in (section.column, *COLUMNS) if name in rows.column_names), None)
     if column is None:
         raise LillamaError(
-            f"'{section.dataset}' has no column of images; it has {', '.join(rows.column_names)}",
+            f"'{dataset}' has no column of images; it has {', '.join(rows.column_names)}",
             where="calibration.column",
             hint="Name the column, or give a folder of images.",
         )
@@ -107,7 +108,7 @@ def sound_batches(model: PreTrainedModel, recipe: Recipe, progress: Progress) ->
         extractor = AutoFeatureExtractor.from_pretrained(resolve(recipe.model)[0], revision=recipe.model.revision)
     section, rate = recipe.calibration, extractor.sampling_rate
     clips = read_clips(
-        section.dataset, config=section.config, split=section.split, column=section.column, rate=rate,
+        section.one_dataset(), config=section.config, split=section.split, column=section.column, rate=rate,
         where="calibration", fraction=section.fraction, seed=section.seed,
     )  # fmt: skip
     takes = inspect.signature(type(model).forward).parameters

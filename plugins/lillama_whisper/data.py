@@ -34,7 +34,7 @@ def calibration_batches(recipe: Recipe, progress: Progress) -> list[dict[str, Te
     section, size = recipe.calibration, recipe.distill.batch_size
     teacher = Teacher(recipe)
     clips = read_clips(
-        section.dataset,
+        section.one_dataset(),
         config=section.config,
         split=section.split,
         column=section.column,
@@ -152,7 +152,7 @@ def finetune_examples(recipe: Recipe, progress: Progress) -> list[dict[str, Any]
     own = section.dataset is not None
     teacher = Teacher(recipe)
     clips = read_clips(
-        section.dataset or base.dataset,
+        section.dataset or base.one_dataset(),
         config=section.config if own else section.config or base.config,
         split=section.split or ("train" if own else base.split),
         column=section.column if own else section.column or base.column,

@@ -1,0 +1,143 @@
+"""How a model writes text: what texts begin with, in which rounds they are written, and the sampling itself.
+
+Sampled from the original's own predictions; of each kind of beginning as many, so that one half begins as the chat
+template begins a user's turn and one half as any text does. It covers what the model knows rather than the domain of
+one collection.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from lillama.base.files import checksum
+from lillama.data.special import find_around
+from lillama.errors import LillamaError
+from lillama.recipe.schema import Generate
+
+WHERE = "calibration.generate"
+MARK = "lillama-begins-here"  # stands for what a user says, to find what a template puts before it
+PROMPTS = "prompts"
+
+Beginnings = dict[str, list[list[int]]]  # by kind, the token ids that its texts begin with in turn
+
+
+@dataclass(frozen=True)
+class Round:
+    """Texts that are written at once, all of one kind: the first of them takes the beginning `first` of its kind."""
+
+    number: int
+    kind: str
+    first: int
+    texts: int
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How much is written, and how: tokens in all, tokens of one text, texts at once, temperature, seed."""
+
+    tokens: int
+    length: int = 512
+    batch: int = 32
+    temperature: float = 1.0
+    seed: int = 0
+
+    @classmethod
+    def of(cls, section: Generate, tokens: int, most: int | None) -> Writing:
+        """What a recipe says; no text is longer than `most` positions."""
+        length = min(section.length, most or section.length)
+        return cls(tokens, length, section.batch, section.temperature, section.seed)
+
+    @property
+    def texts(self) -> int:
+        """How many texts there will be."""
+        return max(1, -(-self.tokens // self.length))
+
+
+def rounds(writing: Writing, kinds: Sequence[str]) -> list[Round]:
+    """The rounds of the writing: kinds in turn, of each as many, texts shared out evenly among them."""
+    left = writing.texts
+    count = -(-left // writing.batch)
+    count += -count % len(kinds)
+    found, begun = [], dict.fromkeys(kinds, 0)
+    for number in range(count):
+        kind = kinds[number % len(kinds)]
+        texts = -(-left // (count - number))  # evenly, so that no kind takes what is the other's
+        left -= texts
+        if texts:
+            found.append(Round(number, kind, begun[kind], texts))
+            begun[kind] += texts
+    return found
+
+
+def write_round(model: Any, tokenizer: Any, begin: list[list[int]], writing: Writing, this: Round) -> list[str]:
+    """The texts of one round, whatever was written before it: `writing.length` tokens each, special ones kept."""
+    model.generation_config = _sampling(tokenizer, writing.temperature)
+    chosen = [begin[(this.first + i) % len(begin)] for i in range(this.texts)]
+    longest = max(map(len, chosen))
+    pad = model.generation_config.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(one)) + one for one in chosen], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in chosen], device=model.device)
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(int(checksum([writing.seed, this.number])[:15], 16))
+        new = max(1, writing.length - longest)
+        written = model.generate(ids, attention_mask=mask, max_new_tokens=new)
+    rows = [row[longest - len(one) :] for row, one in zip(written.cpu(), chosen)]
+    return list(tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def beginnings(tokenizer: Any, section: Generate, prompts: Sequence[str] = (), length: int = 512) -> Beginnings:
+    """What texts begin with, by kind; prompts of more than half of `length` tokens are cut there.
+
+    Raises LillamaError where the tokenizer has nothing of what the section wants.
+    """
+    found: Beginnings = {}
+    if "user" in section.begin and (user := _user(tokenizer)):
+        found["user"] = [user]
+    before = list(find_around(tokenizer, "auto").before)
+    if "start" in section.begin and (start := before or _token(tokenizer)):
+        found["start"] = [start]
+    if prompts:
+        most = max(1, length // 2 - len(before))
+        encoded = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+        found[PROMPTS] = [before + list(ids)[:most] for ids in encoded if before or len(ids)]
+    found = {kind: ids for kind, ids in found.items() if ids}
+    if not found:
+        raise LillamaError(
+            "the tokenizer has no token that a text begins with",
+            where=f"{WHERE}.begin",
+            hint="Give calibration.generate.prompts, or data: calibration.dataset.",
+        )
+    return found
+
+
+def interleave(texts: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """(kind, text) of all texts, kinds in turn, so that every part of them has all kinds."""
+    for row in itertools.zip_longest(*texts.values()):
+        yield from ((kind, text) for kind, text in zip(texts, row) if text is not None)
+
+
+def _user(tokenizer: Any) -> list[int]:
+    """What the chat template puts before what a user says; nothing where there is no template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    turns = [{"role": "user", "content": MARK}]
+    before, mark, _ = tokenizer.apply_chat_template(turns, tokenize=False).partition(MARK)
+    return list(tokenizer(before, add_special_tokens=False)["input_ids"]) if mark and before else []
+
+
+def _token(tokenizer: Any) -> list[int]:
+    token = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
+    return [] if token is None else [token]
+
+
+def _sampling(tokenizer: Any, temperature: float) -> GenerationConfig:
+    """Sampling from the predictions as they are; what ends a turn or a text does not end the writing."""
+    config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    config.pad_token_id = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    return config
