@@ -138,7 +138,8 @@ def of_speech(recipe: lillama.Recipe, args: argparse.Namespace) -> Measure:
             logits = model(encoder_outputs=(states[None].float(),), decoder_input_ids=read[None]).logits[0]
             lost += torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
             count += (labels >= 0).sum().item()
-        found = wer(model, context, dataset=args.heard, speed_tokens=0)
+        most = min(224, model.config.max_target_positions - 4)  # what is read before the first word
+        found = wer(model, context, dataset=args.heard, new_tokens=most, speed_tokens=0)
         return {"perplexity": math.exp(lost / count), "wer": found["wer"]}
 
     return measure
