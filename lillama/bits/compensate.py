@@ -19,9 +19,7 @@ BLOCK = 128  # columns whose errors are spread over the others together; a multi
 ROWS = 64  # that are rounded together, as if they had nothing to do with each other
 
 
-def round_compensated(
-    W: Tensor, H: Tensor, bits: int, group: int, G: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def round_compensated(W: Tensor, H: Tensor, bits: int, group: int, G: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(codes, scales) of W [n, k] by H [k, k] and, unless rows are each for themselves, G [n, n].
 
     They are as `round_nearest` gives them.

@@ -1,8 +1,9 @@
 """How the tensors of one low-rank matrix are rounded: what the first of them loses the second makes up for.
 
 B is rounded by H of its inputs and A^T G A. Then A, or the coefficients C, are the best for the B that came out, in
-closed form, and are rounded by what reaches them, B H B^T, and G. Two factors may first be turned into others with the same product: such
-that errors of every row of B, and of every column of A, matter alike, and that no number is much larger than others.
+closed form, and are rounded by what reaches them, B H B^T, and G. Two factors may first be turned into others with the
+same product: such that errors of every row of B, and of every column of A, matter alike, and that no number is much
+larger than others.
 """
 
 from __future__ import annotations
