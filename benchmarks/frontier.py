@@ -109,7 +109,7 @@ def rounded_original(model: Any, bits: int, reading: Reading | None) -> int:
         codes, scales = (
             round_nearest(W.data, bits, GROUP)
             if moments is None
-            else round_compensated(W.data, moments.inputs, bits, GROUP)
+            else round_compensated(W.data, moments.inputs, bits, GROUP, moments.outputs)
         )
         W.data = codes * spread(scales, GROUP, W.shape[1])
         total += codes.numel() * bits // 8 + FULL * scales.numel() - FULL * codes.numel()

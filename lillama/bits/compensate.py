@@ -1,8 +1,9 @@
 """Rounding in which what one number loses is made up for by those that are not rounded yet (GPTQ, arXiv 2210.17323).
 
-The rounded W^ is to lose little of tr((W - W^) H (W - W^)^T). Columns are rounded from the first to the last; the error
-of each is spread over the columns behind it as the inverse of H says. Groups along the columns get their scales when
-their turn comes, of what their numbers are by then.
+The rounded W^ is to lose little of tr(G (W - W^) H (W - W^)^T). Columns are rounded from the first to the last; the
+error of each is spread over the columns behind it as the inverse of H says. Groups along the columns get their scales
+when their turn comes, of what their numbers are by then. In the same way rows make up for rows, as the inverse of G
+says (both sides: YAQA, arXiv 2505.22988), some rows at a time.
 """
 
 from __future__ import annotations
@@ -13,14 +14,42 @@ from torch import Tensor
 from lillama.lowrank.coded import find_scales, round_to, spread
 
 DAMPING = 0.01  # of H's mean diagonal: directions that no input was seen in do not swing
+OUTPUT_DAMPING = 0.1  # of G's, which is known from fewer tokens that count
 BLOCK = 128  # columns whose errors are spread over the others together; a multiple of every group
+ROWS = 64  # that are rounded together, as if they had nothing to do with each other
 
 
-def round_compensated(W: Tensor, H: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """(codes, scales) of W [n, k] by H [k, k], as `round_nearest` gives them."""
+def round_compensated(W: Tensor, H: Tensor, bits: int, group: int, G: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of W [n, k] by H [k, k] and, unless rows are each for themselves, G [n, n].
+
+    They are as `round_nearest` gives them.
+    """
+    W = W.detach().float()
+    spreading = _spreading(H, DAMPING).to(W)
+    if G is None or len(W) <= ROWS:
+        return _round_rows(W, H, spreading, bits, group)
+    # Neighbours, such as the rows of one head, matter to each other most: they come into different blocks.
+    blocks = -(-len(W) // ROWS)
+    order = torch.cat([torch.arange(first, len(W), blocks) for first in range(blocks)]).to(W.device)
+    over = _spreading(G[order][:, order], OUTPUT_DAMPING).to(W)
+    wanted, found, start = W[order], [], 0
+    for first in range(blocks):
+        stop = start + len(range(first, len(W), blocks))
+        rows = wanted[start:stop]
+        found.append(_round_rows(rows, H, spreading, bits, group))
+        lost = rows - found[-1][0] * spread(found[-1][1], group, W.shape[1])
+        lost = torch.linalg.solve_triangular(over[start:stop, start:stop].T, lost, upper=False)
+        wanted[stop:] -= over[start:stop, stop:].T @ lost
+        start = stop
+    back = order.argsort()
+    codes, scales = (torch.cat(parts)[back] for parts in zip(*found))
+    return codes, scales
+
+
+def _round_rows(W: Tensor, H: Tensor, spreading: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of rows that do not make up for each other; `spreading` is that of H."""
     # Column by column, in which order they are visited; a copy, though W may lie so already.
-    left = W.detach().float().T.clone(memory_format=torch.contiguous_format)
-    spreading = _spreading(H).to(left)
+    left = W.T.clone(memory_format=torch.contiguous_format)
     columns = len(left)
     codes, scales = torch.empty_like(left), []
     for start in range(0, columns, BLOCK):
@@ -41,12 +70,12 @@ def round_compensated(W: Tensor, H: Tensor, bits: int, group: int) -> tuple[Tens
     return codes, refit_scales(W, codes, torch.cat(scales, 1), H, group)
 
 
-def _spreading(H: Tensor) -> Tensor:
+def _spreading(H: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the inverse of H, damped."""
     H = H.double()
     n = len(H)
     one = torch.eye(n, dtype=H.dtype, device=H.device)
-    H = H + one * (DAMPING * H.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    H = H + one * (damping * H.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
     return torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
 

@@ -1,8 +1,9 @@
 """How the tensors of one low-rank matrix are rounded: what the first of them loses the second makes up for.
 
-B is rounded by H of its inputs. Then A, or the coefficients C, are the best for the B that came out, in closed form,
-and are rounded by what reaches them, B H B^T. Two factors may first be turned into others with the same product: such
-that errors of every row of B, and of every column of A, matter alike, and that no number is much larger than others.
+B is rounded by H of its inputs and A^T G A. Then A, or the coefficients C, are the best for the B that came out, in
+closed form, and are rounded by what reaches them, B H B^T, and G. Two factors may first be turned into others with the
+same product: such that errors of every row of B, and of every column of A, matter alike, and that no number is much
+larger than others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lillama.base.device import factorising
-from lillama.bits.compensate import round_compensated
+from lillama.bits.compensate import OUTPUT_DAMPING, round_compensated
 from lillama.bits.moments import Moments
 from lillama.lowrank.coded import round_nearest, spread
 from lillama.lowrank.rounded import Rounded
@@ -41,23 +42,30 @@ def round_matrix(storage: Rounded, tensors: Tensors, known: Moments | None) -> T
 
 
 def _dense(storage: Rounded, tensors: Tensors, known: Moments) -> dict[str, Pair]:
-    return {"W": round_compensated(tensors["W"], known.inputs, storage.bits, storage.group)}
+    return {"W": round_compensated(tensors["W"], known.inputs, storage.bits, storage.group, known.outputs)}
 
 
 def _factors(storage: Rounded, tensors: Tensors, known: Moments) -> dict[str, Pair]:
     A, B = turned(tensors["A"], tensors["B"], known)
-    first = round_compensated(B, known.inputs, storage.bits, storage.group)
+    first = round_compensated(B, known.inputs, storage.bits, storage.group, A.T @ known.outputs @ A)
     A, gram = _refitted(A, B, _whole(first, storage.group), known.inputs)
-    return {"A": round_compensated(A, gram, storage.bits, storage.group), "B": first}
+    return {"A": round_compensated(A, gram, storage.bits, storage.group, known.outputs), "B": first}
 
 
 def _pivoted(storage: Rounded, tensors: Tensors, known: Moments) -> dict[str, Pair]:
-    B, C = tensors["B"], tensors["C"]
-    first = round_compensated(B, known.inputs, storage.bits, storage.group)
+    B, C, (order, inverse) = tensors["B"], tensors["C"], storage.base.derive(tensors)
+    G, one = known.outputs, torch.eye(len(B), dtype=B.dtype, device=B.device)
+    A = torch.cat([one, C])[order]
+    first = round_compensated(B, known.inputs, storage.bits, storage.group, A.T @ G @ A)
     if not len(C):
         return {"B": first, "C": round_nearest(C, storage.bits, storage.group)}
-    C, gram = _refitted(C, B, _whole(first, storage.group), known.inputs)
-    return {"B": first, "C": round_compensated(C, gram, storage.bits, storage.group)}
+    others = inverse[len(B) :]
+    own = G[others][:, others]
+    # What the other rows are to add to themselves for each error of the pivots, to make up for it by G.
+    damped = own + torch.eye(len(own), dtype=G.dtype, device=G.device) * _share(own, OUTPUT_DAMPING)
+    answer = torch.linalg.solve(damped, G[others][:, inverse[: len(B)]])
+    C, gram = _refitted(C + answer, B, _whole(first, storage.group), known.inputs)
+    return {"B": first, "C": round_compensated(C - answer, gram, storage.bits, storage.group, own)}
 
 
 ROUNDERS: dict[str, Callable[[Rounded, Tensors, Moments], dict[str, Pair]]] = {

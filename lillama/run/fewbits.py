@@ -19,7 +19,7 @@ from lillama.recipe.schema import Quantize, Recipe
 from lillama.run.counts import Counts
 
 ROUNDING = 6  # copies of a matrix in float32 while scales for it are tried
-SQUARES = 6  # float64 matrices of d_in x d_in while one is rounded
+SQUARES = 6  # float64 matrices of d_in x d_in, or d_out x d_out, while one is rounded
 INDEX = 8  # bytes of a row number
 
 
@@ -132,7 +132,7 @@ def memory(counts: Counts, kept_per_token: int, logits_per_token: int) -> int:
     rounding = 4 * ROUNDING * largest
     batch, held = 0, 0
     if section.fitted:
-        widest = max((t.matrix[1] for t in planned_targets(plan, model, section.what)), default=0)
+        widest = max((max(t.matrix) for t in planned_targets(plan, model, section.what)), default=0)
         rounding += 8 * SQUARES * widest**2
         batch = counts.batch * (kept_per_token + logits_per_token)
         held = moments_bytes(section, plan, model)[1] if counts.device.device.type == "cpu" else 0
@@ -155,7 +155,8 @@ def operations(counts: Counts) -> float:
     for target in found:
         forms = 3 if section.storage == "auto" and target.storage != DENSE else 1
         d_out, d_in = target.matrix
-        once += target.copies * forms * (8.0 * d_in**3 + 6.0 * d_out * d_in**2)  # in float64, and in float32
+        squares, products = d_in**3 + d_out**3, 6.0 * d_in + 2.0 * d_out
+        once += target.copies * forms * (8.0 * squares + products * d_out * d_in)  # in float64, and in float32
     return learned + tokens * (often * 4 * plan.after + sums) + once
 
 
