@@ -101,6 +101,11 @@ class Placed(torch.Tensor):
         return copied
 
 
+def bare(value: Any) -> Any:
+    """The numbers of a tensor, wherever it is."""
+    return value.held if isinstance(value, Placed) else value
+
+
 class Generator(torch.Generator):
     """A generator of random numbers that says it is of a card."""
 
@@ -195,12 +200,10 @@ class Pretended(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if func is torch.Tensor.backward:
-            with self.again():
-                return _backward(*args, **kwargs)
-        if func is torch.autograd.grad:
-            with self.again():
-                return _gradients(*args, **kwargs)
+        engine = ENGINE.get(func)
+        if engine is not None:  # Python functions run inside of it
+            with self.again(), self._making(args[0]):
+                return engine(*args, **kwargs)
         if func is torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             return _set_data(*args)
         if name in ("to", "cuda", "cpu", "mps", "type_as") and args and isinstance(args[0], torch.Tensor):
@@ -213,9 +216,16 @@ class Pretended(TorchFunctionMode):
             label = self.resolve(wanted)
             if label is not None or first is not None:
                 return self._made(func, args, kwargs, label)
-        before, self.born = self.born, self.born if first is None else first.label
-        try:
+        with self._making(first):
             return func(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _making(self, tensor: Any) -> Iterator[None]:
+        """What is made meanwhile, by C++ and without a device's name, is where `tensor` is."""
+        first = next((t for t in pytree.tree_leaves(tensor) if isinstance(t, Placed)), None)
+        before, self.born = self.born, None if first is None else first.label
+        try:
+            yield
         finally:
             self.born = before
 
@@ -226,13 +236,8 @@ class Pretended(TorchFunctionMode):
         generator = plain.get("generator")
         if label is not None and generator is not None and getattr(generator, "device", CPU) != label:
             raise RuntimeError(f"Expected a '{label}' device type for generator but found '{generator.device}'")
-        before, self.born = self.born, None
-        try:
-            with torch.no_grad():
-                bare = lambda t: t.held if isinstance(t, Placed) else t  # noqa: E731
-                found = func(*pytree.tree_map(bare, args), **pytree.tree_map(bare, plain))
-        finally:
-            self.born = before
+        with self._making(None), torch.no_grad():
+            found = func(*pytree.tree_map(bare, args), **pytree.tree_map(bare, plain))
         if pinned:
             self.pinned.add(found.data_ptr())
         if label is None:
@@ -301,20 +306,29 @@ def _moved(tensor: torch.Tensor, target: torch.device) -> Any:
     return pretence().place(copied, target) if target.type in CARDS else copied
 
 
-def _backward(loss: Any, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None):
-    """Tensor.backward, which Python functions run inside of."""
-    torch.autograd.backward(loss, gradient, retain_graph, create_graph, inputs=inputs)
+def _backward(
+    loss: Any, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+) -> None:
+    """torch.autograd.backward, and a tensor's own."""
+    _run_back(loss, inputs or (), gradient, bool(retain_graph or create_graph), create_graph, True, True)
 
 
 def _gradients(outputs: Any, inputs: Any, grad_outputs: Any = None, allow_unused: bool = False, **more: Any) -> Any:
-    """torch.autograd.grad, which Python functions run inside of."""
+    """torch.autograd.grad."""
+    keep, create = bool(more.get("retain_graph")), bool(more.get("create_graph"))
+    return _run_back(outputs, inputs, grad_outputs, keep or create, create, allow_unused, False)
+
+
+def _run_back(outputs: Any, inputs: Any, given: Any, keep: bool, create: bool, unused: bool, accumulate: bool) -> Any:
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
-    given = (grad_outputs,) if isinstance(grad_outputs, torch.Tensor) else grad_outputs or [None] * len(outputs)
+    given = (given,) if isinstance(given, torch.Tensor) else given or [None] * len(outputs)
     given = tuple(torch.ones_like(one) if grad is None else grad for one, grad in zip(outputs, given))
-    keep = bool(more.get("retain_graph") or more.get("create_graph"))
     engine = torch.autograd.graph._engine_run_backward
-    return engine(outputs, given, keep, bool(more.get("create_graph")), inputs, allow_unused, accumulate_grad=False)
+    return engine(outputs, given, keep, create, inputs, unused, accumulate_grad=accumulate)
+
+
+ENGINE = {torch.Tensor.backward: _backward, torch.autograd.backward: _backward, torch.autograd.grad: _gradients}
 
 
 def _set_data(tensor: Any, value: Any) -> None:
@@ -349,10 +363,15 @@ class _Operations(TorchDispatchMode):
                 return pytree.tree_map(lambda t: pretended.place(t, pretended.born), found)
             return found
         label = self._common(func, tensors, placed)
+        if func is aten._to_copy.default and kwargs.get("device") is not None:  # as C++ sees it
+            label = pretended.resolve(kwargs["device"]) or label
         self._look(func, name, args, kwargs, placed)
-        bare = lambda t: t.held if isinstance(t, Placed) else t  # noqa: E731
         plain = pytree.tree_map(bare, kwargs)
-        found = func(*pytree.tree_map(bare, args), **plain)
+        given = pytree.tree_map(bare, args)
+        if func is aten.histc.default and not given[0].is_floating_point():  # which a card counts, and the host does not
+            found = func(given[0].float(), *given[1:], **plain).to(given[0].dtype)
+        else:
+            found = func(*given, **plain)
         return self._returned(func, args, kwargs, found, label)
 
     def _common(self, func: Any, tensors: list[Any], placed: list[Any]) -> torch.device:
@@ -419,6 +438,7 @@ def machine(device: str, fast_bfloat16: bool = False) -> Iterator[Pretended]:
     answers: dict[str, Any] = {
         "is_available": lambda: cuda,
         "is_initialized": lambda: cuda,
+        "get_device_capability": lambda which=None: (9, 0),
         "device_count": lambda: 2 if cuda else 0,
         "current_device": lambda: pretended.current,
         "set_device": set_device,
@@ -447,7 +467,20 @@ def machine(device: str, fast_bfloat16: bool = False) -> Iterator[Pretended]:
         made.label = pretended.resolve(device) or CPU
         return made
 
+    states = {"get_rng_state": torch.get_rng_state, "set_rng_state": torch.set_rng_state}
+    for name, host in states.items():
+        for place in (torch.cuda, torch.cuda.random):
+            patch.setattr(place, name, lambda *given, host=host: host(*[t for t in given if isinstance(t, torch.Tensor)]))
+    grouped = torch._C._group_tensors_by_device_and_dtype
+
+    def by_device(lists: Any, with_indices: bool = False) -> Any:
+        """To C++ all are on the CPU."""
+        found = grouped(lists, with_indices).items()
+        return {(next(t for t in rows[0][0] if t is not None).device, key[1]): rows for key, rows in found}
+
+    patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", by_device)
     patch.setattr(torch, "Generator", generator)
+    patch.setattr(torch, "inference_mode", lambda mode=True: torch.set_grad_enabled(not mode))  # no subclass can have it
     patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a pretence is of one thread
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
