@@ -84,6 +84,9 @@ class Placed(torch.Tensor):
     def untyped_storage(self) -> Any:
         return self.held.untyped_storage()
 
+    def record_stream(self, queue: Queue) -> None:
+        queue.pretended.order.append(f"kept for {queue.name}")
+
     def numpy(self, **_: Any) -> Any:
         raise TypeError(f"can't convert {self.label} device type tensor to numpy. Use Tensor.cpu() first.")
 
@@ -109,7 +112,15 @@ def bare(value: Any) -> Any:
 class Generator(torch.Generator):
     """A generator of random numbers that says it is of a card."""
 
-    label = CPU
+    label: torch.device
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        made = super().__new__(cls)
+        made.label = pretence().resolve(device) or CPU
+        return made
+
+    def __init__(self, device: Any = "cpu") -> None:
+        pass
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -149,6 +160,7 @@ class Pretended(TorchFunctionMode):
         self.by_hand: Counter[str] = Counter()
         self.born: torch.device | None = None  # where what an operation makes for itself belongs
         self.pinned: set[int] = set()
+        self.order: list[str] = []  # what streams of the card were asked for
         self._below = _Operations(self)
 
     def __enter__(self) -> Pretended:
@@ -204,7 +216,7 @@ class Pretended(TorchFunctionMode):
         if engine is not None:  # Python functions run inside of it
             with self.again(), self._making(args[0]):
                 return engine(*args, **kwargs)
-        if func is torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+        if name == "__set__" and func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             return _set_data(*args)
         if name in ("to", "cuda", "cpu", "mps", "type_as") and args and isinstance(args[0], torch.Tensor):
             moved = self._move(name, args, kwargs)
@@ -425,6 +437,37 @@ class _Operations(TorchDispatchMode):
         return pytree.tree_map(back, found)
 
 
+class Queue:
+    """A stream of a card: work in order, beside that of others. `pretended.order` says what was asked of which."""
+
+    def __init__(self, pretended: Pretended, name: str) -> None:
+        self.pretended, self.name = pretended, name
+
+    def wait_stream(self, other: Queue) -> None:
+        self.pretended.order.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        self.pretended.order.append(f"on {self.name}")
+        yield
+
+
+class Happened:
+    """A moment in the work of a card, which can be waited for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, *_: Any) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pretence().wait("event")
+
+
 @contextlib.contextmanager
 def machine(device: str, fast_bfloat16: bool = False) -> Iterator[Pretended]:
     """A machine with two cards (or Apple's one), of which `device` is asked for; everything torch says of it fits."""
@@ -449,10 +492,16 @@ def machine(device: str, fast_bfloat16: bool = False) -> Iterator[Pretended]:
         **{name: lambda which=None: 0 for name in ("max_memory_allocated", "memory_allocated")},
         **{name: lambda which=None: None for name in ("empty_cache", "reset_peak_memory_stats")},
     }
+    work = Queue(pretended, "work")
+    answers |= {"Stream": lambda which=None: Queue(pretended, "copies"), "current_stream": lambda which=None: work}
+    answers["stream"] = lambda queue: queue.at_work()
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, answer)
     patch.setattr(torch.backends.mps, "is_available", lambda: not cuda)
+    patch.setattr(torch.backends.mps, "is_built", lambda: not cuda)
     patch.setattr(torch.mps, "synchronize", lambda: pretended.wait("synchronize"))
+    for name in ("empty_cache", "manual_seed"):
+        patch.setattr(torch.mps, name, lambda *_: None)
     start, enabled, asked = torch.autocast.__init__, torch.is_autocast_enabled, torch.get_autocast_dtype
 
     def named(kind: str) -> str:
@@ -461,11 +510,6 @@ def machine(device: str, fast_bfloat16: bool = False) -> Iterator[Pretended]:
     patch.setattr(torch.autocast, "__init__", lambda self, kind, *more, **how: start(self, named(kind), *more, **how))
     patch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": enabled(named(kind)))
     patch.setattr(torch, "get_autocast_dtype", lambda kind: asked(named(kind)))
-
-    def generator(device: Any = "cpu") -> Generator:
-        made = Generator()
-        made.label = pretended.resolve(device) or CPU
-        return made
 
     states = {"get_rng_state": torch.get_rng_state, "set_rng_state": torch.set_rng_state}
     for name, host in states.items():
@@ -479,9 +523,10 @@ def machine(device: str, fast_bfloat16: bool = False) -> Iterator[Pretended]:
         return {(next(t for t in rows[0][0] if t is not None).device, key[1]): rows for key, rows in found}
 
     patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", by_device)
-    patch.setattr(torch, "Generator", generator)
+    patch.setattr(torch, "Generator", Generator)
     patch.setattr(torch, "inference_mode", lambda mode=True: torch.set_grad_enabled(not mode))  # no subclass can have it
     patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a pretence is of one thread
+    patch.setattr(torch, "Event", Happened)
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:

@@ -91,7 +91,9 @@ def _weights(number: int, layer: nn.Module) -> Iterator[dict[str, Any]]:
 
 def of_matrix(matrix: Tensor) -> float:
     """||M||_F^2 / ||M||_2^2 of a matrix, or its mean over a stack of them; 0 of a zero matrix."""
-    M = matrix.float()
+    from lillama.base.device import factorising
+
+    M = matrix.float().to(factorising(matrix.device))
     stack = M if M.dim() == 3 else M[None]
     return sum(_ratio(one) for one in stack) / len(stack)
 
