@@ -10,8 +10,8 @@ since the sequential schedule never has more than one at a time. Nothing is down
 - contract: what every architecture is promised (lillama/testing/contract.py), with runs on the card;
 - layers: the default recipe on a few layers of Phi-2, Mistral-7B and Mixtral-8x7B: the peak of device memory beside the
   estimate, seconds per layer and phase, and what the whole model would take, beside the paper's minutes on an A100;
-- speed: prefill and decode at batch 4, dense and pivoted, eager and compiled; a ratio of 1.00 to the numbers' means that
-  a model of fewer numbers is faster by as much.
+- speed: prefill and decode at batch 4, dense and pivoted, eager and compiled; 1.00 of the numbers' ratio means that a
+  model of fewer numbers is faster by as much.
 
 Every part has its share of the time and is caught by itself: what fails or is cut off is said, and the others go on.
 """
@@ -374,7 +374,12 @@ def _time(pair: dict[str, Any], length: int, compiled: bool, bench: Bench) -> No
         a, b = times["dense", phase], times["pivoted", phase]
         ratio = statistics.median(x / y for x, y in zip(a, b))
         to = ratio / bench.found["speed"]["numbers_ratio"]
-        found[phase] = {"dense": statistics.median(a), "pivoted": statistics.median(b), "ratio": ratio, "to_numbers": to}
+        found[phase] = {
+            "dense": statistics.median(a),
+            "pivoted": statistics.median(b),
+            "ratio": ratio,
+            "to_numbers": to,
+        }
         said.append(f"{phase} {statistics.median(a) * 1e3:.1f} ms, pivoted x {ratio:.2f} ({to:.2f} of the numbers')")
     bench.found["speed"]["rows"].append(found)
     bench.row("speed", f"{batch} x {length}", "compiled" if compiled else "eager", *said)

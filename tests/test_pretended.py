@@ -16,7 +16,9 @@ import test_mamba
 import test_mixtral
 import torch
 from conftest import tiny, tokenizer
-from pretended import Placed, Pretended, machine
+from pretended import Pretended
+from pretended_machine import machine
+from pretended_operations import Placed
 from speech_models import folder, save
 from torch import nn
 
@@ -45,7 +47,13 @@ BY_HAND = (
     "lillama/evaluate/speech.py",
 )
 # On Apple's, which has no float64, factors are found on the host as well.
-OF_APPLE = (*BY_HAND, "lillama/factorise/", "lillama/bits/", "lillama/lowrank/arithmetic.py", "lillama/lowrank/format.py")
+OF_APPLE = (
+    *BY_HAND,
+    "lillama/factorise/",
+    "lillama/bits/",
+    "lillama/lowrank/arithmetic.py",
+    "lillama/lowrank/format.py",
+)
 
 
 def recipe(home: Path, name: str, device: str, changes: dict[str, Any]) -> Recipe:
@@ -110,7 +118,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_is_on_the_card_that_was_asked_for(case: str, tmp_path: Path) -> None:
     name, changes = CASES[case]
-    changes = {section: value for section, value in changes.items()}
     check(run(tmp_path, name, CARD, changes))
 
 
@@ -175,9 +182,12 @@ def test_streams_are_brought_to_the_card_while_it_works() -> None:
         assert pretended.order == ["copies waits for work", "on copies"]
         pretended.order.clear()
         assert torch.equal(stream[1].cpu(), made[1].cpu())
-        assert pretended.order == ["work waits for copies", "kept for copies", "copies waits for work", "on copies"] or (
-            pretended.order == ["work waits for copies", "kept for work", "copies waits for work", "on copies"]
-        )
+        assert pretended.order == [
+            "work waits for copies",
+            "kept for copies",
+            "copies waits for work",
+            "on copies",
+        ] or (pretended.order == ["work waits for copies", "kept for work", "copies waits for work", "on copies"])
         pretended.waits.clear()
         assert float(stream[0].held[0, 0]) == 0.0, "any other can be had as well"
         assert not pretended.waits

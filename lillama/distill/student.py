@@ -276,7 +276,7 @@ class Student:
     @torch.no_grad()
     def average(self, held: Iterable[Example]) -> float:
         """The mean loss over batches now."""
-        return mean_loss((self.measure(batch, *given)[0], batch.tokens) for batch, *given in held)
+        return mean_loss((self.measure(batch, to, given)[0], batch.tokens) for batch, to, given in held)
 
     def check(self, held: Iterable[Example]) -> float:
         """The held-out loss now; remembers the state when it is the best so far."""

@@ -33,8 +33,8 @@ def check_streams(prepared: Prepared, model: Any, batch: Mapping[str, Tensor]) -
     But for the rounding of float32, which differs by where a tensor lies.
 
     `model` is the whole original, on the device of `prepared`, in the type of `prepared.source.working`; the source was
-    fetched, and the plugin's `prepare` was called on both. `batch` holds the model's forward arguments. Raises StreamsDifferError, which
-    names the first layer that differs.
+    fetched, and the plugin's `prepare` was called on both. `batch` holds the model's forward arguments. Raises
+    StreamsDifferError, which names the first layer that differs.
     """
     source, layers = prepared.source, prepared.layers
     walk = Walk(source, layers, layers, prepared.device, Progress())
