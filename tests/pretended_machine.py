@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from pretended import Pretended
 from pretended_operations import CPU, pretence
 
@@ -124,6 +125,7 @@ def machine(device: str, fast_bfloat16: bool = False) -> Iterator[Pretended]:
     )  # no subclass can have it
     patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a pretence is of one thread
     patch.setattr(torch, "Event", Happened)
+    AcceleratorState._reset_state(True)  # accelerate remembers a process's device
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -132,3 +134,4 @@ def machine(device: str, fast_bfloat16: bool = False) -> Iterator[Pretended]:
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swaps)
         patch.undo()
+        AcceleratorState._reset_state(True)

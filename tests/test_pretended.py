@@ -78,7 +78,7 @@ def recipe(home: Path, name: str, device: str, changes: dict[str, Any]) -> Recip
         "run": {"out": str(home / "run"), "device": device},
     }
     for section, value in changes.items():
-        given[section] = {**given.get(section, {}), **value} if value else value
+        given[section] = {**given.get(section, {}), **value} if isinstance(value, dict) else value
     return Recipe.parse(given)
 
 
