@@ -5,6 +5,7 @@ Cards are stood in for by what torch.cuda would be asked; matrices on Apple's by
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -14,16 +15,20 @@ from conftest import tiny
 from torch.overrides import TorchFunctionMode
 
 from lillama.base import device, memory
+from lillama.checkpoint.load import load
 from lillama.contract import Weight
 from lillama.errors import LillamaError
 from lillama.evaluate import measure
+from lillama.evaluate.context import Context
+from lillama.evaluate.perplexity import token_losses
 from lillama.evaluate.speed import weight_bytes
+from lillama.evaluate.stable_rank import stable_rank
 from lillama.factorise.known import WeightStatistics
 from lillama.factorise.start import Initialiser
 from lillama.pretrained.streams import budgets
 from lillama.registry import INITIALISERS
-from lillama.run import prepare
-from lillama.testing import recipe_for
+from lillama.run import pipeline, prepare
+from lillama.testing import recipe_for, token_batches
 
 CPU, SECOND = torch.device("cpu"), torch.device("cuda:1")
 
@@ -162,6 +167,24 @@ def test_a_model_that_does_not_fit_is_spread_over_card_and_host(monkeypatch: pyt
     assert layers == {f"model.layers.{i}" for i in range(3)}, "a layer is in one place"
     on_card = sum(weight_bytes(model.get_submodule(name)) for name, place in spread.items() if place == 1)
     assert 0 < on_card <= device.FILLED * size * 3 // 4
+
+
+@pytest.mark.parametrize("storage", [None, "factors", "pivoted"])
+def test_a_model_in_several_places_predicts_what_it_does_in_one(storage: str | None, tmp_path: Path) -> None:
+    """By accelerate's hooks: half of it is in files, and comes for as long as a layer runs."""
+    model = tiny("llama-bias")
+    batches = token_batches(model)
+    if storage is not None:
+        model.save_pretrained(tmp_path / "model")
+        changes = {"compress.storage": storage, "compress.init": "svd", "distill.epochs": 0}
+        asked = recipe_for(tmp_path / "model", tmp_path / "run", changes=changes)
+        model = load(pipeline.compress(asked, batches=batches).path).eval()
+    expected = token_losses(model, batches[0]["input_ids"], 1)
+    model = measure.spread(model, {"cpu": weight_bytes(model) // 2}, tmp_path / "offloaded")
+    assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+    assert torch.equal(token_losses(model, batches[0]["input_ids"], 1), expected)
+    with pytest.raises(LillamaError, match=r"evaluate\.stable_rank: the model does not fit on the device"):
+        stable_rank(model, Context(None, "cpu", 0))
 
 
 def test_a_model_that_fits_goes_to_the_device_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

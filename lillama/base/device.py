@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lillama.errors import LillamaError
 
@@ -75,6 +76,14 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. A CUDA device is not waited for: what is sent was read when this returns.
+
+    It lies in memory that may move, which CUDA copies before it goes on; pinned memory must be left alone meanwhile.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda" and tensor.device.type == "cpu")
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -55,6 +55,8 @@ def give_back() -> None:
     torch = sys.modules.get("torch")  # whoever has something on a card has imported it
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if torch is not None and torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     if _libc() is not None:
         _libc().malloc_trim(0)
 

@@ -138,7 +138,8 @@ def _loss(storage: Rounded, tensors: Mapping[str, Tensor], now: Mapping[str, Ten
     """1/2 tr(G E H E^T) of the error E that rounding leaves."""
     base = storage.base
     W = base.product(dict(tensors), base.derive(dict(tensors))).float()
-    E = storage.product(now, storage.derive(now)).float().to(W.device) - W
+    there = {suffix: tensor.to(W.device) for suffix, tensor in now.items()}
+    E = storage.product(there, storage.derive(there)).float() - W
     G, H = known.outputs.to(E.device), known.inputs.to(E.device)
     return float(((G @ E @ H) * E).sum()) / 2
 

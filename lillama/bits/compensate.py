@@ -50,7 +50,7 @@ def _round_rows(W: Tensor, H: Tensor, spreading: Tensor, bits: int, group: int) 
     """(codes, scales) of rows that do not make up for each other; `spreading` is that of H."""
     # Column by column, in which order they are visited; a copy, though W may lie so already.
     left = W.T.clone(memory_format=torch.contiguous_format)
-    columns = len(left)
+    columns, shares = len(left), (1 / spreading.diagonal().double()).tolist()  # a device is waited for once
     codes, scales = torch.empty_like(left), []
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
@@ -63,7 +63,7 @@ def _round_rows(W: Tensor, H: Tensor, spreading: Tensor, bits: int, group: int) 
             number = block[column]
             code = round_to(number, scale, bits)
             codes[start + column] = code
-            torch.mul((number - code * scale), 1 / float(here[column, column]), out=lost[column])
+            torch.mul((number - code * scale), shares[start + column], out=lost[column])
             block[column + 1 :].addr_(here[column, column + 1 :], lost[column], alpha=-1)
         left[stop:] -= spreading[start:stop, stop:].T @ lost
     codes = codes.T.contiguous()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lillama.base.device import Device
+from lillama.base.device import Device, factorising, free_memory, send
 from lillama.base.progress import Progress
 from lillama.contract import WeightKind
 from lillama.errors import LillamaError
@@ -29,6 +29,7 @@ from lillama.pretrained.players import main_output, predicts_classes
 from lillama.pretrained.predictions import divergence, draw_tokens
 
 AT_ONCE = 2 << 30  # bytes of moments that are in memory together
+SHARE = 0.25  # of a card's free memory, that moments may take: the way back wants the rest
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -77,7 +78,8 @@ def gather(model: Any, wanted: Sequence[Wanted], reading: Reading) -> Iterator[t
     """
     batches = _cut(reading.batches, reading.tokens)
     for some in passes(wanted):
-        sums = {one.name: _Sums(one) for one in some}
+        place = _place_of(some, reading.device.device)
+        sums = {one.name: _Sums(one, place) for one in some}
         with (
             reading.progress.phase("what rounding depends on", len(batches)) as bar,
             _listening(model, some, sums),
@@ -88,7 +90,13 @@ def gather(model: Any, wanted: Sequence[Wanted], reading: Reading) -> Iterator[t
                 tokens += _run(model, batch, reading.device, reading.seed + number)
                 bar.advance()
         for one in some:
-            yield one, sums.pop(one.name).moments(tokens)
+            yield one, sums.pop(one.name).moments(tokens, reading.device.device)
+
+
+def _place_of(some: Sequence[Wanted], device: torch.device) -> torch.device:
+    """Where the moments of weights are summed: on a card with room, so that it is not waited for; else on the host."""
+    room = (free_memory(device) or 0) * SHARE
+    return device if sum(one.bytes for one in some) <= room else torch.device("cpu")
 
 
 def passes(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
@@ -117,7 +125,7 @@ def _run(model: Any, batch: Mapping[str, Tensor], where: Device, seed: int) -> i
     """Forwards and back over one batch; how many tokens were predicted."""
     device = where.device
     generator = torch.Generator(device).manual_seed(seed)
-    given = {name: value.to(device) for name, value in arguments(dict(batch)).items()}
+    given = {name: send(value, device) for name, value in arguments(dict(batch)).items()}
     with torch.enable_grad(), where.autocast():
         outputs = run_model(model, given)
         logits = main_output(outputs)
@@ -141,12 +149,13 @@ def _run(model: Any, batch: Mapping[str, Tensor], where: Device, seed: int) -> i
 class _Sums:
     """The sums of one weight, of every copy for itself."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: Wanted, place: torch.device) -> None:
         *copies, d_out, d_in = wanted.shape
         self.stacked = bool(copies)
         count = copies[0] if copies else 1
-        self.inputs, self.outputs = torch.zeros(count, d_in, d_in), torch.zeros(count, d_out, d_out)
-        self.counted = torch.zeros(count)
+        self.inputs = torch.zeros(count, d_in, d_in, device=place)
+        self.outputs = torch.zeros(count, d_out, d_out, device=place)
+        self.counted = torch.zeros(count, device=place)
 
     def add(self, x: Tensor, g: Tensor, copy: int = 0) -> None:
         """Count inputs x [.., d_in] and the gradients g [.., d_out] at what the weight makes of them."""
@@ -156,16 +165,17 @@ class _Sums:
         with torch.autocast(x.device.type, enabled=False):
             length = g.square().sum(-1, keepdim=True)
             counts = length / (length + length.mean().clamp_min(TINY))
-            self.inputs[copy] += ((x * counts).T @ x).cpu()
-            self.outputs[copy] += (g.T @ g).cpu()
-        self.counted[copy] += counts.sum().cpu()
+            self.inputs[copy] += ((x * counts).T @ x).to(self.inputs.device)
+            self.outputs[copy] += (g.T @ g).to(self.outputs.device)
+        self.counted[copy] += counts.sum().to(self.counted.device)
 
-    def moments(self, tokens: int) -> Moments:
-        """What was summed, per token. An expert that nothing reached borrows from the others."""
+    def moments(self, tokens: int, device: torch.device) -> Moments:
+        """What was summed, per token, where it is used. An expert that nothing reached borrows from the others."""
         H = self.inputs.sum(0) / self.counted.sum().clamp_min(TINY)
         seen = self.counted[:, None, None]
         each = torch.where(seen > 0, self.inputs / seen.clamp_min(TINY), H)
-        outputs = self.outputs / tokens
+        place = factorising(device)
+        each, outputs = each.to(place), (self.outputs / tokens).to(place)
         return Moments(each, outputs) if self.stacked else Moments(each[0], outputs[0])
 
 

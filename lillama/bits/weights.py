@@ -109,7 +109,8 @@ def turned(A: Tensor, B: Tensor, known: Moments) -> Pair:
     (Qa, Qb), (U, S, Vt) = _singular(L.T @ A, (B @ M).T)
     size = S.sqrt().clamp_min(S.max().sqrt() * 1e-6 + torch.finfo(torch.float32).tiny)
     generator = torch.Generator().manual_seed(SEED)
-    rotation = torch.linalg.qr(torch.randn(len(S), len(S), dtype=A.dtype, generator=generator))[0].to(A.device)
+    drawn = torch.randn(len(S), len(S), dtype=A.dtype, generator=generator)  # the same on every device
+    rotation = torch.linalg.qr(drawn.to(A.device))[0]
     left = torch.linalg.solve_triangular(L.T, Qa @ (U * size), upper=True)
     right = torch.linalg.solve_triangular(M.T, (Qb @ Vt.T) * size, upper=True)
     return (left @ rotation).float(), (right @ rotation).T.float()

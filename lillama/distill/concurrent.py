@@ -18,7 +18,7 @@ from lillama.base.finite import unless_finite
 from lillama.contract import Layer
 from lillama.distill.job import Job, Watch
 from lillama.distill.snapshot import Snapshot
-from lillama.distill.student import Inputs, Student
+from lillama.distill.student import Inputs, Student, mean_loss
 from lillama.distill.teachers import Teachers
 from lillama.factorise.grams import Grams
 from lillama.factorise.start import from_tensors, initial_factors, to_tensors
@@ -140,13 +140,12 @@ def _mean(losses: dict[int, Tensor]) -> Tensor:
 
 def _measure(job: Job, teachers: Teachers, students: Students, capture: Capture) -> dict[int, float]:
     """The mean loss of every planned layer over the batches that layers are measured on."""
-    totals, tokens = dict.fromkeys(students, 0.0), 0
+    found: dict[int, list[tuple[Tensor, int]]] = {position: [] for position in students}
     for number in job.first_batches:
         feed = _capture(job, capture, number)
-        tokens += feed.batch.tokens
         for position, measured in _pass(job, teachers, students, feed, update=False).items():
-            totals[position] += float(measured) * feed.batch.tokens
-    return {position: total / max(tokens, 1) for position, total in totals.items()}
+            found[position].append((measured, feed.batch.tokens))
+    return {position: mean_loss(losses) for position, losses in found.items()}
 
 
 def _begin(job: Job, teachers: Teachers, students: Students, capture: Capture) -> None:

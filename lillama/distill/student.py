@@ -77,6 +77,16 @@ class Training:
         return distill.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def mean_loss(losses: Iterable[tuple[Tensor, int]]) -> float:
+    """The mean of losses of so many tokens each; a device is waited for once, when all are there."""
+    values, tokens = [], []
+    for loss, count in losses:
+        values.append(loss)
+        tokens.append(count)
+    read = torch.stack(values).tolist() if values else []
+    return sum((loss * count for loss, count in zip(read, tokens)), 0.0) / max(sum(tokens), 1)
+
+
 class Finished(NamedTuple):
     """A layer that has learned: the module, in the plan's storage, and its tensors to be stored, named inside it.
 
@@ -266,11 +276,7 @@ class Student:
     @torch.no_grad()
     def average(self, held: Iterable[Example]) -> float:
         """The mean loss over batches now."""
-        total, loss = 0, 0.0
-        for batch, target, inputs in held:
-            loss += float(self.measure(batch, target, inputs)[0]) * batch.tokens
-            total += batch.tokens
-        return loss / max(total, 1)
+        return mean_loss((self.measure(batch, to, given)[0], batch.tokens) for batch, to, given in held)
 
     def check(self, held: Iterable[Example]) -> float:
         """The held-out loss now; remembers the state when it is the best so far."""

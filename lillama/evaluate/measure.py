@@ -84,14 +84,22 @@ def put_on(model: Any, device: torch.device) -> Any:
     weights = weight_bytes(model)
     if fits(weights, device):
         return model.to(device)
+    index = 0 if device.index is None else device.index
+    return spread(model, {index: int(FILLED * (free_memory(device) or 0)), "cpu": 2 * weights})  # it is on the host now
+
+
+def spread(model: Any, room: dict[int | str, int], folder: Path | None = None) -> Any:
+    """`model` in the places that have `room`, in bytes; layers are brought to the first of them when they run.
+
+    What has room nowhere goes into files in `folder`.
+    """
     import accelerate
 
-    index = 0 if device.index is None else device.index
-    room = {index: int(FILLED * (free_memory(device) or 0)), "cpu": 2 * weights}  # it is on the host now
     whole = list(getattr(model, "_no_split_modules", None) or ())
     model.tie_weights()  # or a tied weight is counted, and placed, twice
-    spread = accelerate.infer_auto_device_map(model, max_memory=room, no_split_module_classes=whole)
-    return accelerate.dispatch_model(model, spread)
+    places = accelerate.infer_auto_device_map(model, max_memory=room, no_split_module_classes=whole)
+    more = {} if folder is None else {"main_device": next(iter(room)), "offload_dir": str(folder)}
+    return accelerate.dispatch_model(model, places, **more)
 
 
 def asked_of(directory: Path, place: Path, path: str | None, overrides: Sequence[str]) -> Recipe | Evaluation:

@@ -91,7 +91,15 @@ def _weights(number: int, layer: nn.Module) -> Iterator[dict[str, Any]]:
 
 def of_matrix(matrix: Tensor) -> float:
     """||M||_F^2 / ||M||_2^2 of a matrix, or its mean over a stack of them; 0 of a zero matrix."""
-    M = matrix.float()
+    from lillama.base.device import factorising
+
+    if matrix.is_meta:
+        raise LillamaError(
+            "the model does not fit on the device, and stable ranks need its weights",
+            where="evaluate.stable_rank",
+            hint="Measure them with run.device: cpu.",
+        )
+    M = matrix.float().to(factorising(matrix.device))
     stack = M if M.dim() == 3 else M[None]
     return sum(_ratio(one) for one in stack) / len(stack)
 

@@ -42,14 +42,16 @@ class Sums:
         self.W, self.embedding, self.wide = W, embedding, W.shape[0] <= W.shape[1]
         n = min(W.shape)
         self.inputs, self.outputs = (torch.zeros(n, n, device=W.device) for _ in range(2))
-        self.counted, self.length = 0.0, 0.0  # sums of c and of |g|^2
-        self.calls, self.rows = 0, 0  # rows: inputs of which anything depends
+        # Numbers on the device, which nobody waits for: sums of c and of |g|^2, inputs of which anything depends.
+        exact = torch.float64 if factorising(W.device) == W.device else torch.float32
+        self.counted, self.length, self.rows = torch.zeros(3, dtype=exact, device=W.device)
+        self.calls = 0
 
     def add(self, x: Tensor, g: Tensor) -> None:
         """Count inputs x (N x d_in) and the gradients g (N x d_out) of the loss at W x."""
         self.calls += 1
         length = g.float().square().sum(-1, keepdim=True)
-        self.length += float(length.sum())
+        self.length += length.sum()
         counts = length / (length + length.mean().clamp_min(TINY))
         if not self.wide:
             g = F.linear(g.to(self.W.dtype), self.W.T)
@@ -57,7 +59,7 @@ class Sums:
         g = g.float()
         with torch.autocast(g.device.type, enabled=False):
             self.outputs.addmm_(g.T, g)
-        self.rows += int((length > 0).sum())
+        self.rows += (length > 0).sum()
 
     def _inputs(self, x: Tensor, counts: Tensor) -> None:
         if self.wide and not self.embedding:
@@ -65,24 +67,24 @@ class Sums:
         x = x.float()
         with torch.autocast(x.device.type, enabled=False):
             self.inputs.addmm_((x * counts).T, x)
-        self.counted += float(counts.sum())
+        self.counted += counts.sum()
 
     def borrow_inputs(self, x: Tensor) -> None:
         """Where too few inputs were seen to tell all directions apart, add others, x, in the weight of what lacks."""
-        lacking = len(self.inputs) - self.rows
+        lacking = len(self.inputs) - int(self.rows)
         if lacking > 0:
             self._inputs(x, torch.full((len(x), 1), lacking / len(x), device=x.device))
 
     def count_every_token(self, floor: float) -> None:
         """Let every token of an embedding count for at least the share `floor` of the mean count."""
         table = self.W.T.to(factorising(self.W.device))
-        gram = weighted_gram(table, table.new_ones(len(table))) * (floor * self.counted / len(table))
+        gram = weighted_gram(table, table.new_ones(len(table))) * (floor * self.counted.item() / len(table))
         self.inputs += gram if table.device == self.inputs.device else gram.float().to(self.inputs.device)
 
     def factors(self, tokens: int, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(H, G) per token predicted, on the smaller side; `more` is added to G."""
         outputs = self.outputs / tokens
-        return self.inputs / max(self.counted, TINY), outputs if more is None else outputs + more
+        return self.inputs / max(self.counted.item(), TINY), outputs if more is None else outputs + more
 
 
 class Listener:
@@ -164,7 +166,7 @@ class Listener:
     def tied(self, tokens: int) -> dict[str, Tensor]:
         """What a head in this layer adds to the output factor of the embedding it is tied to, by its name."""
         heads = ((weight.tied, self.sums[weight.name][0]) for weight in self.layer.weights)
-        return {name: sums.factors(tokens)[0] * (sums.length / tokens) for name, sums in heads if name}
+        return {name: sums.factors(tokens)[0] * (sums.length.item() / tokens) for name, sums in heads if name}
 
     def close(self, tokens: int, tied: Mapping[str, Tensor] | None = None) -> dict[str, FisherFactors]:
         """The factors and the spectrum of every weight of its own, by name, `tokens` predicted.
@@ -248,7 +250,7 @@ class _Experts:
         if sample is None:  # the module was never called, which whoever asks for its factors says
             return
         for expert in range(self.experts):
-            if any(sums[expert].rows < len(sums[expert].inputs) for sums in self.sums.values()):
+            if any(int(sums[expert].rows) < len(sums[expert].inputs) for sums in self.sums.values()):
                 self._expert(expert, sample, None)
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lillama.base import memory
+from lillama.base.device import send
 from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
 from lillama.factorise.kfac import Listener
@@ -129,7 +130,7 @@ class _Measurement:
             forms = [walk.source.forms.get(layer.name) for layer in walk.layers]
             for raw, batch, x in zip(self.raw, batches, hidden):
                 leaf = x.detach().requires_grad_(True)
-                given = {name: value.to(device.device) for name, value in arguments(raw).items()}
+                given = {name: send(value, device.device) for name, value in arguments(raw).items()}
                 at_once = positions_at_once(model, len(leaf))
 
                 def run(keep: Tensor | None, given: Any = given) -> Predicted:
@@ -187,7 +188,7 @@ class _Measurement:
             floor = self.recipe.compress.embedding_floor
             listener = Listener(layer, model.get_submodule(layer.name), device, floor)
             for raw, gradient in zip(self.raw, gradients):
-                given = {name: value.to(device.device) for name, value in arguments(raw).items()}
+                given = {name: send(value, device.device) for name, value in arguments(raw).items()}
                 first = stand_in([model.get_submodule(self.walk.layers[0].name)], [record])
                 with torch.enable_grad(), device.autocast(), contextlib.suppress(_Entered), first:
                     run_model(model, given)

@@ -138,10 +138,11 @@ def _keep_on(device: torch.device, made: Any) -> Any:
     Left to itself it takes the first card, and all that are there as one DataParallel: a batch then is several times
     the recipe's, the number of labels that a loss is divided by is that of one card, and the teacher is elsewhere.
     """
-    if made.device.type == "cuda":  # asking for it makes transformers choose
+    if made.device.type != "cpu" or device.type != "cpu":  # asking for it makes transformers choose
         made.__dict__["_setup_devices"] = device  # where a cached property keeps its value
         made._n_gpu = 1
-        torch.cuda.set_device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     return made
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lillama.base.device import send
 from lillama.contract import Layer
 from lillama.errors import LillamaError
 from lillama.pretrained.forms import Form, Part, pack, unpack
@@ -121,8 +122,9 @@ class Capture:
 
     With each comes the stream that enters the first layer. Everything that is not a layer must be materialised, and so
     must layers whose form has something `computed`. Equal tensors among the arguments of the batches that are still in
-    use (rotary embeddings, masks) are kept once. A tensor that a batch brought along itself (encoder states) is handed
-    on as it is; with `park` it stays where the batch had it, on the host, until a layer needs it.
+    use (rotary embeddings, masks) are kept once with `park`, which is for many batches at once. A tensor that a batch
+    brought along itself (encoder states) is handed on as it is; with `park` it stays where the batch had it, on the
+    host, until a layer needs it.
     """
 
     model: nn.Module
@@ -138,7 +140,7 @@ class Capture:
 
     @torch.no_grad()
     def __call__(self, batch: RawBatch) -> tuple[Batch, Tensor]:
-        there = {name: value.to(self.device) for name, value in arguments(batch).items()}
+        there = {name: send(value, self.device) for name, value in arguments(batch).items()}
         self._own = {
             (there[name].data_ptr(), there[name].numel()): value if self.park else there[name]
             for name, value in arguments(batch).items()
@@ -160,8 +162,9 @@ class Capture:
                 hint="The plugin must list the layers in the order in which the model runs them.",
             )
         hidden = entering[0]
-        mask = captured[0].mask
-        tokens = int(mask.sum()) if mask is not None else hidden.shape[0] * hidden[0].numel() // _width(hidden)
+        mask, tokens = captured[0].mask, recording.tokens
+        if tokens is None:
+            tokens = hidden.shape[0] * hidden[0].numel() // _width(hidden)
         return Batch(captured, mask, tokens), hidden
 
     def once(self, tensor: Tensor) -> Tensor:
@@ -169,7 +172,10 @@ class Capture:
         _, found = self._known.get(id(tensor), (None, None))
         if found is None:
             own = self._own.get((tensor.data_ptr(), tensor.numel())) if tensor.is_contiguous() else None
-            found = self._seen.setdefault(digest(tensor), tensor) if own is None else own.reshape(tensor.shape)
+            if own is not None:
+                found = own.reshape(tensor.shape)
+            else:  # to hash it a device is waited for: where one batch is there at a time, nothing is kept twice
+                found = self._seen.setdefault(digest(tensor), tensor) if self.park else tensor
             # The tensor is kept beside it so that its id stays its own.
             self._known[id(tensor)] = (tensor, found)
         return found
@@ -214,6 +220,8 @@ class _Recording:
         forms = [capture.forms.get(layer.name) for layer in capture.layers]
         self.begun = next((i for i, form in enumerate(forms) if form and form.begins), 0)  # where a decoder begins
         self.parts: list[tuple[int, ...]] = []  # shapes of what the stream consists of here
+        self.tokens: int | None = None  # that count, where the batch says so
+        self.sent: dict[int, Tensor] = {}  # masks of the batch on the device
 
     def forwards(self) -> list[Forward]:
         """What plays the layers."""
@@ -289,7 +297,11 @@ class _Recording:
         if self.begun:  # an encoder's tokens are others than its decoder's
             names = MASKS[-1:] if number < self.begun else MASKS[:-1]
         found = find_mask(self.batch, hidden.shape[:2], names)
-        return None if found is None else found.to(hidden.device)
+        if not number:
+            self.tokens = None if found is None else int(found.sum())  # where the batch has it: on the host
+        if found is not None and id(found) not in self.sent:
+            self.sent[id(found)] = send(found, hidden.device)
+        return None if found is None else self.sent[id(found)]
 
     @staticmethod
     def _part_mask(shape: tuple[int, ...], mask: Tensor | None, counts: bool, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lillama.base import tensorfile
-from lillama.base.device import free_memory
+from lillama.base.device import free_memory, send
 from lillama.base.files import read_checked, write_checked
 
 Place = Literal["device", "host", "file"]
@@ -52,7 +52,7 @@ def choose(total: int, device_bytes: int, host_bytes: int) -> Place:
 def to_host(tensor: Tensor) -> Tensor:
     """A tensor in the host's memory: from a GPU in pages that stay where they are, so that copies need not wait.
 
-    Both copies, there and back, are made in the order of the device's own work; nobody else reads the host's.
+    The copy is made in the order of the device's own work, and so is what waits for it (`Ahead`).
     """
     if tensor.device.type != "cuda":
         return tensor.to("cpu")
@@ -60,11 +60,47 @@ def to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
+class Ahead:
+    """Brings tensors from pinned memory to a card: the next one on a stream of copies, while the card works on one.
+
+    The one that was taken last is kept: two streams that are still the same give the same tensor, not two copies.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._copies = torch.cuda.Stream(device)
+        self._last: tuple[int, Tensor] | None = None
+        self._next: tuple[int, Tensor] | None = None
+
+    def take(self, tensors: Sequence[Tensor], index: int) -> Tensor:
+        """The tensor `index` on the card, and the one behind it on its way there."""
+        if self._last is not None and self._last[0] == index:
+            return self._last[1]
+        work = torch.cuda.current_stream(self.device)
+        if self._next is not None and self._next[0] == index:
+            found = self._next[1]
+            work.wait_stream(self._copies)
+            found.record_stream(work)  # its memory is of the other stream, which must not take it back too early
+        else:
+            found = tensors[index].to(self.device, non_blocking=True)
+        self._last, self._next = (index, found), None
+        if index + 1 < len(tensors):
+            self._copies.wait_stream(work)  # on which the host's numbers may still be arriving
+            with torch.cuda.stream(self._copies):
+                self._next = index + 1, tensors[index + 1].to(self.device, non_blocking=True)
+        return found
+
+    def forget(self) -> None:
+        """Give the card's memory back."""
+        self._last = self._next = None
+
+
 class Stream:
     """One tensor per batch, in order; reading one brings it to the device."""
 
     def __init__(self, place: Place, device: torch.device, path: Path) -> None:
         self.place, self.device, self.path = place, device, path
+        self._ahead = Ahead(device) if place == "host" and device.type == "cuda" else None
         self._tensors: list[Tensor] = []
         self._entries: list[tuple[int, tuple[int, ...], torch.dtype]] = []
         self._end = self._sum = 0  # bytes of the file, and their CRC
@@ -91,8 +127,10 @@ class Stream:
         return len(self._entries if self.place == "file" else self._tensors)
 
     def __getitem__(self, index: int) -> Tensor:
+        if self._ahead is not None:
+            return self._ahead.take(self._tensors, index)
         if self.place != "file":
-            return self._tensors[index].to(self.device, non_blocking=True)
+            return self._tensors[index].to(self.device)
         start, shape, dtype = self._entries[index]
         size = torch.Size(shape).numel() * torch.empty((), dtype=dtype).element_size()
         buffer = torch.empty(size, dtype=torch.uint8)
@@ -100,7 +138,7 @@ class Stream:
             self._handle = self.path.open("rb", buffering=0)
         self._handle.seek(start)
         tensorfile.read_into(self._handle, buffer, str(self.path))
-        return buffer.view(dtype).view(shape).to(self.device)
+        return send(buffer.view(dtype).view(shape), self.device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
@@ -113,6 +151,8 @@ class Stream:
     def drop(self) -> None:
         """Give the memory or the file back."""
         self._tensors, self._entries = [], []
+        if self._ahead is not None:
+            self._ahead.forget()
         if self._handle is not None:
             self._handle.close()
             self._handle = None

@@ -47,6 +47,7 @@ class Subject:
     plugin: str
     storages: Sequence[str]
     fresh: Fresh
+    device: str = "cpu"  # where runs work; what they leave is looked at on the CPU
     trained: dict[str, pipeline.Result] = field(default_factory=dict)  # by storage
 
     @property
@@ -61,6 +62,7 @@ class Subject:
 
     def prepared(self, out: str, changes: dict[str, Any] | None = None) -> prepare.Prepared:
         """The original, opened for a small run to `out`."""
+        changes = {"run.device": self.device, **(changes or {})}
         return prepare.prepare(recipe_for(self.original, self.directory / out, self.plugin, changes))
 
 
@@ -88,6 +90,7 @@ def check_architecture(
     batches: Batches | None = None,
     plugin: str = "auto",
     storages: Sequence[str] | None = None,
+    device: str = "cpu",
 ) -> None:
     """Assert that a plugin serves `model`, a tiny randomly initialised one in float32, as the contract demands.
 
@@ -101,11 +104,13 @@ def check_architecture(
       or shared still so.
 
     `batches` are the model's forward arguments (default: random ones). `directory` must be empty or new.
-    `storages` are the formats to try (default: all that are registered, plugins' ones too).
+    `storages` are the formats to try (default: all that are registered, plugins' ones too); `device` is where runs
+    work (`cuda`, say).
     """
     model = model.float().eval()
     model.save_pretrained(directory / "model")
     with examined(directory / "model", directory, batches or example_batches(model), plugin, storages) as subject:
+        subject.device = device
         for check in CHECKS:
             check.run(subject, lambda: None)
 
@@ -182,7 +187,7 @@ def _check_streams(subject: Subject, step: Step) -> None:
     sharing.share(model, source.shared)
     for one in (model, source.model):
         hosts.prepare(prepared.plugin, one, prepared.recipe)
-    check_streams(prepared, model, subject.batches[0])
+    check_streams(prepared, model.to(prepared.device.device), subject.batches[0])
     step()
 
 
@@ -211,7 +216,7 @@ def _check_runs(subject: Subject, step: Step) -> None:
 
 
 def _check_defaults(subject: Subject, step: Step) -> None:
-    prepared = default_recipe(subject.original, subject.directory / "defaults", subject.plugin)
+    prepared = default_recipe(subject.original, subject.directory / "defaults", subject.plugin, subject.device)
     result = pipeline.Run(prepared, Progress(), batches=subject.batches).execute()
     inputs = {name: t.to(prepared.source.dtype) if t.is_floating_point() else t for name, t in subject.inputs.items()}
     found = first_output(_loaded(result, "the default recipe"), inputs)
@@ -240,7 +245,7 @@ def _check_saved(subject: Subject, step: Step) -> None:
 
 def _check_few_bits(subject: Subject, step: Step) -> None:
     offered = [(w.name, w.kind) for layer in subject.prepared("bits").layers for w in layer.weights]
-    device, progress = choose("cpu", "float32"), Progress()
+    device, progress = choose(subject.device, "float32"), Progress()
     for (storage, result), bits in itertools.product(subject.trained.items(), BITS):
         what = f"{storage} storage in {bits} bits"
         model = load(result.path).eval()

@@ -50,7 +50,7 @@ def recipe_for(model: Path, out: Path, plugin: str = "auto", changes: dict[str, 
     return Recipe.parse(settings)
 
 
-def default_recipe(model: Path, out: Path, plugin: str) -> prepare.Prepared:
+def default_recipe(model: Path, out: Path, plugin: str, device: str = "auto") -> prepare.Prepared:
     """A model prepared by a recipe of defaults alone, the first of some shares removed that leave it room.
 
     A model whose matrices are too small for the default ranks, multiples of 8, gets finer ones. Raises LillamaError
@@ -64,7 +64,7 @@ def default_recipe(model: Path, out: Path, plugin: str) -> prepare.Prepared:
                 "plugin": plugin,
                 "compress": {"reduction": reduction, **finer},
                 "calibration": {"dataset": "given"},
-                "run": {"out": str(out)},
+                "run": {"out": str(out), "device": device},
             }
             try:
                 return prepare.prepare(Recipe.parse(settings))

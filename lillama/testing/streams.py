@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lillama.base.device import send
 from lillama.base.progress import Progress
 from lillama.contract import Layer
 from lillama.pretrained.calls import arguments, run_model
@@ -31,9 +32,9 @@ def check_streams(prepared: Prepared, model: Any, batch: Mapping[str, Tensor]) -
 
     But for the rounding of float32, which differs by where a tensor lies.
 
-    `model` is the whole original, loaded, in the type of `prepared.source.working`; the source was fetched, and the
-    plugin's `prepare` was called on both. `batch` holds the model's forward arguments. Raises StreamsDifferError, which
-    names the first layer that differs.
+    `model` is the whole original, on the device of `prepared`, in the type of `prepared.source.working`; the source was
+    fetched, and the plugin's `prepare` was called on both. `batch` holds the model's forward arguments. Raises
+    StreamsDifferError, which names the first layer that differs.
     """
     source, layers = prepared.source, prepared.layers
     walk = Walk(source, layers, layers, prepared.device, Progress())
@@ -65,7 +66,7 @@ def _outputs(model: Any, layers: Sequence[Layer], batch: Mapping[str, Tensor]) -
     hooks = [model.get_submodule(layer.name).register_forward_hook(keep(layer.name)) for layer in layers]
     try:
         with torch.no_grad():
-            run_model(model, arguments(batch))
+            run_model(model, {name: send(value, model.device) for name, value in arguments(batch).items()})
     finally:
         for hook in hooks:
             hook.remove()
