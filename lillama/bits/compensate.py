@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lillama.factorise.rounding import spreading
 from lillama.lowrank.coded import find_scales, round_to, spread
 
-DAMPING = 0.01  # of H's mean diagonal: directions that no input was seen in do not swing
 BLOCK = 128  # columns whose errors are spread over the others together; a multiple of every group
 
 
@@ -20,13 +20,13 @@ def round_compensated(W: Tensor, H: Tensor, bits: int, group: int) -> tuple[Tens
     """(codes, scales) of W [n, k] by H [k, k], as `round_nearest` gives them."""
     # Column by column, in which order they are visited; a copy, though W may lie so already.
     left = W.detach().float().T.clone(memory_format=torch.contiguous_format)
-    spreading = _spreading(H).to(left)
+    spread_by = spreading(H).to(left)
     columns = len(left)
     codes, scales = torch.empty_like(left), []
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         block, lost = left[start:stop], torch.empty_like(left[start:stop])
-        here = spreading[start:stop, start:stop]
+        here = spread_by[start:stop, start:stop]
         for column in range(stop - start):
             if column % group == 0:
                 scales.append(find_scales(block[column : column + group].T, bits, group))
@@ -36,19 +36,9 @@ def round_compensated(W: Tensor, H: Tensor, bits: int, group: int) -> tuple[Tens
             codes[start + column] = code
             torch.mul((number - code * scale), 1 / float(here[column, column]), out=lost[column])
             block[column + 1 :].addr_(here[column, column + 1 :], lost[column], alpha=-1)
-        left[stop:] -= spreading[start:stop, stop:].T @ lost
+        left[stop:] -= spread_by[start:stop, stop:].T @ lost
     codes = codes.T.contiguous()
     return codes, refit_scales(W, codes, torch.cat(scales, 1), H, group)
-
-
-def _spreading(H: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of H, damped."""
-    H = H.double()
-    n = len(H)
-    one = torch.eye(n, dtype=H.dtype, device=H.device)
-    H = H + one * (DAMPING * H.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    return torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
 
 
 def refit_scales(W: Tensor, codes: Tensor, scales: Tensor, H: Tensor, group: int) -> Tensor:
