@@ -43,7 +43,7 @@ from lillama.run.decided import PLAN
 from lillama.run.estimate import check_disk
 from lillama.run.forms import needed
 from lillama.run.learn import learn
-from lillama.run.prepare import Prepared, choose, prepare
+from lillama.run.prepare import Prepared, prepare, settle
 from lillama.run.quantise import count, quantise, refuse_other
 
 
@@ -165,7 +165,7 @@ class Run:
 
     def choose(self, measured: Measured) -> None:
         """Settle a provisional plan."""
-        self.plan = choose(self.recipe, self.prepared.layers, self.source, measured)
+        self.plan = settle(self.plan, self.recipe, self.prepared.layers, measured)
         decided.write(self.plan, self.directory)
         for weight, reason in self.plan.kept.items():
             self.directory.event("kept_dense", weight=weight, reason=reason)
