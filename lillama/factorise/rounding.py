@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lillama.contract import Weight
 from lillama.lowrank.coded import find_scales, spread
 
 DAMPING = 0.01  # of H's mean diagonal: directions that no input was seen in do not swing
@@ -35,6 +36,14 @@ def spreading(H: Tensor) -> Tensor:
 def cuts(width: int) -> list[slice]:
     """The inputs of a weight in runs of at most WIDEST."""
     return [slice(start, min(start + WIDEST, width)) for start in range(0, width, WIDEST)]
+
+
+def kept_numbers(weight: Weight) -> int:
+    """Numbers of Gram matrices that are kept of a weight for this, besides those on its smaller side."""
+    d_out, d_in = weight.shape
+    if weight.kind == "embedding" or d_out > d_in:
+        return 0
+    return weight.copies * sum((run.stop - run.start) ** 2 for run in cuts(d_in))
 
 
 def dense_cost(W: Tensor, grams: Sequence[Tensor], outputs: Tensor, group: int) -> float:
