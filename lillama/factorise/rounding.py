@@ -52,5 +52,5 @@ def dense_cost(W: Tensor, grams: Sequence[Tensor], outputs: Tensor, group: int) 
     `grams` are H of its inputs, a run of `cuts` each; `outputs` [d_out] the diagonal of G.
     """
     unknown = torch.cat([1 / spreading(H).diagonal().square() for H in grams])
-    steps = spread(find_scales(W.float(), BITS, group), group, W.shape[1]).double()
-    return float(outputs.double() @ (steps.square() @ unknown)) / 24
+    steps = spread(find_scales(W.float(), BITS, group), group, W.shape[1])
+    return float(outputs.double() @ (steps.square() @ unknown.to(steps)).double()) / 24

@@ -90,13 +90,14 @@ def _ranked(weight: Weight, compress: Compress, budget: Budget, spectrum: Sequen
     tail, step, found = tails(spectrum), int(compress.rank_multiple), []
     kept = list(itertools.accumulate((math.sqrt(value) for value in spectrum), initial=0.0))
     most = weight.parameters * (1 - compress.keep_dense_below)
+    whole = {form: _as_dense(weight, form, budget) for form in budget.ranked[weight.name]}
     for rank in range(step, min(weight.shape), step):
         numbers = stored(weight, rank, compress.storage)
         if numbers >= weight.parameters or numbers > most:
             continue
-        for form in budget.ranked[weight.name]:
+        for form, fewest in whole.items():
             option = _option(weight, rank, form, tail[rank], budget)
-            if is_even(weight, rank, form) and option.bytes < _as_dense(weight, form, budget):
+            if option.bytes < fewest and is_even(weight, rank, form):
                 base = form.partition(":")[0]
                 lost = FORM_LOSS.get(base, OTHER_LOSS) * kept[rank] ** 2 / rank * _share(form)
                 # An embedding's rounding is not weighed: every rank of it is rounded alike.
