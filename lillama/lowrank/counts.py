@@ -36,10 +36,15 @@ def held_bytes(weight: Weight, rank: int | None, form: str, each: int) -> int:
 
 def matrix_bytes(storage: Storage, shape: tuple[int, int], rank: int, each: int) -> int:
     """The same of one matrix (d_out, d_in) in any format."""
+    number = SCALE if isinstance(storage, Rounded) else each
+    return storage.bytes(*shape, rank, number) + index_bytes(storage, shape, rank)
+
+
+def index_bytes(storage: Storage, shape: tuple[int, int], rank: int) -> int:
+    """Bytes of row numbers and the like; what is tied to a matrix has such of its own."""
     base = storage.base if isinstance(storage, Rounded) else storage
     sizes = base.shapes(*shape, rank)
-    indices = sum(math.prod(sizes[suffix]) * base.index_type(suffix).itemsize for suffix in base.indices)
-    return storage.bytes(*shape, rank, SCALE if isinstance(storage, Rounded) else each) + indices
+    return sum(math.prod(sizes[suffix]) * base.index_type(suffix).itemsize for suffix in base.indices)
 
 
 def largest_rank(weight: Weight, numbers: float, storage: str, multiple: int) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lillama.contract import Weight
-from lillama.lowrank.counts import held_bytes
+from lillama.lowrank.counts import held_bytes, index_bytes
 from lillama.lowrank.rounded import read_name
-from lillama.lowrank.storage import rounded
+from lillama.lowrank.storage import get_storage, rounded
 from lillama.lowrank.whole import NAME as DENSE
 
 
@@ -19,7 +19,7 @@ class Budget:
     `before` are those of the original with `each` for a number, `most` those that the result may take, `outside` those
     of all parameters that are of no weight in the plan. `dense` and `ranked` name, for every weight, the storages that
     it may end in when it is dense or of low rank: `dense:4:32`, `pivoted:8:32`; `dense` alone, and a format without
-    bits, are in full.
+    bits, are in full. `twice` are the weights that another one is tied to.
     """
 
     before: int
@@ -28,10 +28,14 @@ class Budget:
     outside: int
     dense: Mapping[str, tuple[str, ...]]
     ranked: Mapping[str, tuple[str, ...]]
+    twice: frozenset[str] = frozenset()
 
     def bytes(self, weight: Weight, rank: int | None, form: str) -> int:
-        """What a weight takes in a checkpoint."""
-        return held_bytes(weight, rank, form, self.each)
+        """What a weight takes in a checkpoint, with the row numbers of what is tied to it."""
+        held = held_bytes(weight, rank, form, self.each)
+        if rank is not None and weight.name in self.twice:
+            held += index_bytes(get_storage(form), weight.shape, rank)
+        return held
 
 
 @dataclass(frozen=True)

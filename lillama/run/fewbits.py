@@ -102,7 +102,8 @@ def budget_of(recipe: Recipe, layers: Sequence[Layer], source: Source) -> Budget
             form = rounded(DENSE, section.embedding, section.group_size)
             if is_even(form, end):
                 outside += matrix_bytes(form, end.matrix, end.rank, each) - each * math.prod(end.matrix)
-    return Budget(before, int((recipe.compress.size or 1) * before), each, outside, dense, ranked)
+    twice = frozenset(weight.tied for layer in layers for weight in layer.weights if weight.tied)
+    return Budget(before, int((recipe.compress.size or 1) * before), each, outside, dense, ranked, twice)
 
 
 def _widths(section: Quantize | None, end: bool) -> tuple[int, ...]:
