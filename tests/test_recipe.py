@@ -62,7 +62,7 @@ def test_every_error_is_told_at_once() -> None:
 
 def test_missing_keys() -> None:
     assert str(refused(MINIMAL.replace("reduction: 0.3", "skip: []"))) == (
-        "recipe:2: the key 'compress.reduction' is missing\n  Add it."
+        "recipe:2: the key 'compress.reduction' is missing\n  Add it, or compress.size."
     )
     assert "recipe: the key 'run' is missing" in str(refused(MINIMAL.replace("run:\n  out: runs/x\n", "")))
     assert "recipe:1: the key 'model.id' is missing" in str(refused(MINIMAL.replace("{id: some/model}", "")))

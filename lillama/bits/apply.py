@@ -3,7 +3,8 @@
 A weight of low rank may stay in the form that it has, or take another that holds the same matrix (two factors, pivot
 rows, all numbers): in few bits these differ in bytes and in what rounding costs, and by more than in full. `storage:
 auto` takes the form with the least loss + price x bytes. The price is what the rank itself was worth: what leaving out
-one more component would cost, over the bytes that it would save.
+one more component would cost, over the bytes that it would save. Where the plan counted bytes, it says how many each
+weight may take and in how many bits; then the form that loses least of those that fit.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from lillama.bits.moments import Moments, Reading, Wanted, gather
 from lillama.bits.targets import Target, find_ends, forms, is_even, put
 from lillama.bits.weights import least_component, round_matrix
 from lillama.lowrank import swap
+from lillama.lowrank.counts import SCALE, matrix_bytes
 from lillama.lowrank.rounded import Rounded
-from lillama.lowrank.storage import rounded
+from lillama.lowrank.storage import get_storage, rounded
 from lillama.lowrank.whole import NAME as DENSE
 from lillama.pretrained import sharing
 from lillama.recipe.schema import Quantize
 
 FORMS = ("factors", DENSE)  # besides the one that a weight has
-SCALE = 2  # bytes of a scale
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class Choice:
     loss: float | None = None
 
 
+@dataclass
+class Planned:
+    """What a plan in bytes says: the storage in few bits of every weight that gets one, and the bytes left over."""
+
+    forms: Mapping[str, str]
+    spare: int = 0
+
+
 @dataclass(frozen=True)
 class _Tried:
     storage: Rounded
@@ -48,15 +57,21 @@ class _Tried:
     loss: float | None
 
 
-def quantise_(model: Any, targets: Sequence[Target], how: Quantize, reading: Reading | None) -> list[Choice]:
+def quantise_(
+    model: Any, targets: Sequence[Target], how: Quantize, reading: Reading | None, plan: Planned | None = None
+) -> list[Choice]:
     """Keep `targets` of `model` in few bits, in place; what became of each.
 
-    `reading` None: every number is rounded for itself. Raises LillamaError where nothing can be known of the weights.
+    `reading` None: every number is rounded for itself. `plan` says how, where bytes were planned; `how.bits` may be
+    `auto` then. Raises LillamaError where nothing can be known of the weights.
     """
-    served = [t for t in targets if is_even(_rounded(t.storage, how), t)]
+    if plan is None:
+        served = [t for t in targets if is_even(_rounded(t.storage, how), t)]
+    else:
+        served = [t for t in targets if t.name in plan.forms and is_even(named(plan.forms[t.name]), t)]
     done = {t.name: Choice(t, None) for t in targets if t not in served}
     for target, known in _known(model, served, reading):
-        best = _best(model, target, how, known)
+        best = _best(model, target, how, known) if plan is None else _fitting(model, target, how, known, plan)
         put(model, target, best.storage, best.tensors)
         done[target.name] = Choice(target, best.storage.name, best.loss)
     return [done[target.name] for target in targets]
@@ -92,7 +107,14 @@ def _known(model: Any, targets: Sequence[Target], reading: Reading | None) -> It
 
 
 def _rounded(base: str, how: Quantize) -> Rounded:
-    return rounded(base, how.bits, how.group_size)
+    return rounded(base, how.widths[-1], how.group_size)
+
+
+def named(form: str) -> Rounded:
+    """The format in few bits of this name."""
+    storage = get_storage(form)
+    assert isinstance(storage, Rounded)
+    return storage
 
 
 def _bytes(storage: Rounded, target: Target) -> int:
@@ -115,6 +137,21 @@ def _best(model: Any, target: Target, how: Quantize, known: Moments | None) -> _
         return (one.loss or 0.0) + price * _bytes(one.storage, target)
 
     return min(tried, key=cost)
+
+
+def _fitting(model: Any, target: Target, how: Quantize, known: Moments | None, plan: Planned) -> _Tried:
+    """The form that loses least, of those that take no more bytes than the plan has for the weight, or are to spare."""
+    planned = named(plan.forms[target.name])
+    wanted = {planned.base.name: planned}
+    if how.storage == "auto" and known is not None and target.storage != DENSE:
+        wanted |= {base: rounded(base, planned.bits, planned.group) for base in (target.storage, *FORMS)}
+    held = {base: target.copies * matrix_bytes(one, target.matrix, target.rank, 0) for base, one in wanted.items()}
+    most = held[planned.base.name] + plan.spare
+    bases = [base for base, one in wanted.items() if held[base] <= most and is_even(one, target)]
+    tried = [_try(wanted[base], target, given, known) for base, given in forms(model, target, bases).items()]
+    best = min(tried, key=lambda one: one.loss or 0.0)
+    plan.spare = most - held[best.storage.base.name]
+    return best
 
 
 def _try(storage: Rounded, target: Target, tensors: Mapping[str, Tensor], known: Moments | None) -> _Tried:

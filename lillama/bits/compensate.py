@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lillama.factorise.rounding import spreading
 from lillama.lowrank.coded import find_scales, round_to, spread
 
-DAMPING = 0.01  # of H's mean diagonal: directions that no input was seen in do not swing
-OUTPUT_DAMPING = 0.1  # of G's, which is known from fewer tokens that count
+OUTPUT_DAMPING = 0.1  # of G's mean diagonal: it is known from fewer tokens that count than H
 BLOCK = 128  # columns whose errors are spread over the others together; a multiple of every group
 ROWS = 64  # that are rounded together, as if they had nothing to do with each other
 
@@ -25,18 +25,18 @@ def round_compensated(W: Tensor, H: Tensor, bits: int, group: int, G: Tensor | N
     They are as `round_nearest` gives them.
     """
     W = W.detach().float()
-    spreading = _spreading(H, DAMPING).to(W)
+    by_inputs = spreading(H).to(W)
     if G is None or len(W) <= ROWS:
-        return _round_rows(W, H, spreading, bits, group)
+        return _round_rows(W, H, by_inputs, bits, group)
     # Neighbours, such as the rows of one head, matter to each other most: they come into different blocks.
     blocks = -(-len(W) // ROWS)
     order = torch.cat([torch.arange(first, len(W), blocks) for first in range(blocks)]).to(W.device)
-    over = _spreading(G[order][:, order], OUTPUT_DAMPING).to(W)
+    over = spreading(G[order][:, order], OUTPUT_DAMPING).to(W)
     wanted, found, start = W[order], [], 0
     for first in range(blocks):
         stop = start + len(range(first, len(W), blocks))
         rows = wanted[start:stop]
-        found.append(_round_rows(rows, H, spreading, bits, group))
+        found.append(_round_rows(rows, H, by_inputs, bits, group))
         lost = rows - found[-1][0] * spread(found[-1][1], group, W.shape[1])
         lost = torch.linalg.solve_triangular(over[start:stop, start:stop].T, lost, upper=False)
         wanted[stop:] -= over[start:stop, stop:].T @ lost
@@ -46,16 +46,16 @@ def round_compensated(W: Tensor, H: Tensor, bits: int, group: int, G: Tensor | N
     return codes, scales
 
 
-def _round_rows(W: Tensor, H: Tensor, spreading: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """(codes, scales) of rows that do not make up for each other; `spreading` is that of H."""
+def _round_rows(W: Tensor, H: Tensor, spread_by: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of rows that do not make up for each other; `spread_by` is `spreading` of H."""
     # Column by column, in which order they are visited; a copy, though W may lie so already.
     left = W.T.clone(memory_format=torch.contiguous_format)
-    columns, shares = len(left), (1 / spreading.diagonal().double()).tolist()  # a device is waited for once
+    columns, shares = len(left), (1 / spread_by.diagonal().double()).tolist()  # a device is waited for once
     codes, scales = torch.empty_like(left), []
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         block, lost = left[start:stop], torch.empty_like(left[start:stop])
-        here = spreading[start:stop, start:stop]
+        here = spread_by[start:stop, start:stop]
         for column in range(stop - start):
             if column % group == 0:
                 scales.append(find_scales(block[column : column + group].T, bits, group))
@@ -65,19 +65,9 @@ def _round_rows(W: Tensor, H: Tensor, spreading: Tensor, bits: int, group: int) 
             codes[start + column] = code
             torch.mul((number - code * scale), shares[start + column], out=lost[column])
             block[column + 1 :].addr_(here[column, column + 1 :], lost[column], alpha=-1)
-        left[stop:] -= spreading[start:stop, stop:].T @ lost
+        left[stop:] -= spread_by[start:stop, stop:].T @ lost
     codes = codes.T.contiguous()
     return codes, refit_scales(W, codes, torch.cat(scales, 1), H, group)
-
-
-def _spreading(H: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of H, damped."""
-    H = H.double()
-    n = len(H)
-    one = torch.eye(n, dtype=H.dtype, device=H.device)
-    H = H + one * (damping * H.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    return torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
 
 
 def refit_scales(W: Tensor, codes: Tensor, scales: Tensor, H: Tensor, group: int) -> Tensor:

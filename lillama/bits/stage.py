@@ -12,7 +12,7 @@ from lillama.base.device import Device
 from lillama.base.files import write_json
 from lillama.base.progress import Progress
 from lillama.base.rundir import FINETUNED, MODEL, QUANTIZED, RunDirectory
-from lillama.bits.apply import Choice, quantise_, quantise_ends_
+from lillama.bits.apply import Choice, Planned, quantise_, quantise_ends_
 from lillama.bits.moments import Reading
 from lillama.bits.targets import find_targets
 from lillama.checkpoint import write as checkpoint
@@ -63,11 +63,13 @@ def quantise_model(
     batches: Sequence[Mapping[str, Tensor]] = (),
     device: Device,
     progress: Progress,
+    plan: Planned | None = None,
 ) -> list[Choice]:
     """Put a compressed model in memory into few bits, in place, so that it saves itself as a checkpoint.
 
     `offered` are the weights (name, kind) that may be dense; `batches`, arguments of the model's forward pass, are what
-    rounding is fitted on. What became of each weight. Raises LillamaError where nothing is left to do.
+    rounding is fitted on; `plan` says what was planned in bytes. What became of each weight. Raises LillamaError where
+    nothing is left to do.
     """
     targets = find_targets(model, offered, section.what)
     if not targets and section.what != "all":
@@ -76,7 +78,7 @@ def quantise_model(
     if section.fitted:
         reading = Reading(batches, section.tokens, device, progress)
         model.to(device.device)
-    done = quantise_(model, targets, section, reading)
+    done = quantise_(model, targets, section, reading, plan)
     model.to("cpu")
     if section.what == "all":
         done += quantise_ends_(model, section.embedding, section.group_size)

@@ -23,7 +23,8 @@ def model_card(recipe: Recipe, plan: Plan, auto_class: str, bits: Quantize | Non
     )
     kept = ""
     if bits:
-        kept = f"Weights are whole numbers of {bits.bits} bits, with a scale for every {bits.group_size} of them.\n\n"
+        widths = " or ".join(map(str, bits.widths))
+        kept = f"Weights are whole numbers of {widths} bits, with a scale for every {bits.group_size} of them.\n\n"
     return (
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# {Path(original.removeprefix('package:')).name}, {plan.reduction:.0%} smaller\n\n"

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lillama.base.progress import clock
 from lillama.errors import LillamaError
+from lillama.plan.plan import Plan
 from lillama.recipe.schema import Recipe
 from lillama.report.record import PLACES, STAGES, by_kind, ratios_of
 from lillama.report.words import millions, number, size, spread
@@ -48,6 +49,11 @@ def plan(prepared: Prepared) -> RenderableType:
         f"parameters {p.before:,} -> {p.after:,} ({p.reduction:.1%} removed), "
         f"{layers} of {len(p.layers)} layers, strategy {p.strategy}, {p.storage} storage, {recipe.compress.init} init",
         *(
+            [f"bytes {size(p.budget.before)} -> {size(p.bytes or 0)}, at most {size(p.budget.most)}"]
+            if p.budget
+            else []
+        ),
+        *(
             [f"{p.strategy} decides during the run, by what it measures; these ranks are uniform ones of the same size"]
             if p.provisional
             else []
@@ -65,6 +71,14 @@ def plan(prepared: Prepared) -> RenderableType:
     return Group(*(Text(line) for line in lines), Text(), table, Text())
 
 
+def _bytes(plan: Plan) -> list[str]:
+    """What a plan in bytes makes of them, in a line."""
+    if plan.budget is None or plan.bytes is None:
+        return []
+    before, after, most = (size(count) for count in (plan.budget.before, plan.bytes, plan.budget.most))
+    return [f"bytes {before} -> {after}, at most {most}"]
+
+
 def _few_bits(prepared: Prepared) -> list[str]:
     """What `quantize` will do, in a line."""
     section, source = prepared.recipe.quantize, prepared.source
@@ -75,7 +89,10 @@ def _few_bits(prepared: Prepared) -> list[str]:
     held = f"about {size(count)}, by the forms that weights then take" if chosen else size(count)
     ends = f" (embedding and head {section.embedding})" if section.what == "all" else ""
     how = "compensated" if section.fitted else "nearest"
-    return [f"quantize {section.what} to {section.bits} bits{ends} in groups of {section.group_size}, {how}: {held}"]
+    if (budget := prepared.plan.budget) is not None:
+        held = f"at most {size(budget.most)}"
+    widths = " or ".join(map(str, section.widths))
+    return [f"quantize {section.what} to {widths} bits{ends} in groups of {section.group_size}, {how}: {held}"]
 
 
 def result(found: Result, recipe: Recipe) -> RenderableType:

@@ -25,6 +25,7 @@ from lillama.dense.plain import around, is_plain_embedding
 from lillama.factorise.embedding import weighted_gram
 from lillama.factorise.initialisers import TINY, fisher_spectrum
 from lillama.factorise.known import FisherFactors, TokenSample, refuse_unless_finite
+from lillama.factorise.rounding import cuts, dense_cost
 from lillama.lowrank.swap import dense, module_of
 from lillama.plan.plan import observable
 
@@ -37,8 +38,11 @@ BLIND = "no gradient of the predictions reaches it (it chooses what others read,
 class Sums:
     """Of one matrix W (d_out x d_in): the sums of c x x^T and g g^T, on its smaller side, and of c."""
 
-    def __init__(self, W: Tensor, embedding: bool = False) -> None:
-        """`embedding`: W is the transpose of a table, and what is given for x are the vectors looked up."""
+    def __init__(self, W: Tensor, embedding: bool = False, rounding: int = 0) -> None:
+        """`embedding`: W is the transpose of a table, and what is given for x are the vectors looked up.
+
+        `rounding`: numbers to a scale, where what `dense_cost` asks for is kept of the larger side, too.
+        """
         self.W, self.embedding, self.wide = W, embedding, W.shape[0] <= W.shape[1]
         n = min(W.shape)
         self.inputs, self.outputs = (torch.zeros(n, n, device=W.device) for _ in range(2))
@@ -46,6 +50,10 @@ class Sums:
         exact = torch.float64 if factorising(W.device) == W.device else torch.float32
         self.counted, self.length, self.rows = torch.zeros(3, dtype=exact, device=W.device)
         self.calls = 0
+        self.rounding = rounding
+        self.lengths = torch.zeros(W.shape[0], device=W.device)  # G's diagonal, where G itself is not kept
+        runs = cuts(W.shape[1]) if rounding and self.wide else []
+        self.runs = [(run, torch.zeros(run.stop - run.start, run.stop - run.start, device=W.device)) for run in runs]
 
     def add(self, x: Tensor, g: Tensor) -> None:
         """Count inputs x (N x d_in) and the gradients g (N x d_out) of the loss at W x."""
@@ -53,6 +61,8 @@ class Sums:
         length = g.float().square().sum(-1, keepdim=True)
         self.length += length.sum()
         counts = length / (length + length.mean().clamp_min(TINY))
+        if self.rounding and not self.wide:
+            self.lengths += g.float().square().sum(0)
         if not self.wide:
             g = F.linear(g.to(self.W.dtype), self.W.T)
         self._inputs(x, counts)
@@ -62,6 +72,10 @@ class Sums:
         self.rows += (length > 0).sum()
 
     def _inputs(self, x: Tensor, counts: Tensor) -> None:
+        for run, gram in self.runs:
+            some = x[:, run].float()
+            with torch.autocast(x.device.type, enabled=False):
+                gram.addmm_((some * counts).T, some)
         if self.wide and not self.embedding:
             x = F.linear(x.to(self.W.dtype), self.W)
         x = x.float()
@@ -86,12 +100,23 @@ class Sums:
         outputs = self.outputs / tokens
         return self.inputs / max(self.counted.item(), TINY), outputs if more is None else outputs + more
 
+    def cost(self, tokens: int) -> float:
+        """What W would lose in 4 bits, in nats per token (rounding.py)."""
+        place, counted = factorising(self.W.device), max(self.counted.item(), TINY)
+        grams = [gram for _, gram in self.runs] or [self.inputs]
+        outputs = self.outputs.diagonal() if self.wide else self.lengths
+        inputs = [gram.to(place) / counted for gram in grams]
+        return dense_cost(self.W.to(place), inputs, outputs.to(place) / tokens, self.rounding)
+
 
 class Listener:
     """Sums both factors of a layer's weights while it runs back. Gradients at padding are 0."""
 
-    def __init__(self, layer: Layer, module: nn.Module, device: Device, floor: float = 0.0) -> None:
-        """`floor`: what every token of an embedding counts for at least (see embedding.py)."""
+    def __init__(self, layer: Layer, module: nn.Module, device: Device, floor: float = 0.0, rounding: int = 0) -> None:
+        """`floor`: what every token of an embedding counts for at least (see embedding.py).
+
+        `rounding`: find what few bits would cost as well, so many numbers to a scale, of all but embeddings.
+        """
         self.layer, self.device, self.floor = layer, device, floor
         self.sums: dict[str, list[Sums]] = {}  # one per copy of the weight
         self.stacks: list[_Experts] = []
@@ -102,10 +127,10 @@ class Listener:
             name = relative(weight, layer)
             W = dense(module, name, weight.kind)
             if weight.kind == "experts":
-                self.sums[weight.name] = [Sums(one) for one in W]
+                self.sums[weight.name] = [Sums(one, rounding=rounding) for one in W]
                 stacks.setdefault(module_of(name, weight.kind), []).append(weight)
                 continue
-            sums = Sums(W.T, True) if weight.kind == "embedding" else Sums(W)
+            sums = Sums(W.T, True) if weight.kind == "embedding" else Sums(W, rounding=rounding)
             self.sums[weight.name] = [sums]
             hook = (self._embedding if sums.embedding else self._one)(weight.name, sums)
             self.hooks.append(module.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
@@ -193,7 +218,9 @@ class Listener:
             refuse_unless_finite(weight.name, *(matrix for both in factors for matrix in both))
             spectra = [fisher_spectrum(*(t.to(place) for t in (one.W, *both))) for one, both in zip(sums, factors)]
             H, G = (torch.stack(each) if weight.kind == "experts" else each[0] for each in zip(*factors))
-            found[weight.name] = FisherFactors(H, G, torch.stack(spectra).sum(0))
+            costs = [one.cost(tokens) for one in sums if one.rounding]
+            rounding = torch.tensor([sum(costs)]) if costs else None
+            found[weight.name] = FisherFactors(H, G, torch.stack(spectra).sum(0), rounding)
         return found
 
 

@@ -28,6 +28,7 @@ from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
 from lillama.factorise.kfac import Listener
 from lillama.factorise.statistics import FISHER, fisher_file, read_fisher, write_fisher
+from lillama.plan.budget import Measured
 from lillama.plan.plan import observable
 from lillama.pretrained.calls import Batch, Batches, arguments, run_model, stand_in
 from lillama.pretrained.players import end_with, main_output, predicts_classes
@@ -37,8 +38,10 @@ from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Recipe
 
 
-def measure_spectra(walk: Walk, directory: RunDirectory, raw: Batches, recipe: Recipe) -> dict[str, Tensor]:
+def measure_spectra(walk: Walk, directory: RunDirectory, raw: Batches, recipe: Recipe) -> Measured:
     """The spectrum of every observed weight (see `fisher_spectrum`), measured unless that was done before.
+
+    With what few bits would cost it, where ranks and bits share one budget.
 
     `walk` lists the layers of the whole model. The factors that belong to the spectra are left in the run directory,
     where `Statistics` finds them, until `forget`.
@@ -46,7 +49,11 @@ def measure_spectra(walk: Walk, directory: RunDirectory, raw: Batches, recipe: R
     layers = [layer for layer in walk.every if observable(layer)]
     if not all(directory.has(fisher_file(layer)) for layer in layers):
         _Measurement.of(walk, directory, raw, recipe).run()
-    return {name: factors.spectrum for layer in layers for name, factors in read_fisher(directory, layer).items()}
+    found = {name: factors for layer in layers for name, factors in read_fisher(directory, layer).items()}
+    return Measured(
+        {name: factors.spectrum.tolist() for name, factors in found.items()},
+        {name: float(factors.rounding) for name, factors in found.items() if factors.rounding is not None},
+    )
 
 
 @dataclass
@@ -80,6 +87,12 @@ class _Measurement:
         place = inner.choose_place(raw, len(blocks) + 2, room)
         shelf = Shelf(directory.path / FISHER / "streams", walk.device.device, place)
         return cls(inner, directory, raw, recipe, shelf, first, below, ends.get("head"))
+
+    @property
+    def rounding(self) -> int:
+        """Numbers to a scale, where ranks and bits share one budget, so that what few bits cost is to be known."""
+        section = self.recipe.quantize
+        return 0 if section is None or self.recipe.compress.size is None else section.group_size
 
     def run(self) -> None:
         """Leave what is found of every layer in the run directory."""
@@ -125,7 +138,7 @@ class _Measurement:
         generator = torch.Generator(device.device).manual_seed(self.recipe.run.seed)
         gradients, tokens = self.shelf.new("top-gradients"), 0
         with walk.hold_outside(predicts=True) as model, _fixed(model):  # or there is a gradient as large as the head
-            listener = Listener(head, model.get_submodule(head.name), device) if head else None
+            listener = Listener(head, model.get_submodule(head.name), device, rounding=self.rounding) if head else None
             modules = [model.get_submodule(layer.name) for layer in walk.layers]
             forms = [walk.source.forms.get(layer.name) for layer in walk.layers]
             for raw, batch, x in zip(self.raw, batches, hidden):
@@ -162,7 +175,7 @@ class _Measurement:
         )
         with self.walk.open_layer(layer) as module:
             module.requires_grad_(False)
-            listener = Listener(layer, module, device)
+            listener = Listener(layer, module, device, rounding=self.rounding)
             for batch, x, gradient in zip(batches, *streams):
                 leaf = x.detach().requires_grad_(True)
                 with torch.enable_grad(), device.autocast():

@@ -25,16 +25,17 @@ def fisher_file(layer: Layer) -> str:
 
 
 def write_fisher(directory: RunDirectory, layer: Layer, found: Mapping[str, FisherFactors]) -> None:
-    """Store what was found of a layer's weights, as `<weight>.input`, `<weight>.output`, `<weight>.spectrum`."""
-    tensors = {f"{name}.{part}": t for name, factors in found.items() for part, t in factors._asdict().items()}
-    directory.put_tensors(fisher_file(layer), tensors)
+    """Store what was found of a layer's weights, as `<weight>.input`, `<weight>.output`, `<weight>.spectrum`, ..."""
+    every = {f"{name}.{part}": t for name, factors in found.items() for part, t in factors._asdict().items()}
+    directory.put_tensors(fisher_file(layer), {name: t for name, t in every.items() if t is not None})
 
 
 def read_fisher(directory: RunDirectory, layer: Layer) -> dict[str, FisherFactors]:
     """What `write_fisher` stored."""
     tensors = directory.tensors(fisher_file(layer))
     names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-    return {name: FisherFactors(*(tensors[f"{name}.{part}"] for part in FisherFactors._fields)) for name in names}
+    parts = {name: {part: tensors.get(f"{name}.{part}") for part in FisherFactors._fields} for name in names}
+    return {name: FisherFactors(**given) for name, given in parts.items()}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

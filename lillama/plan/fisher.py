@@ -56,14 +56,19 @@ def fisher(layers: Sequence[Layer], remove: int, compress: Compress, spectra: Ma
 
 def choices(weight: Weight, spectrum: Sequence[float], compress: Compress) -> list[Choice]:
     """The ranks a weight may get, rising, and dense at the end. Ranks that save nothing are left out."""
-    tail = [0.0]
-    for value in reversed(spectrum):
-        tail.append(tail[-1] + value / 2)
-    tail.reverse()  # tail[r]: what leaving out all but r components costs
+    tail = tails(spectrum)
     step, most = int(compress.rank_multiple), min(weight.shape)
     ranks = [r for r in range(step, most, step) if stored(weight, r, compress.storage) < weight.parameters]
     kept = [Choice(r, stored(weight, r, compress.storage), tail[r]) for r in ranks]
     return [*kept, Choice(None, weight.parameters, 0.0)]
+
+
+def tails(spectrum: Sequence[float]) -> list[float]:
+    """tails[r]: what leaving out all but r components costs."""
+    tail = [0.0]
+    for value in reversed(spectrum):
+        tail.append(tail[-1] + value / 2)
+    return tail[::-1]
 
 
 def _worth(before: Choice, after: Choice) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -17,6 +18,8 @@ from typing import Any
 from lillama.contract import Layer, Weight
 from lillama.errors import LillamaError, did_you_mean
 from lillama.lowrank.counts import stored
+from lillama.lowrank.whole import NAME as DENSE
+from lillama.plan.budget import Budget, bits_of, dense_form
 from lillama.plan.strategies import Ranks, Spectra, uniform
 from lillama.recipe.schema import Compress
 from lillama.registry import STRATEGIES
@@ -31,6 +34,7 @@ class Plan:
 
     `provisional`: uniform ranks stand for those that the run will choose by what it measures, for the same size.
     `kept` are weights that had a rank, or were to have one, and stay dense after all, each with the reason.
+    With a `budget` of bytes, `forms` names the storage in few bits that a weight ends in; the others stay in full.
     """
 
     layers: tuple[Layer, ...]
@@ -40,6 +44,8 @@ class Plan:
     strategy: str = "custom"
     provisional: bool = False
     kept: Mapping[str, str] = field(default_factory=dict)
+    forms: Mapping[str, str] = field(default_factory=dict)
+    budget: Budget | None = None
     weights: dict[str, Weight] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +70,20 @@ class Plan:
         """Share of all parameters that goes."""
         return self.removed / self.before
 
+    @property
+    def bytes(self) -> int | None:
+        """Bytes of all weights of the last checkpoint; None where nothing was planned in bytes."""
+        return None if self.budget is None else self.bytes_as(self.forms)
+
+    def bytes_as(self, forms: Mapping[str, str]) -> int:
+        """The same with the weights in other forms."""
+        assert self.budget is not None
+        found = self.budget.outside
+        for name, weight in self.weights.items():
+            rank = self.ranks.get(name)
+            found += self.budget.bytes(weight, rank, forms.get(name, DENSE if rank is None else self.storage))
+        return found
+
     def planned(self, layer: Layer) -> tuple[Weight, ...]:
         """The weights of `layer` that become low-rank."""
         return tuple(w for w in layer.weights if w.name in self.ranks)
@@ -81,7 +101,9 @@ class Plan:
                     more = dict.fromkeys((weight.name, weight.tied), f"it is one with {name}") | more
         more = {name: reason for name, reason in more.items() if name in self.weights}
         ranks = {name: rank for name, rank in self.ranks.items() if name not in more}
-        return replace(self, ranks=ranks, kept={**self.kept, **more})
+        dense = {name: dense_form(self.weights[name], form) for name, form in self.forms.items() if name in more}
+        forms = {name: form for name, form in {**self.forms, **dense}.items() if form != DENSE}
+        return replace(self, ranks=ranks, kept={**self.kept, **more}, forms=forms)
 
     @property
     def work(self) -> list[Layer]:
@@ -97,6 +119,11 @@ class Plan:
                 kind = weight.name.removeprefix(f"{layer.name}.")
                 kinds.setdefault(kind, []).append(self.ranks.get(weight.name))
         lines = [f"parameters {self.before:,} -> {self.after:,}, ranks by {self.strategy}:"]
+        if self.budget is not None:
+            lines.insert(
+                0,
+                f"bytes {self.budget.before:,} -> {self.bytes:,} of at most {self.budget.most:,}{_counted(self.forms)}",
+            )
         for kind, all_ranks in kinds.items():
             ranks = [rank for rank in all_ranks if rank is not None]
             parts = [f"{min(ranks)} to {max(ranks)}"] if ranks else []
@@ -128,15 +155,29 @@ class Plan:
                 row = {"layer": layer.name, "weight": w.name, "shape": list(w.shape), "copies": w.copies}
                 row |= {"tied": w.tied} if w.tied else {}
                 row |= {"kept_dense": self.kept[w.name]} if w.name in self.kept else {}
+                form = self.forms.get(w.name)
+                row |= {"form": form, "bits": bits_of(form)} if form else {}
                 weights.append(row | {"rank": rank, "parameters": w.parameters, "after": after})
         return {
             "strategy": self.strategy,
             "storage": self.storage,
             "parameters": {"before": self.before, "after": self.after},
             "reduction": self.reduction,
+            **({"bytes": self._bytes()} if self.budget is not None else {}),
             **({"provisional": True} if self.provisional else {}),
             "weights": weights,
         }
+
+    def _bytes(self) -> dict[str, int | None]:
+        assert self.budget is not None
+        return {"before": self.budget.before, "after": self.bytes, "most": self.budget.most}
+
+
+def _counted(forms: Mapping[str, str]) -> str:
+    """How many weights there are in how many bits."""
+    counts = Counter(bits_of(form) for form in forms.values())
+    parts = [f"{count} in {bits} bits" for bits, count in sorted(counts.items(), key=str)]
+    return f"; weights: {', '.join(parts)}" if parts else ""
 
 
 def wants_spectra(compress: Compress) -> bool:
@@ -157,13 +198,15 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spect
     that are none or remove less than was asked for.
     """
     # What is tied has the factors of its embedding, or both stay dense.
-    stay = {w.tied for layer in layers for w in layer.weights if _skipped(w, compress.skip)}
-    stay |= {w.name for layer in layers for w in layer.weights if w.tied or _skipped(w, compress.skip)}
+    stay = {w.tied for layer in layers for w in layer.weights if skipped(w, compress.skip)}
+    stay |= {w.name for layer in layers for w in layer.weights if w.tied or skipped(w, compress.skip)}
     offered = [Layer(layer.name, tuple(w for w in layer.weights if w.name not in stay), layer.kind) for layer in layers]
     compress = compress.model_copy(update={"rank_multiple": rank_multiple(layers, compress)})
     wanting = wants_spectra(compress)
     total = sum(w.parameters for layer in layers for w in layer.weights)
     base = before if compress.of == "model" else total
+    if compress.reduction is None:
+        raise LillamaError("no share to remove is given", where="compress.reduction")
     remove = -int(-compress.reduction * base // 1)  # rounded up
     left: dict[str, str] = {}
     try:
@@ -254,5 +297,6 @@ def _check_ranks(ranks: Ranks, offered: Iterable[Layer], remove: int, compress: 
         )
 
 
-def _skipped(weight: Weight, globs: Iterable[str]) -> bool:
+def skipped(weight: Weight, globs: Iterable[str]) -> bool:
+    """Whether the recipe wants a weight to stay dense."""
     return any(fnmatch.fnmatchcase(weight.name, glob) for glob in globs)

@@ -66,7 +66,11 @@ class Finetune(Section):
 class Quantize(Section):
     """The result in few bits: weights become whole numbers, with a scale for every group of them."""
 
-    bits: Literal[4, 8] = Field(8, description="Bits of a number: 8 loses next to nothing, 4 some.")
+    bits: Literal[4, 8, "auto"] = Field(
+        8,
+        description="Bits of a number: 8 loses next to nothing, 4 some; auto: 4 or 8 for every weight, whichever is "
+        "worth its bytes (with compress.size).",
+    )
     group_size: Literal[32, 64, 128] = Field(
         32, description="Numbers that share a scale (16 bits), along the dimension that products sum over."
     )
@@ -84,7 +88,8 @@ class Quantize(Section):
     storage: Literal["auto", "keep"] = Field(
         "auto",
         description="The form that a weight of low rank is kept in: auto: the one that loses least for its bytes, "
-        "pivot rows, two factors, or all numbers (compensated); keep: that of compress.storage.",
+        "pivot rows, two factors, or all numbers (compensated); keep: that of compress.storage. With compress.size, no "
+        "form takes more bytes than there are.",
     )
     tokens: int = Field(8192, ge=1, description="compensated: calibration tokens that rounding is fitted on.")
     steps: int = Field(
@@ -94,6 +99,11 @@ class Quantize(Section):
         "on the data of finetune (without one, the calibration's); 0: none.",
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of these updates.")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that a weight may get."""
+        return (4, 8) if self.bits == "auto" else (self.bits,)
 
     @property
     def fitted(self) -> bool:

@@ -22,6 +22,7 @@ from lillama.recipe.calibration import Generate as Generate
 from lillama.recipe.explain import Origin, check_names, explained, together
 from lillama.recipe.overrides import apply_override, plain_copy
 from lillama.recipe.section import Section as Section
+from lillama.recipe.sizes import check_sizes
 
 
 class Model(Section):
@@ -39,7 +40,19 @@ class Model(Section):
 class Compress(Section):
     """What becomes low-rank, and how small."""
 
-    reduction: float = Field(description="Share of the parameters to remove, between 0 and 1.", gt=0, lt=1)
+    reduction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the parameters to remove, between 0 and 1. Either this or size is given.",
+    )
+    size: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="In place of reduction: share of the original's bytes that the result may take, in the type that "
+        "model.dtype says of both. With quantize, ranks and bits share this one budget (fisher).",
+    )
     of: Literal["weights", "model"] = Field(
         "model",
         description="What the share is of: model (all parameters) or weights (the matrices the plugin offers).",
@@ -221,6 +234,7 @@ class Readable(Section):
             recipe = cls.model_validate(data)
         except ValidationError as error:
             raise together(explained(error, (), origin, cls, cls)) from error
+        check_sizes(recipe, origin)
         recipe = recipe.model_copy(update={"evaluate": placed(check_names(recipe, origin), recipe)})
         recipe._written = document.text
         return recipe

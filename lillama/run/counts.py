@@ -57,6 +57,11 @@ class Counts:
         """Whether the predictions' sensitivity is measured before anything is distilled."""
         return wants_spectra(self.recipe.compress) or bool(self.fisher)
 
+    @property
+    def foretold(self) -> bool:
+        """Whether what few bits would cost is measured with it."""
+        return self.plan.budget is not None and self.recipe.quantize is not None
+
 
 def _numbers(source: Source, name: str) -> int:
     return sum(p.numel() for p in source.model.get_submodule(name).parameters())

@@ -1,13 +1,22 @@
-"""What an earlier process of a run decided by what it measured: the ranks of a plan that leaves them open."""
+"""What an earlier process of a run decided by what it measured: the ranks and bits of a plan that leaves them open."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from lillama.base.rundir import MODEL, RunDirectory
+from lillama.errors import LillamaError
 from lillama.plan.plan import Plan
 
 PLAN = "plan.json"
+FORMS = "forms.json"  # the storages in few bits of a plan in bytes, once more: no checkpoint in full knows them
+
+
+def write(plan: Plan, directory: RunDirectory) -> None:
+    """Leave a plan that is settled where `apply` finds it."""
+    if plan.budget is not None:
+        directory.put_json(FORMS, dict(plan.forms))
+    directory.put_json(PLAN, plan.to_dict())
 
 
 def apply(plan: Plan, directory: RunDirectory) -> Plan:
@@ -26,4 +35,18 @@ def apply(plan: Plan, directory: RunDirectory) -> Plan:
         ranks = {name: how["rank"] for name, how in modules.items()}
     else:
         return plan
-    return replace(plan, ranks=ranks, kept=kept, provisional=False)
+    if plan.budget is None:
+        return replace(plan, ranks=ranks, kept=kept, provisional=False)
+    return replace(plan, ranks=ranks, kept=kept, forms=_forms(directory), provisional=False)
+
+
+def _forms(directory: RunDirectory) -> dict[str, str]:
+    if directory.has(FORMS):
+        return dict(directory.json(FORMS))
+    if directory.has(PLAN):
+        return {row["weight"]: row["form"] for row in directory.json(PLAN)["weights"] if "form" in row}
+    raise LillamaError(
+        "what was decided of the weights' bits is lost",
+        where=str(directory.path / FORMS),
+        hint="Run the recipe again with --restart.",
+    )

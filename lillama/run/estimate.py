@@ -13,6 +13,7 @@ from lillama.base.device import Device
 from lillama.contract import Weight
 from lillama.evaluate.in_turn import divided
 from lillama.factorise.grams import choose_gram
+from lillama.factorise.rounding import kept_numbers
 from lillama.plan.plan import Plan, observable
 from lillama.pretrained.predictions import LOGITS, READ
 from lillama.pretrained.source import Source
@@ -113,6 +114,8 @@ def _operations(run: Counts, tokens: int) -> float:
     # The teacher, and the student stream moving on.
     flops = seen * (2 * once + train * len(run.streams) * epochs)
     sums = 4 * disk.squares(run) * SINGLE  # of both factors, in float32
+    if run.foretold:
+        sums += 2 * sum(kept_numbers(w) for layer in run.plan.layers for w in observable(layer)) * SINGLE
     flops += min(tokens, compress.fisher_tokens) * (3 * once + sums) * run.measured
     return flops + _finetuning(run.source, run.plan, run.recipe) + fewbits.operations(run)
 
@@ -214,6 +217,8 @@ def _measuring_bytes(run: Counts) -> int:
     tokens = min(recipe.calibration.known_tokens or 0, recipe.compress.fisher_tokens)
     place, streams = disk.streams(run, len(blocks) + 2, tokens)
     own = place == ("host" if run.device.device.type == "cpu" else "device")
+    if run.foretold:
+        squares += max((sum(kept_numbers(w) for w in observable(layer)) for layer in blocks), default=0)
     return (streams if own else 0) + max(around + logits, block + 8 * squares + _step(run)[0])
 
 

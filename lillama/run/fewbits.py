@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lillama.bits.apply import FORMS, SCALE
+from lillama.bits.apply import FORMS, named
 from lillama.bits.moments import Wanted, passes
 from lillama.bits.targets import Target, find_ends, is_even
+from lillama.contract import Layer, Weight
 from lillama.errors import LillamaError
+from lillama.lowrank.counts import matrix_bytes
 from lillama.lowrank.rounded import Rounded
 from lillama.lowrank.storage import get_storage, rounded
 from lillama.lowrank.whole import NAME as DENSE
+from lillama.plan.budget import Budget
+from lillama.plan.budget import is_even as is_even_form
 from lillama.plan.plan import Plan
+from lillama.pretrained.source import Source
 from lillama.recipe.schema import Quantize, Recipe
 from lillama.run.counts import Counts
 
 ROUNDING = 6  # copies of a matrix in float32 while scales for it are tried
 SQUARES = 6  # float64 matrices of d_in x d_in, or d_out x d_out, while one is rounded
-INDEX = 8  # bytes of a row number
 
 
 def planned_targets(plan: Plan, model: Any, what: str) -> list[Target]:
@@ -52,16 +56,9 @@ def check_quantize(recipe: Recipe, plan: Plan, model: Any) -> None:
         return
     if plan.ranks:
         weight = plan.weights[next(iter(plan.ranks))]
-        shapes = get_storage(plan.storage).shapes(*weight.shape, plan.ranks[weight.name])
-        odd = [suffix for suffix in get_storage(plan.storage).parameters if len(shapes[suffix]) != 2]
-        if odd:
-            raise LillamaError(
-                f"the storage '{plan.storage}' cannot be kept in few bits: its tensor '{odd[0]}' is no matrix",
-                where="quantize",
-                hint="Leave quantize out, or use compress.storage: pivoted or factors.",
-            )
+        _refuse_odd(plan.storage, weight, plan.ranks[weight.name])
     if not any(True for _ in _kept(section, plan, model)):
-        odd_ones = section.bits == 4 and any(planned_targets(plan, model, section.what))
+        odd_ones = section.bits != 8 and any(planned_targets(plan, model, section.what))
         raise LillamaError(
             "no weight is left that few bits could hold",
             where="quantize.bits" if odd_ones else "quantize.what",
@@ -71,12 +68,66 @@ def check_quantize(recipe: Recipe, plan: Plan, model: Any) -> None:
         )
 
 
+def _refuse_odd(storage: str, weight: Weight, rank: int) -> None:
+    """LillamaError for a storage of which something is no matrix."""
+    shapes = get_storage(storage).shapes(*weight.shape, rank)
+    odd = [suffix for suffix in get_storage(storage).parameters if len(shapes[suffix]) != 2]
+    if odd:
+        raise LillamaError(
+            f"the storage '{storage}' cannot be kept in few bits: its tensor '{odd[0]}' is no matrix",
+            where="quantize",
+            hint="Leave quantize out, or use compress.storage: pivoted or factors.",
+        )
+
+
+def budget_of(recipe: Recipe, layers: Sequence[Layer], source: Source) -> Budget:
+    """The bytes of `compress.size`, and the storages that every weight may be kept in for them."""
+    section, storage, each = recipe.quantize, recipe.compress.storage, source.dtype.itemsize
+    weights = [weight for layer in layers for weight in layer.weights if not weight.tied]
+    ends = {end.name: end for end in find_ends(source.model)}
+    if section is not None and weights:
+        _refuse_odd(storage, weights[0], 1)
+    dense, ranked = {}, {}
+    for weight in weights:
+        widths = _widths(section, weight.name in ends)
+        bases = (storage,) if section is None or weight.name in ends or section.storage == "keep" else _bases(storage)
+        ranked[weight.name] = _names(bases, widths, section) or (storage,)
+        stays = section is None or section.what == "factors" or (weight.kind == "embedding" and weight.name not in ends)
+        names = () if stays else _names((DENSE,), widths, section)
+        dense[weight.name] = tuple(name for name in names if is_even_form(weight, None, name)) or (DENSE,)
+    before = each * source.parameters
+    outside = before - each * sum(weight.parameters for weight in weights)
+    for end in ends.values():
+        if end.name not in dense and not end.tied and section is not None and section.what == "all":
+            form = rounded(DENSE, section.embedding, section.group_size)
+            if is_even(form, end):
+                outside += matrix_bytes(form, end.matrix, end.rank, each) - each * math.prod(end.matrix)
+    twice = frozenset(weight.tied for layer in layers for weight in layer.weights if weight.tied)
+    return Budget(before, int((recipe.compress.size or 1) * before), each, outside, dense, ranked, twice)
+
+
+def _widths(section: Quantize | None, end: bool) -> tuple[int, ...]:
+    """The bits that a weight may get; none: it stays in full."""
+    if section is None or (end and section.what != "all"):
+        return ()
+    return (section.embedding,) if end else section.widths
+
+
+def _bases(storage: str) -> tuple[str, ...]:
+    """The forms of low rank that `storage: auto` tries."""
+    return tuple(dict.fromkeys((storage, *(form for form in FORMS if form != DENSE))))
+
+
+def _names(bases: Sequence[str], widths: Sequence[int], section: Quantize | None) -> tuple[str, ...]:
+    return () if section is None else tuple(rounded(b, bits, section.group_size).name for bits in widths for b in bases)
+
+
 def _kept(section: Quantize, plan: Plan, model: Any) -> Iterator[tuple[Target, Rounded]]:
-    """The weights that few bits will hold, each with its storage as `storage: keep` has it."""
+    """The weights that few bits will hold, each with its storage as planned, or as `storage: keep` has it."""
     group = section.group_size
     for target in planned_targets(plan, model, section.what):
-        storage = rounded(target.storage, section.bits, group)
-        if is_even(storage, target):
+        form = plan.forms.get(target.name) if plan.budget else rounded(target.storage, section.widths[-1], group).name
+        if form is not None and is_even(storage := named(form), target):
             yield target, storage
     for end in planned_ends(plan, model) if section.what == "all" else ():
         storage = rounded(end.storage, section.embedding, group)
@@ -87,8 +138,10 @@ def _kept(section: Quantize, plan: Plan, model: Any) -> Iterator[tuple[Target, R
 def checkpoint_bytes(section: Quantize, plan: Plan, model: Any, each: int, most: bool = False) -> int:
     """Bytes of the weights in few bits, the others' with `each` for a number.
 
-    With `most`, every weight in the largest form that it might take.
+    With `most`, every weight in the largest form that it might take. Of a plan in bytes what it says.
     """
+    if plan.budget is not None and plan.bytes is not None:
+        return max(plan.bytes, plan.budget.most) if most else plan.bytes
     total = each * plan.after
     for target, storage in _kept(section, plan, model):
         if target.tied:
@@ -98,15 +151,10 @@ def checkpoint_bytes(section: Quantize, plan: Plan, model: Any, each: int, most:
             numbers = storage.base.numbers(*target.matrix, target.rank)
         forms = [storage]
         if most and section.fitted and section.storage == "auto" and target.storage != DENSE:
-            forms += [rounded(base, section.bits, section.group_size) for base in FORMS]
-        total += target.copies * (max(_bytes(form, target) for form in forms) - each * numbers)
+            forms += [rounded(base, storage.bits, section.group_size) for base in FORMS]
+        held = max(matrix_bytes(form, target.matrix, target.rank, each) for form in forms)
+        total += target.copies * (held - each * numbers)
     return total
-
-
-def _bytes(storage: Rounded, target: Target) -> int:
-    shapes = storage.base.shapes(*target.matrix, target.rank)
-    indices = sum(math.prod(shapes[suffix]) for suffix in storage.base.indices)
-    return storage.bytes(*target.matrix, target.rank, SCALE) + INDEX * indices
 
 
 def moments_bytes(section: Quantize, plan: Plan, model: Any) -> tuple[int, int]:

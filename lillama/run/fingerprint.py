@@ -24,6 +24,9 @@ NOT_IN_THE_NUMBERS = {
     "track",
 }
 
+# Settings of few bits on which no rank depends; without compress.size none does.
+NOT_IN_THE_BITS = {"tokens", "steps", "learning_rate"}
+
 ANY = object()
 # Keys that earlier versions did not know, by section, and the value that says what those did; ANY: what the key decides
 # is in the hash of the data.
@@ -34,6 +37,7 @@ NEW_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("finetune", "special_tokens", ANY),
     ("compress", "embedding", False),
     ("compress", "keep_dense_below", 0.0),
+    ("compress", "size", None),
 )
 
 
@@ -44,7 +48,7 @@ def of(prepared: Prepared, data: str) -> dict[str, Any]:
     unimportant: Any = {
         "evaluate": True,
         "finetune": True,
-        "quantize": True,
+        "quantize": True if prepared.recipe.compress.size is None else NOT_IN_THE_BITS,
         "run": NOT_IN_THE_NUMBERS,
         "model": {"id"},
     }

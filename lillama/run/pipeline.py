@@ -29,7 +29,8 @@ from lillama.errors import LillamaError
 from lillama.evaluate import in_turn, measure
 from lillama.factorise import sensitivity
 from lillama.finetune import train as finetune
-from lillama.plan.plan import Plan, choose_ranks
+from lillama.plan.budget import Measured
+from lillama.plan.plan import Plan
 from lillama.pretrained import sharing
 from lillama.pretrained.learn import learn_forms
 from lillama.pretrained.locate import read_tokenizer
@@ -43,7 +44,7 @@ from lillama.run.estimate import check_disk
 from lillama.run.forms import needed
 from lillama.run.learn import learn
 from lillama.run.owntext import OwnText
-from lillama.run.prepare import Prepared, prepare
+from lillama.run.prepare import Prepared, prepare, settle
 from lillama.run.quantise import count, quantise, refuse_other
 
 
@@ -158,8 +159,7 @@ class Run:
         with progress.timed("learn forms"):
             learn_forms(needed(walk, self.plan, self.recipe), batches[0])
         if self.plan.provisional:
-            spectra = sensitivity.measure_spectra(walk, self.directory, batches, self.recipe)
-            self.choose({name: spectrum.tolist() for name, spectrum in spectra.items()})
+            self.choose(sensitivity.measure_spectra(walk, self.directory, batches, self.recipe))
         job = Job(self.recipe, self.plan, self.source, device, self.directory, progress, batches)
         if job.needs.fisher and not job.is_done:
             sensitivity.measure_spectra(walk, self.directory, batches, self.recipe)  # unless that was just done
@@ -169,10 +169,10 @@ class Run:
         with progress.timed("write"):
             self.write(job)
 
-    def choose(self, spectra: dict[str, list[float]]) -> None:
+    def choose(self, measured: Measured) -> None:
         """Settle a provisional plan."""
-        self.plan = choose_ranks(self.prepared.layers, self.plan.before, self.recipe.compress, spectra)
-        self.directory.put_json(PLAN, self.plan.to_dict())
+        self.plan = settle(self.plan, self.recipe, self.prepared.layers, measured)
+        decided.write(self.plan, self.directory)
         for weight, reason in self.plan.kept.items():
             self.directory.event("kept_dense", weight=weight, reason=reason)
         self.progress.say(self.plan.summary())

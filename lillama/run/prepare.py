@@ -13,7 +13,9 @@ from lillama.contract import Layer
 from lillama.errors import LillamaError
 from lillama.factorise import refit
 from lillama.lowrank import swap
+from lillama.plan.budget import Measured
 from lillama.plan.plan import Plan, choose_ranks
+from lillama.plan.within import choose_within
 from lillama.pretrained import locate
 from lillama.pretrained.ends import with_ends
 from lillama.pretrained.source import Source, weights_dtype
@@ -52,12 +54,28 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
     check.check_skip(recipe.compress.skip, layers, source.model)
     if config is None:  # where the model is not at hand, the data need not be
         check.check_data(recipe)
-    plan = choose_ranks(layers, source.parameters, recipe.compress)
+    plan = _plan(recipe, layers, source)
     refit.check_refits(plan, recipe)
     check.check_initialiser(recipe, plan)
     fewbits.check_quantize(recipe, plan, source.model)
     _check_layers(layers, source)
     return Prepared(recipe, source, plugin, layers, plan, chosen)
+
+
+def settle(plan: Plan, recipe: Recipe, layers: list[Layer], measured: Measured) -> Plan:
+    """The plan that a provisional one becomes, once it was `measured` what ranks depend on."""
+    if plan.budget is not None:
+        return choose_within(layers, plan.before, recipe.compress, plan.budget, measured)
+    return choose_ranks(layers, plan.before, recipe.compress, measured.spectra)
+
+
+def _plan(recipe: Recipe, layers: list[Layer], source: Source) -> Plan:
+    """The recipe's ranks, and bits where both share one budget; provisional where they wait to be measured."""
+    if recipe.compress.size is None:
+        return choose_ranks(layers, source.parameters, recipe.compress)
+    # Counted once, while what is tied is one: the budget goes with the plan.
+    budget = fewbits.budget_of(recipe, layers, source)
+    return choose_within(layers, source.parameters, recipe.compress, budget)
 
 
 def open_source(recipe: Recipe, chosen: device.Device | None = None, config: Any = None) -> Source:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from lillama import host
 from lillama.base.progress import Progress
 from lillama.base.rundir import FINETUNED, MODEL, QUANTIZED, RunDirectory
 from lillama.bits import stage
+from lillama.bits.apply import Planned
 from lillama.checkpoint.load import load
 from lillama.finetune import train as finetune
 from lillama.lowrank.counts import stored
@@ -35,6 +38,16 @@ def count(directory: RunDirectory, plan: Plan) -> int:
     )
 
 
+def _planned(plan: Plan, progress: Progress) -> Planned | None:
+    """What a plan in bytes says of the step; says where weights that had to stay dense made it larger than asked."""
+    if plan.budget is None or plan.bytes is None:
+        return None
+    spare = plan.budget.most - plan.bytes
+    if spare < 0:
+        progress.say(f"weights that had to stay dense take {-spare:,} bytes more than compress.size allows")
+    return Planned(plan.forms, max(spare, 0))
+
+
 def quantise(
     prepared: Prepared,
     plan: Plan,
@@ -57,13 +70,13 @@ def quantise(
     # Of an earlier one. Before this one is there: a process that is killed in between measures once more.
     directory.forget(*filter(directory.has, ("evaluation.quantized.json", IN_TURN)))
     with progress.timed("quantize"):
-        progress.say(f"putting the model into {section.bits} bits")
+        progress.say(f"putting the model into {' or '.join(map(str, section.widths))} bits")
         last = directory.path / (FINETUNED if tuned else MODEL)
         model = load(last, trust_remote_code=recipe.model.trust_remote_code, dtype=torch.float32)
         host.get().prepare(prepared.plugin, model, recipe)
         offered = [(weight.name, weight.kind) for layer in plan.layers for weight in layer.weights]
-        device = prepared.device
-        done = stage.quantise_model(model, section, offered=offered, batches=batches, device=device, progress=progress)
+        given: Any = {"offered": offered, "batches": batches, "device": prepared.device, "progress": progress}
+        done = stage.quantise_model(model, section, **given, plan=_planned(plan, progress))
         if section.steps:
             learn(prepared, model, around_rounding(model, recipe, section), directory, progress)
             stage.check_finite(model)
