@@ -87,3 +87,15 @@ def is_inside(name: Any) -> bool:
         return False
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and str(path) == name and name not in (".", NAME, COPY)
+
+
+def differences(held: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two fingerprints, a line for each key."""
+    out: list[str] = []
+    for key in sorted(held.keys() | new.keys()):
+        a, b = held.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key}: {json.dumps(a)} there, {json.dumps(b)} here")
+    return out

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lillama.base import ranks
 from lillama.cli.console import console
 from lillama.errors import LillamaError
 
@@ -44,13 +45,14 @@ def compress(args: argparse.Namespace) -> int:
     if args.write_recipe:
         from lillama.base.files import write_text
 
-        write_text(Path(args.write_recipe), _written(args, recipe))
+        ranks.by_first(lambda: write_text(Path(args.write_recipe), _written(args, recipe)))
         out.print(f"the recipe is in {args.write_recipe}", markup=False)
     if args.plan:
         out.print(_written(args, recipe), markup=False, highlight=False)
         return 0
-    if not args.data and not text.exists():
-        owntext.write_own_text(recipe, text, owntext.Writing(args.tokens), Progress(out))
+    if not args.data and not ranks.agree(text.exists()):
+        writing = owntext.Writing(args.tokens)
+        ranks.by_first(lambda: owntext.write_own_text(recipe, text, writing, Progress(out)))
         out.print(f"the model's own text is in {text}; it is used again as long as it is there", markup=False)
     prepared = prepare.prepare(recipe)
     result = pipeline.Run(prepared, Progress(out), restart=args.restart).execute()

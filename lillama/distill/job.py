@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lillama.base import ranks
 from lillama.base.device import Device
-from lillama.base.files import write_json, write_tensors
 from lillama.base.progress import Progress
 from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
@@ -137,8 +137,10 @@ class Job:
 
     def best_file(self, position: int) -> Path | None:
         """Where the best state of a layer is kept while it learns; None: in memory."""
-        low = self.recipe.run.low_memory
-        return self.directory.path / f"best.{position:04d}.safetensors" if low else None
+        if not self.recipe.run.low_memory:
+            return None
+        own = f".{ranks.rank()}" if ranks.world() > 1 else ""
+        return self.directory.path / f"best.{position:04d}{own}.safetensors"
 
     def choose_place(self) -> Place:
         """Where streams have room: three are in use while a layer learns from the student's inputs, else two."""
@@ -217,16 +219,8 @@ class Job:
 
     def _put(self, files: dict[str, dict[str, Tensor]], decided: Mapping[Layer, Mapping[str, str]]) -> None:
         """Store finished layers, and what is kept dense of them, at once."""
-        if not decided:
-            self.directory.put_tensor_files(files)
-            return
-        names = []
-        for layer, reasons in decided.items():
-            names.append(kept.next_file(self.plan, layer, self.directory))
-            write_json(self.directory.path / names[-1], reasons)
-        for name, tensors in files.items():
-            write_tensors(self.directory.path / name, tensors)
-        self.directory.record(*files, *names)
+        said = {kept.next_file(self.plan, layer, self.directory): reasons for layer, reasons in decided.items()}
+        self.directory.put_files(files, said)
 
     def _tell_learned(self, student: Student) -> None:
         self.directory.event(

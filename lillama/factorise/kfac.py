@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lillama.base import ranks
 from lillama.base.device import Device, factorising
 from lillama.contract import Layer, Weight, relative
 from lillama.dense.experts import layout_of
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 UNCALLED = "the model's forward pass never calls its module, so nothing is known of it"
 BLIND = "no gradient of the predictions reaches it (it chooses what others read, say), so nothing is known of it"
+
+
+Problem = tuple[Tensor, Tensor, Tensor]  # W and the two factors of its Fisher information, on its smaller side
 
 
 class Sums:
@@ -79,6 +83,15 @@ class Sums:
         gram = weighted_gram(table, table.new_ones(len(table))) * (floor * self.counted / len(table))
         self.inputs += gram if table.device == self.inputs.device else gram.float().to(self.inputs.device)
 
+    @property
+    def numbers(self) -> list[float]:
+        """What is counted beside the matrices."""
+        return [self.counted, self.length, self.calls, self.rows]
+
+    @numbers.setter
+    def numbers(self, numbers: list[float]) -> None:
+        self.counted, self.length, self.calls, self.rows = *numbers[:2], round(numbers[2]), round(numbers[3])
+
     def factors(self, tokens: int, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(H, G) per token predicted, on the smaller side; `more` is added to G."""
         outputs = self.outputs / tokens
@@ -95,6 +108,7 @@ class Listener:
         self.stacks: list[_Experts] = []
         self.hooks: list[Any] = []
         self.called: set[str] = set()  # weights whose modules the forward pass calls
+        self._summed = False
         stacks: dict[str, list[Weight]] = {}
         for weight in layer.weights:
             name = relative(weight, layer)
@@ -161,8 +175,20 @@ class Listener:
 
         source.register_hook(listen)
 
+    def sum_up(self) -> None:
+        """Add up what the processes of the run have seen, once; before anything is made of it."""
+        if self._summed or ranks.world() == 1:
+            return
+        self._summed = True
+        every = [one for sums in self.sums.values() for one in sums]
+        ranks.sum_(matrix for one in every for matrix in (one.inputs, one.outputs))
+        numbers = ranks.summed([number for one in every for number in one.numbers])
+        for i, one in enumerate(every):
+            one.numbers = numbers[4 * i : 4 * i + 4]
+
     def tied(self, tokens: int) -> dict[str, Tensor]:
         """What a head in this layer adds to the output factor of the embedding it is tied to, by its name."""
+        self.sum_up()
         heads = ((weight.tied, self.sums[weight.name][0]) for weight in self.layer.weights)
         return {name: sums.factors(tokens)[0] * (sums.length / tokens) for name, sums in heads if name}
 
@@ -175,24 +201,42 @@ class Listener:
         """
         for hook in self.hooks:
             hook.remove()
+        self.sum_up()
         with self.device.autocast():
             for experts in self.stacks:
                 experts.close()
-        found = {}
+        factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        problems: dict[str, list[Problem]] = {}
         for weight in observable(self.layer):
             sums = self.sums.pop(weight.name)
             if not any(one.calls for one in sums):
-                log.warning("%s stays dense: %s", weight.name, BLIND if weight.name in self.called else UNCALLED)
+                if ranks.is_first():
+                    log.warning("%s stays dense: %s", weight.name, BLIND if weight.name in self.called else UNCALLED)
                 continue
             if weight.kind == "embedding":
                 sums[0].count_every_token(self.floor)
-            place = factorising(self.device.device)
-            factors = [one.factors(tokens, (tied or {}).get(weight.name)) for one in sums]
-            refuse_unless_finite(weight.name, *(matrix for both in factors for matrix in both))
-            spectra = [fisher_spectrum(*(t.to(place) for t in (one.W, *both))) for one, both in zip(sums, factors)]
-            H, G = (torch.stack(each) if weight.kind == "experts" else each[0] for each in zip(*factors))
-            found[weight.name] = FisherFactors(H, G, torch.stack(spectra).sum(0))
+            factors[weight.name] = [one.factors(tokens, (tied or {}).get(weight.name)) for one in sums]
+            refuse_unless_finite(weight.name, *(matrix for both in factors[weight.name] for matrix in both))
+            problems[weight.name] = [(one.W, *both) for one, both in zip(sums, factors[weight.name])]
+        spectra = _spectra(problems, factorising(self.device.device))
+        found = {}
+        for weight in (one for one in observable(self.layer) if one.name in factors):
+            H, G = (torch.stack(each) if weight.kind == "experts" else each[0] for each in zip(*factors[weight.name]))
+            found[weight.name] = FisherFactors(H, G, spectra[weight.name])
         return found
+
+
+def _spectra(problems: Mapping[str, list[Problem]], place: torch.device) -> dict[str, Tensor]:
+    """The spectrum of every weight, summed over its copies; the processes of the run share the copies out."""
+    tasks = [(name, problem) for name, each in problems.items() for problem in each]
+    spectra = {
+        name: torch.zeros(min(each[0][0].shape), dtype=torch.float64, device=place) for name, each in problems.items()
+    }
+    for owner, (name, problem) in zip(ranks.owners([min(one[0].shape) ** 3 for _, one in tasks]), tasks):
+        if owner == ranks.rank():
+            spectra[name] += fisher_spectrum(*(tensor.to(place) for tensor in problem))
+    ranks.sum_(spectra.values())
+    return spectra
 
 
 class _Experts:
@@ -244,7 +288,7 @@ class _Experts:
 
     def close(self) -> None:
         """Let experts that saw few tokens borrow from those of the whole layer."""
-        sample = self.sample.take()
+        sample = self.sample.take(self.layout.weight(self.module, "down").device)
         if sample is None:  # the module was never called, which whoever asks for its factors says
             return
         for expert in range(self.experts):
