@@ -215,6 +215,17 @@ def gather(value: T) -> list[T]:
     return found
 
 
+def collect(value: T) -> list[T]:
+    """What every process has, in their order, on the first; nothing on the others."""
+    if world() == 1:
+        return [value]
+    from torch import distributed
+
+    found: list[Any] | None = [None] * world() if rank() == 0 else None
+    _together(distributed.gather_object, value, found)
+    return found or []
+
+
 def agree(value: T) -> T:
     """What the first process has, on all of them."""
     if world() == 1:

@@ -200,27 +200,31 @@ class Job:
         done = [(student, student.finish()) for student in students]
         reasons = {name: reason for _, found in done for name, reason in found.dense.items()}
         plan = self.plan.keep_dense(reasons)
-        modules, files = [], {}
+        modules, finished = [], {}
         for student, found in done:
             layer, module, tensors = student.layer, found.module, found.tensors
             if plan.planned(layer) != self.plan.planned(layer):
                 with self.original(layer) as teacher:
                     module, tensors = without(layer, teacher, plan, module, student.trained)
             modules.append(module)
-            if plan.planned(layer):
-                files[self.file(layer)] = tensors
-        self._put(files, {student.layer: found.dense for student, found in done if found.dense})
-        if reasons:
-            self._take_over(reasons)
+            finished[layer] = tensors
+        self.put_finished(finished, {student.layer: found.dense for student, found in done if found.dense})
         for student in students:
             if self.plan.planned(student.layer):
                 self._tell_learned(student)
         return modules
 
-    def _put(self, files: dict[str, dict[str, Tensor]], decided: Mapping[Layer, Mapping[str, str]]) -> None:
-        """Store finished layers, and what is kept dense of them, at once."""
+    def put_finished(
+        self, finished: Mapping[Layer, dict[str, Tensor]], decided: Mapping[Layer, Mapping[str, str]]
+    ) -> None:
+        """Store finished layers, and what is kept dense of them, at once; go on with the plan that this makes."""
+        reasons = {name: reason for dense in decided.values() for name, reason in dense.items()}
+        plan = self.plan.keep_dense(reasons) if reasons else self.plan
+        files = {self.file(layer): tensors for layer, tensors in finished.items() if plan.planned(layer)}
         said = {kept.next_file(self.plan, layer, self.directory): reasons for layer, reasons in decided.items()}
         self.directory.put_files(files, said)
+        if reasons:
+            self._take_over(reasons)
 
     def _tell_learned(self, student: Student) -> None:
         self.directory.event(

@@ -13,6 +13,7 @@ from torch import nn
 
 from lillama.base import memory, ranks
 from lillama.base.progress import Bar
+from lillama.distill.apart import finish_apart, stand_apart
 from lillama.distill.build import restore_layer
 from lillama.distill.job import Job, Watch
 from lillama.distill.student import Example, Student
@@ -30,6 +31,8 @@ Streams = dict[str, Stream]
 
 def sequential(job: Job, watch: Watch | None = None) -> None:
     """Layers outside, batches inside."""
+    if stand_apart(job):
+        finish_apart(job)
     shelf = Shelf(job.directory.path / "streams", job.device.device, job.choose_place())
     start, streams = _resume(job, shelf)
     embedded = None if streams else shelf.new("0000-teacher")

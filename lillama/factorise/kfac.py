@@ -39,13 +39,18 @@ Problem = tuple[Tensor, Tensor, Tensor]  # W and the two factors of its Fisher i
 
 
 class Sums:
-    """Of one matrix W (d_out x d_in): the sums of c x x^T and g g^T, on its smaller side, and of c."""
+    """Of one matrix W (d_out x d_in): the sums of c x x^T and g g^T, on its smaller side, and of c.
+
+    What batches add is float32, their sum float64: so the order makes no difference, nor how many processes share them.
+    Directions in which nothing was seen are told apart by no more than rounding, and with them ranks.
+    """
 
     def __init__(self, W: Tensor, embedding: bool = False) -> None:
         """`embedding`: W is the transpose of a table, and what is given for x are the vectors looked up."""
         self.W, self.embedding, self.wide = W, embedding, W.shape[0] <= W.shape[1]
         n = min(W.shape)
-        self.inputs, self.outputs = (torch.zeros(n, n, device=W.device) for _ in range(2))
+        exact = torch.float64 if factorising(W.device) == W.device else torch.float32
+        self.inputs, self.outputs = (torch.zeros(n, n, device=W.device, dtype=exact) for _ in range(2))
         self.counted, self.length = 0.0, 0.0  # sums of c and of |g|^2
         self.calls, self.rows = 0, 0  # rows: inputs of which anything depends
 
@@ -60,7 +65,7 @@ class Sums:
         self._inputs(x, counts)
         g = g.float()
         with torch.autocast(g.device.type, enabled=False):
-            self.outputs.addmm_(g.T, g)
+            self.outputs += g.T @ g
         self.rows += int((length > 0).sum())
 
     def _inputs(self, x: Tensor, counts: Tensor) -> None:
@@ -68,7 +73,7 @@ class Sums:
             x = F.linear(x.to(self.W.dtype), self.W)
         x = x.float()
         with torch.autocast(x.device.type, enabled=False):
-            self.inputs.addmm_((x * counts).T, x)
+            self.inputs += (x * counts).T @ x
         self.counted += float(counts.sum())
 
     def borrow_inputs(self, x: Tensor) -> None:
@@ -81,7 +86,7 @@ class Sums:
         """Let every token of an embedding count for at least the share `floor` of the mean count."""
         table = self.W.T.to(factorising(self.W.device))
         gram = weighted_gram(table, table.new_ones(len(table))) * (floor * self.counted / len(table))
-        self.inputs += gram if table.device == self.inputs.device else gram.float().to(self.inputs.device)
+        self.inputs += gram.to(self.inputs)
 
     @property
     def numbers(self) -> list[float]:
@@ -94,8 +99,8 @@ class Sums:
 
     def factors(self, tokens: int, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(H, G) per token predicted, on the smaller side; `more` is added to G."""
-        outputs = self.outputs / tokens
-        return self.inputs / max(self.counted, TINY), outputs if more is None else outputs + more
+        inputs, outputs = self.inputs / max(self.counted, TINY), self.outputs / tokens
+        return inputs.float(), (outputs if more is None else outputs + more).float()
 
 
 class Listener:

@@ -13,6 +13,8 @@ from torch import Tensor
 from lillama.base import ranks
 from lillama.pretrained.calls import Batch, Call, Capture, RawBatch
 
+DIGEST = "digest"  # of the batch as a whole
+
 
 def own_rows(batch: RawBatch, number: int) -> tuple[RawBatch, bool]:
     """The rows of a batch that are this process's, and whether they count.
@@ -20,15 +22,21 @@ def own_rows(batch: RawBatch, number: int) -> tuple[RawBatch, bool]:
     Where its tensors do not have as many rows each, the rows belong together: the batch is one process's, by its
     `number`, in turn.
     """
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    sizes = {value.shape[0] if value.dim() else 0 for value in tensors.values()}
+    divided = {name: value for name, value in batch.items() if name != DIGEST}
+    sizes = {value.shape[_rows_at(name)] if value.dim() > _rows_at(name) else 0 for name, value in divided.items()}
     if len(sizes) != 1:
         return batch, number % ranks.world() == ranks.rank()
     count = sizes.pop()
     mine = ranks.part(count)
-    # Whichever stands in: one row of the last.
-    rows = slice(mine.start, mine.stop) if len(mine) else slice(max(count - 1, 0), count)
-    return {name: value[rows] if name in tensors else value for name, value in batch.items()}, bool(len(mine))
+    # Where there is none, the last stands in.
+    first, some = (mine.start, len(mine)) if len(mine) else (count - 1, 1)
+    rows = {name: value.narrow(_rows_at(name), first, some) for name, value in divided.items()}
+    return {**batch, **rows}, bool(len(mine))
+
+
+def _rows_at(name: str) -> int:
+    """The dimension of an argument in which it has rows: a tuple of one tensor is given as [1, B, ...]."""
+    return 1 if name == "encoder_outputs" else 0
 
 
 def capture_whole(capture: Capture, raw: RawBatch, number: int) -> tuple[Batch, Tensor]:
