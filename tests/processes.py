@@ -7,6 +7,7 @@ It runs the cases named (`prepare` has made their models) into HOME/NAME/togethe
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ SEQUENTIAL = {"distill.schedule": "sequential"}
 CONCURRENT = {"distill.schedule": "concurrent"}
 FISHER = {"compress.strategy": "fisher", "compress.init": "fisher", "compress.fisher_tokens": 100}
 TUNED = {"steps": 3, "batch_size": 3, "sequence_length": 12, "tokens": 240, "checks": 2, "learning_rate": 1e-4}
+FEW = {"bits": 8, "steps": 0}
 # family, rows of a batch, changes of the recipe. Where there are no calibration batches the data are a folder's.
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "llama": ("llama", 3, {**SEQUENTIAL, **FISHER, "finetune": {**TUNED, "teacher": 0.5}}),
@@ -44,14 +46,20 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "llama-apart": (
         "llama",
         2,
-        {**SEQUENTIAL, **FISHER, "distill.epochs": 0, "compress.storage": "pivoted", "quantize": {"bits": 8, "steps": 2}},
+        {
+            **SEQUENTIAL,
+            **FISHER,
+            "distill.epochs": 0,
+            "compress.storage": "pivoted",
+            "quantize": {"bits": 8, "steps": 2},
+        },
     ),
     "mixtral": ("mixtral", 2, {**SEQUENTIAL, "distill.loss": "student", "finetune": TUNED}),
     "mixtral-concurrent": ("mixtral", 1, {**CONCURRENT, **FISHER}),  # a batch has fewer rows than there are processes
     "mamba": ("mamba", 2, {**SEQUENTIAL, **FISHER, "finetune": {**TUNED, "batch_size": 2, "gradient_accumulation": 2}}),
     "mamba-concurrent": ("mamba", 3, {**CONCURRENT, **FISHER}),
     "whisper": ("whisper", 2, {**SEQUENTIAL, **FISHER, "finetune": {**TUNED, "batch_size": 2}}),
-    "whisper-concurrent": ("whisper", 2, CONCURRENT),
+    "whisper-concurrent": ("whisper", 2, {**CONCURRENT, **FISHER}),
 }
 
 
@@ -99,6 +107,11 @@ def run(home: Path, name: str, out: str) -> dict[str, Any]:
     """Run a case into `home/NAME/OUT`; its metrics."""
     recipe = recipe_of(home, name, out)
     return lillama.compress(recipe, progress=Progress(), batches=batches_of(home, name)).metrics
+
+
+def metrics(home: Path, name: str, out: str) -> dict[str, Any]:
+    """What a run measured."""
+    return json.loads((home / name / out / "metrics.json").read_text())
 
 
 def apart(home: Path, name: str, first: str, second: str) -> dict[str, float]:

@@ -25,14 +25,18 @@ LIMIT = 30.0  # seconds in which the others have to stop
 ROOT = Path(__file__).parent.parent.parent
 
 
+def environment() -> dict[str, str]:
+    """Of processes that find this project, have a thread each and no network."""
+    paths = [str(ROOT), str(ROOT / "plugins"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
 def launch(recipe: Path, out: Path, count: int) -> subprocess.Popen[str]:
     """`torchrun --nproc-per-node COUNT -m lillama run RECIPE`, without a network."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    paths = [str(ROOT), str(ROOT / "plugins"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     log = out.with_suffix(".log").open("a")
     command = [*launcher, "-m", "lillama", "run", str(recipe), "--set", f"run.out={out}"]
-    return subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment, cwd=out.parent)
+    return subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment(), cwd=out.parent)
 
 
 def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
