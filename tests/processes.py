@@ -51,7 +51,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
             **FISHER,
             "distill.epochs": 0,
             "compress.storage": "pivoted",
-            "quantize": {"bits": 8, "steps": 2},
+            "quantize": FEW,
         },
     ),
     "mixtral": ("mixtral", 2, {**SEQUENTIAL, "distill.loss": "student", "finetune": TUNED}),
