@@ -310,7 +310,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stop.signals(advice):
             _join(verb)
-            return verb(args)
+            try:
+                return verb(args)
+            except ranks.LostError as error:  # told at once: the launcher's signal is on its way
+                return _say(error)
     except LillamaError as error:
         if args.debug:
             raise
