@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from lillama.base import ranks
+from lillama.base import device, ranks
+from lillama.cli.main import main
+from lillama.errors import LillamaError
 from lillama.finetune.together import own_of
 from lillama.pretrained.rows import own_rows
 
@@ -127,3 +129,49 @@ def test_one_process_needs_no_others():
     assert parameter.grad is None
     assert ranks.gather(3) == [3] and ranks.agree("a") == "a" and ranks.summed([1.5]) == [1.5]
     assert ranks.share([1, 2, 3]) == [1, 2, 3] and [*ranks.part(3)] == [0, 1, 2]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """As a launcher starts the first of two processes."""
+    for word, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(word, str(value))
+
+
+def test_a_model_split_over_processes_is_refused_by_name(started, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(LillamaError, match="FSDP is not supported"):
+        ranks.join()
+
+
+def test_a_verb_that_cannot_be_shared_says_so(started, capsys):
+    assert main(["recipes"]) == 2
+    assert "lillama recipes works in one process" in capsys.readouterr().err
+
+
+def test_of_several_processes_each_takes_its_card(monkeypatch):
+    monkeypatch.setattr(ranks._group, "local", 3)
+    with pytest.raises(LillamaError, match="cuda:3"):  # there is none here
+        device.choose("cuda")
+
+
+def test_what_one_process_fails_at_alone_all_of_them_hear_of(monkeypatch):
+    among(monkeypatch, 1, 2)
+    monkeypatch.setattr(ranks, "agree", lambda _: (None, "the disk is full"))
+    with pytest.raises(ranks.SaidError, match="the disk is full"):
+        ranks.by_first(lambda: pytest.fail("the first alone does it"))
+
+
+def test_the_first_process_works_alone_while_others_wait(monkeypatch):
+    among(monkeypatch, 0, 2)
+    told = []
+    monkeypatch.setattr(ranks, "agree", told.append)
+    assert ranks.by_first(lambda: (ranks.world(), ranks.rank())) == (1, 0)
+    with pytest.raises(LillamaError, match="no"):
+        ranks.by_first(lambda: fail(LillamaError("no")))
+    assert told == [((1, 0), None), (None, "no")]
+    assert ranks.world() == 2
+
+
+def fail(error):
+    raise error

@@ -90,8 +90,9 @@ def named(text: str) -> str:
 
 
 def launched() -> bool:
-    """Whether a launcher started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    """Whether a launcher started several processes, and this is one of them."""
+    told = all(word in os.environ for word in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return told and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def join() -> None:
@@ -126,6 +127,16 @@ def leave() -> None:
     if _group.store is not None:
         with contextlib.suppress(Exception):  # whoever keeps the store may be gone
             _group.store.set(f"left/{_group.rank}", "1")
+
+
+def disband() -> None:
+    """Let the others go, when all is done."""
+    if _group.world > 1:
+        from torch import distributed
+
+        leave()
+        distributed.destroy_process_group()
+        _group.world = 1
 
 
 @contextlib.contextmanager

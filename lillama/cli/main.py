@@ -311,7 +311,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop.signals(advice):
             _join(verb)
             try:
-                return verb(args)
+                status = verb(args)
+                ranks.disband()
+                return status
             except ranks.LostError as error:  # told at once: the launcher's signal is on its way
                 return _say(error)
     except LillamaError as error:
