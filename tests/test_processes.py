@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -175,3 +176,10 @@ def test_the_first_process_works_alone_while_others_wait(monkeypatch):
 
 def fail(error):
     raise error
+
+
+def test_a_launcher_that_starts_one_process_changes_nothing(started, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    ranks.join()
+    assert ranks.world() == 1 and ranks.local() is None
+    assert "RANK" not in os.environ, "transformers' Trainer would take itself for one of several"

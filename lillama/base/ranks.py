@@ -30,7 +30,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=12)  # what one process may do alone; a dead one is noticed at once
 EVIDENCE = 3.0  # seconds until the system shows which process is gone
 BUCKET = 64 << 20  # bytes that travel together
-# Launchers' words on the processes: once we know them nobody else needs to act on them.
+# Launchers' words on the processes; once we know them nobody else is to act on them.
 WORDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 UNSERVED = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -98,6 +98,8 @@ def launched() -> bool:
 def join() -> None:
     """Meet the other processes, where a launcher started several; once."""
     if not launched() or _group.world > 1:
+        if os.environ.get("WORLD_SIZE") == "1":
+            _forget_words()
         return
     for word, name in UNSERVED.items():
         if os.environ.get(word, "false").lower() in ("true", "1", "yes"):
@@ -116,8 +118,7 @@ def join() -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, store=found, rank=number, world_size=count, timeout=PATIENCE)
     _group.rank, _group.world, _group.store = number, count, found
-    for name in [name for name in os.environ if name in WORDS or name.startswith("ACCELERATE_")]:
-        del os.environ[name]  # or transformers' Trainer would share batches out a second time
+    _forget_words()
     _group.peers = gather((socket.gethostname(), os.getpid()))
     _name_warnings()
 
@@ -340,6 +341,12 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         size += tensor.nbytes
     if bucket:
         yield bucket
+
+
+def _forget_words() -> None:
+    """Take the launcher's words away, or transformers' Trainer would share batches out a second time."""
+    for name in [name for name in os.environ if name in WORDS or name.startswith("ACCELERATE_")]:
+        del os.environ[name]
 
 
 def _name_warnings() -> None:
