@@ -88,7 +88,7 @@ def recipe_of(home: Path, name: str, out: str) -> Recipe:
         "dataset": str(place / ("data" if family == "whisper" else "data.txt")),
         "sequence_length": 16,
     }
-    if family != "whisper":
+    if name == "llama":
         about = {"dataset": str(place / "data.txt"), "sequence_length": 16, "batch_size": 2}
         settings["evaluate"] = {"perplexity": about}
     return Recipe.parse(settings)

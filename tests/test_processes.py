@@ -68,7 +68,7 @@ def test_a_run_that_lost_a_process_stops_and_three_finish_it(tmp_path):
     assert "process 1 of 2" in said and "continues where it was" in said
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
     kill_processes.finish(recipe, tmp_path / "run", 3)
-    kill_processes.finish(recipe, tmp_path / "alone", 1)
+    assert main(["run", str(recipe), "--set", f"run.out={tmp_path / 'alone'}"]) == 0
     gaps = processes.apart(tmp_path, ".", "run", "alone")
     assert gaps and max(gaps.values()) < CLOSE
 
