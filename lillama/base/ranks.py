@@ -1,11 +1,8 @@
 """The processes that one run has been started as (torchrun, accelerate launch), and all that passes between them.
 
 Every process runs the same program. What is shared out (batches, rows of a batch, weights to factorise) is added up or
-handed round here, so each of them knows what a single process would; what is written, the first writes. Without a
-launcher there is one process, and nothing here does anything.
-
-Whoever calls one of the functions that wait must be sure that all processes come to the same call: decisions rest on
-what all of them know.
+handed round here, so each knows what a single one would; the first writes. Without a launcher nothing here does a thing.
+Whoever calls what waits must be sure that all processes come to the same call: decisions rest on what all of them know.
 """
 
 from __future__ import annotations
@@ -195,8 +192,7 @@ def summed(numbers: Sequence[float]) -> list[float]:
         return list(numbers)
     import torch
 
-    found = torch.tensor(numbers, dtype=torch.float64)
-    sum_([found])
+    sum_([found := torch.tensor(numbers, dtype=torch.float64)])
     return found.tolist()
 
 
@@ -259,24 +255,15 @@ def by_first(function: Callable[[], T]) -> T:
             raise SaidError(theirs[1])
         found: T = theirs[0]
         return found
-    with alone():
-        try:
+    try:
+        with alone():
             value = function()
-        except Exception as error:
-            with _as_one_of_many(), contextlib.suppress(LostError):
-                agree((None, str(error)))
-            raise
+    except Exception as error:
+        with contextlib.suppress(LostError):
+            agree((None, str(error)))
+        raise
     agree((value, None))
     return value
-
-
-@contextlib.contextmanager
-def _as_one_of_many() -> Iterator[None]:
-    before, _group.alone = _group.alone, 0
-    try:
-        yield
-    finally:
-        _group.alone = before
 
 
 def missing() -> list[int]:
@@ -299,8 +286,11 @@ def said_of_missing() -> str:
     speaker = next((n for n in range(_group.world) if n not in gone), 0)
     if not gone or speaker != _group.rank:
         return ""
-    names = ", ".join(f"process {n} of {_group.world} (pid {_group.peers[n][1]})" for n in gone)
-    return f"{names} is gone"
+    return f"{_names(gone)} is gone"
+
+
+def _names(numbers: Sequence[int]) -> str:
+    return ", ".join(f"process {n} of {_group.world} (pid {_group.peers[n][1]})" for n in numbers)
 
 
 def _has_left(number: int) -> bool:
@@ -314,18 +304,20 @@ def _together(function: Callable[..., Any], *given: Any, **options: Any) -> None
     try:
         function(*given, **options)
     except RuntimeError as error:
-        for ask in on_loss:
-            ask()
+        _ask()
         until = time.monotonic() + EVIDENCE
         while not missing() and time.monotonic() < until:
             time.sleep(0.1)
-            for ask in on_loss:
-                ask()
-        gone = [f"process {n} of {_group.world} (pid {_group.peers[n][1]})" for n in missing() if _group.peers]
-        what = f"{', '.join(gone)} is gone" if gone else f"another process stopped ({str(error).splitlines()[0]})"
-        raise LostError(
-            what, where="the processes of this run", hint="The same command continues where it was."
-        ) from error
+            _ask()
+        gone = missing()
+        what = f"{_names(gone)} is gone" if gone else f"another process stopped ({str(error).splitlines()[0]})"
+        hint = "The same command continues where it was."
+        raise LostError(what, where="the processes of this run", hint=hint) from error
+
+
+def _ask() -> None:
+    for ask in on_loss:
+        ask()
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

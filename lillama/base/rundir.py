@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from lillama.base import disk, manifest, ranks
 from lillama.base.files import (
+    end_last_line,
     flush,
     sha256,
     sync_directory,
@@ -79,10 +80,7 @@ def _by_first(method: Callable[Concatenate[RunDirectory, P], T]) -> Callable[Con
 
 
 class RunDirectory:
-    """Everything a run leaves, and the memory that lets the same command continue it.
-
-    Of several processes the first alone has the lock and writes (ranks.py): what says so below is for all to call.
-    """
+    """Everything a run leaves, and the memory that lets the same command continue it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -119,7 +117,7 @@ class RunDirectory:
                 else:
                     self._check(fingerprint)  # again: another process may have begun a run meanwhile
                 self._remove_leftovers()
-                self._end_last_line()
+                end_last_line(self.path / EVENTS)
                 if restart or not manifest.is_there(self.path):
                     self._manifest = Manifest(fingerprint)
                     self._write()
@@ -212,13 +210,6 @@ class RunDirectory:
         for pattern in LEFTOVERS:
             for path in self.path.glob(pattern):
                 self._remove(str(path.relative_to(self.path)), whole=True)
-
-    def _end_last_line(self) -> None:
-        """End the line that a killed process was writing to the events, or the next one would be lost with it."""
-        events = self.path / EVENTS
-        if events.is_file() and not events.read_bytes().endswith(b"\n") and events.stat().st_size:
-            with events.open("a", encoding="utf-8") as handle:
-                handle.write("\n")
 
     def _drop_damaged(self) -> None:
         """Forget what is not as it was written. A checkpoint is one unit: with one file of it, all of it goes."""
