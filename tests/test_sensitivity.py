@@ -65,8 +65,9 @@ def kept(monkeypatch) -> dict[str, torch.Tensor]:
 
 def run_back(model, batches) -> int:
     """Gradients of the whole model at once, as measuring draws its tokens; how many they are."""
-    generator, tokens = torch.Generator().manual_seed(0), 0
-    for batch in batches:
+    tokens = 0
+    for number, batch in enumerate(batches):
+        generator = torch.Generator().manual_seed(number)  # with seed 0
         logits = model(**batch).logits.flatten(0, -2)
         drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
         F.cross_entropy(logits, drawn, reduction="sum").backward()
@@ -249,9 +250,9 @@ def test_streams_carry_no_more_than_is_used(tmp_path, monkeypatch, init, epochs,
     seen = []
     captured = Walk.capture_batches
 
-    def capture(walk, raw, into, most=None):
+    def capture(walk, raw, into, most=None, **how):
         seen.append((into.path.parent.parent.name, most))  # measuring has a folder of its own
-        return captured(walk, raw, into, most)
+        return captured(walk, raw, into, most, **how)
 
     monkeypatch.setattr(Walk, "capture_batches", capture)
     wanted = recipe(tmp_path, strategy="uniform", init=init, gram_tokens=128).model_dump()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lillama.base import ranks
 from lillama.errors import LillamaError
 
 FILLED = 0.85  # share of a card's free memory that weights may take; what is computed from them wants the rest
@@ -58,6 +59,8 @@ def choose(device: str = "auto", compute: str = "auto") -> Device:
     name = device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and ranks.local() is not None:  # one of several processes: each has a card
+        name = f"cuda:{ranks.local()}"
     try:
         found = torch.device(name)
         torch.empty(1, device=found)

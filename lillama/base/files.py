@@ -143,3 +143,10 @@ def sha256(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def end_last_line(path: Path) -> None:
+    """End the line that a killed process was writing to a file of lines, or the next one would be lost with it."""
+    if path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write("\n")

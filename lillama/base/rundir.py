@@ -7,6 +7,7 @@ finished. A directory of files that belong together (a checkpoint) is a unit: it
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -15,12 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
-from lillama.base import disk, manifest
+from lillama.base import disk, manifest, ranks
 from lillama.base.files import (
+    end_last_line,
     flush,
     sha256,
     sync_directory,
@@ -65,6 +67,21 @@ def last_checkpoint(path: Path) -> Path | None:
     return there[-1] if there else None
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _by_first(method: Callable[Concatenate[RunDirectory, P], T]) -> Callable[Concatenate[RunDirectory, P], T]:
+    """Have the first of a run's processes do it; all wait, and know of the same files afterwards."""
+
+    @functools.wraps(method)
+    def shared(self: RunDirectory, *given: P.args, **options: P.kwargs) -> T:
+        found, self._manifest.files = ranks.by_first(lambda: (method(self, *given, **options), self._manifest.files))
+        return found
+
+    return shared  # type: ignore[return-value]  # mypy does not see a method in it
+
+
 class RunDirectory:
     """Everything a run leaves, and the memory that lets the same command continue it."""
 
@@ -82,6 +99,7 @@ class RunDirectory:
         except LillamaError:
             return None
 
+    @_by_first
     def open(self, fingerprint: dict[str, Any], restart: bool = False) -> None:
         """Start a run here, or continue the one whose fingerprint is the same; `restart` discards the one that is here.
 
@@ -102,7 +120,7 @@ class RunDirectory:
                 else:
                     self._check(fingerprint)  # again: another process may have begun a run meanwhile
                 self._remove_leftovers()
-                self._end_last_line()
+                end_last_line(self.path / EVENTS)
                 if restart or not manifest.is_there(self.path):
                     self._manifest = Manifest(fingerprint)
                     self._write()
@@ -129,6 +147,11 @@ class RunDirectory:
             yield
         finally:
             self._lock.release()
+
+    @_by_first
+    def by_first(self, work: Callable[[], object]) -> None:
+        """Have the first process do `work`, in which it may put files and directories; the others know of them then."""
+        work()
 
     def close(self) -> None:
         """Let other processes work here."""
@@ -211,13 +234,6 @@ class RunDirectory:
             for path in self.path.glob(pattern):
                 self._remove(str(path.relative_to(self.path)), whole=True)
 
-    def _end_last_line(self) -> None:
-        """End the line that a killed process was writing to the events, or the next one would be lost with it."""
-        events = self.path / EVENTS
-        if events.is_file() and not events.read_bytes().endswith(b"\n") and events.stat().st_size:
-            with events.open("a", encoding="utf-8") as handle:
-                handle.write("\n")
-
     def _drop_damaged(self) -> None:
         """Forget what is not as it was written. A checkpoint is one unit: with one file of it, all of it goes."""
         files = self._manifest.files
@@ -280,12 +296,14 @@ class RunDirectory:
         """sha256 of the finished files of a unit (a checkpoint, say), by name."""
         return {name: digest for name, digest in self._manifest.files.items() if name.startswith(f"{unit}/")}
 
+    @_by_first
     def record(self, *names: str) -> None:
         """Take finished files into the manifest."""
         for name in names:
             self._manifest.files[name] = sha256(self.path / name)
         self._write()
 
+    @_by_first
     def forget(self, *names: str) -> None:
         """Remove files and take them out of the manifest.
 
@@ -298,28 +316,35 @@ class RunDirectory:
         if names:
             self._write()
 
+    @_by_first
     def drop_work(self) -> None:
         """Remove what was in progress: the checkpoint is there."""
         self.forget(*(name for name in self._manifest.files if name.startswith(WORK)))
         for folder in WORK_FOLDERS:
             self._remove(folder, whole=True)
 
+    @_by_first
     def put_json(self, name: str, data: Any) -> None:
         """Write and record a JSON file."""
         write_json(self.path / name, data)
         self.record(name)
 
+    @_by_first
     def put_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Write and record a safetensors file."""
         write_tensors(self.path / name, tensors, metadata)
         self.record(name)
 
-    def put_tensor_files(self, files: dict[str, dict[str, Tensor]]) -> None:
-        """Write several safetensors files and record them at once: a process that is killed leaves all or none."""
-        for name, tensors in files.items():
-            write_tensors(self.path / name, tensors)
-        self.record(*files)
+    @_by_first
+    def put_files(self, tensors: dict[str, dict[str, Tensor]], data: dict[str, Any] | None = None) -> None:
+        """Write several safetensors and JSON files and record them at once: who is killed leaves all or none."""
+        for name, one in (data or {}).items():
+            write_json(self.path / name, one)
+        for name, held in tensors.items():
+            write_tensors(self.path / name, held)
+        self.record(*(data or {}), *tensors)
 
+    @_by_first
     def put_entries(self, name: str, entries: list[Entry]) -> None:
         """Write and record a safetensors file of tensors that are read when their turn comes."""
         write_entries(self.path / name, entries)
@@ -338,6 +363,8 @@ class RunDirectory:
 
     def event(self, kind: str, **data: Any) -> None:
         """Append one line to events.jsonl: what happened, when, with which numbers."""
+        if not ranks.is_first():
+            return
         with (self.path / EVENTS).open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(without_infinities({"time": round(time.time(), 3), "event": kind, **data})) + "\n")
         for listen in list(self.listeners):

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from lillama.base import ranks
+
 SOON = 2.5  # seconds that a loop has to come to a good moment
 LIMIT = 4.5  # seconds after which the process ends in the middle of whatever it does
 CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -36,7 +38,11 @@ _waiting = 0  # loops that come to a good moment by themselves
 def message(number: int, advice: str = "") -> str:
     """What a person is told who stopped a command; `advice` says how to go on."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    return f"lillama: stopped ({name}){f'; {advice}' if advice else ''}\n"
+    gone = ranks.said_of_missing() if number == signal.SIGTERM else ""  # which is why the launcher ends the others
+    if not (gone or ranks.is_first()):
+        return ""
+    why = f"{gone}: stopped ({name})" if gone else f"stopped ({name})"
+    return ranks.named(f"lillama: {why}{f'; {advice}' if advice else ''}\n")
 
 
 def is_wanted() -> bool:
@@ -45,9 +51,20 @@ def is_wanted() -> bool:
 
 
 def now() -> None:
-    """Raise Stopped if a signal has come."""
+    """Raise Stopped if a signal has come.
+
+    Of several processes the first stores, and ends; the others follow when they miss it.
+    """
+    if ranks.is_first():
+        _raise_if_wanted()
+
+
+def _raise_if_wanted() -> None:
     if _wanted is not None:
         raise Stopped(_wanted)
+
+
+ranks.on_loss.append(_raise_if_wanted)
 
 
 @contextlib.contextmanager

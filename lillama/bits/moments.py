@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lillama.base import ranks
 from lillama.base.device import Device, factorising, free_memory, send
 from lillama.base.progress import Progress
 from lillama.contract import WeightKind
@@ -86,9 +87,12 @@ def gather(model: Any, wanted: Sequence[Wanted], reading: Reading) -> Iterator[t
             _without_gradients(model),
         ):
             tokens = 0
-            for number, batch in enumerate(batches):  # each draws tokens of its own, the same in every pass
+            # Each draws tokens of its own, the same in every pass. The processes of the run share the batches out.
+            for number, batch in ranks.share([*enumerate(batches)]):
                 tokens += _run(model, batch, reading.device, reading.seed + number)
-                bar.advance()
+                bar.advance(len(batches[number : number + ranks.world()]))
+        ranks.sum_(part for one in sums.values() for part in (one.inputs, one.outputs, one.counted))
+        tokens = round(ranks.summed([tokens])[0])
         for one in some:
             yield one, sums.pop(one.name).moments(tokens, reading.device.device)
 

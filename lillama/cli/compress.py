@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lillama.base import ranks
 from lillama.cli.console import console
 from lillama.errors import LillamaError
 
@@ -41,7 +42,7 @@ def compress(args: argparse.Namespace) -> int:
     if args.write_recipe:
         from lillama.base.files import write_text
 
-        write_text(Path(args.write_recipe), _written(args, recipe))
+        ranks.by_first(lambda: write_text(Path(args.write_recipe), _written(args, recipe)))
         out.print(f"the recipe is in {args.write_recipe}", markup=False)
     if args.plan:
         out.print(_written(args, recipe), markup=False, highlight=False)

@@ -7,10 +7,11 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lillama.base import disk, stop
+from lillama.base import disk, ranks, stop
 from lillama.cli import compress as cli_compress
 from lillama.cli import plugins as cli_plugins
 from lillama.cli import recipes as cli_recipes
@@ -20,6 +21,7 @@ from lillama.errors import LillamaError
 from lillama.version import __version__
 
 Verb = Callable[[argparse.Namespace], int]
+SAME = 2.0  # seconds in which a launcher notices that a process has ended
 
 
 def _recipe(args: argparse.Namespace):  # type: ignore[no-untyped-def]
@@ -97,6 +99,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.trust_remote_code:
         overrides = ["model.trust_remote_code=true", *overrides]
     found = measure.evaluate_directory(Path(args.directory), args.recipe, overrides, args.device)
+    if not ranks.is_first():
+        return 0
     if args.json:
         sys.stdout.write(json.dumps(found.metrics, indent=2) + "\n")
     else:
@@ -271,6 +275,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _join(verb: Verb) -> None:
+    """Meet the other processes of the command, where a launcher started several."""
+    if ranks.launched() and verb not in (run, evaluate, cli_compress.compress):
+        raise LillamaError(
+            f"lillama {verb.__name__} works in one process",
+            where="the launcher",
+            hint="Start it without. Several can share the verbs run, compress and eval.",
+        )
+    ranks.join()
+
+
+def _say(error: LillamaError) -> int:
+    """Tell the user of a mistake; the exit status. Of several processes that make the same one the first tells."""
+    lost = isinstance(error, ranks.LostError) and ranks.said_of_missing()
+    ranks.leave()
+    if not (lost or (ranks.is_first() and os.environ.get("RANK", "0") == "0")):  # the name before they have met
+        time.sleep(SAME)  # if it was the first's too, the launcher ends this one meanwhile
+    if not isinstance(error, ranks.SaidError):
+        sys.stderr.write(ranks.named(f"lillama: {error}\n"))
+    return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user's mistake is one message and exit status 2."""
     from lillama.base import quiet
@@ -283,14 +309,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     advice = stop.GO_ON if verb in (run, sweep, cli_compress.compress) else ""
     try:
         with stop.signals(advice):
-            return verb(args)
+            _join(verb)
+            try:
+                status = verb(args)
+                ranks.disband()
+                return status
+            except ranks.LostError as error:  # told at once: the launcher's signal is on its way
+                return _say(error)
     except LillamaError as error:
         if args.debug:
             raise
-        sys.stderr.write(f"lillama: {error}\n")
-        return 2
+        return _say(error)
     except KeyboardInterrupt as stopped:
         number = stopped.signal if isinstance(stopped, stop.Stopped) else signal.SIGINT
+        ranks.leave()
         sys.stderr.write(stop.message(number, advice))
         return stop.CODES[number]
     except BrokenPipeError:

@@ -24,6 +24,7 @@ from lillama.factorise.grams import Grams
 from lillama.factorise.start import from_tensors, initial_factors, to_tensors
 from lillama.lowrank.storage import Factors
 from lillama.pretrained.calls import Batch, Capture
+from lillama.pretrained.rows import capture_rows
 from lillama.pretrained.streams import Shelf, Stream
 from lillama.pretrained.walk import HeadTarget, LayerPass, Target
 
@@ -73,7 +74,7 @@ class _Feed(NamedTuple):
 def _capture(job: Job, capture: Capture, number: int) -> _Feed:
     """The batch of that number."""
     with job.device.autocast():
-        batch, hidden = capture(job.batches[number])
+        batch, hidden = capture_rows(capture, job.batches[number], number)
     job.walk.originals.add(f"the input of {job.layers[0].name}", number, hidden)
     return _Feed(number, batch, hidden)
 
@@ -186,7 +187,7 @@ def _start_layers(job: Job) -> dict[str, str]:
     # both: at the head's, which come last.
     due = {(job.tied_head(layer) if job.needs.grams else None) or job.layers.index(layer): layer for layer in learn}
     shelf = Shelf(job.directory.path / "streams", job.device.device, job.choose_place())
-    shelf.clear()
+    shelf.clear_all()
     batches: list[Batch] = []
     stream: Stream | None = None
     if job.needs.grams:

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lillama.base import ranks
 from lillama.base.device import Device
-from lillama.base.files import write_json, write_tensors
 from lillama.base.progress import Progress
 from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
@@ -137,8 +137,10 @@ class Job:
 
     def best_file(self, position: int) -> Path | None:
         """Where the best state of a layer is kept while it learns; None: in memory."""
-        low = self.recipe.run.low_memory
-        return self.directory.path / f"best.{position:04d}.safetensors" if low else None
+        if not self.recipe.run.low_memory:
+            return None
+        own = f".{ranks.rank()}" if ranks.world() > 1 else ""
+        return self.directory.path / f"best.{position:04d}{own}.safetensors"
 
     def choose_place(self) -> Place:
         """Where streams have room: three are in use while a layer learns from the student's inputs, else two."""
@@ -198,35 +200,31 @@ class Job:
         done = [(student, student.finish()) for student in students]
         reasons = {name: reason for _, found in done for name, reason in found.dense.items()}
         plan = self.plan.keep_dense(reasons)
-        modules, files = [], {}
+        modules, finished = [], {}
         for student, found in done:
             layer, module, tensors = student.layer, found.module, found.tensors
             if plan.planned(layer) != self.plan.planned(layer):
                 with self.original(layer) as teacher:
                     module, tensors = without(layer, teacher, plan, module, student.trained)
             modules.append(module)
-            if plan.planned(layer):
-                files[self.file(layer)] = tensors
-        self._put(files, {student.layer: found.dense for student, found in done if found.dense})
-        if reasons:
-            self._take_over(reasons)
+            finished[layer] = tensors
+        self.put_finished(finished, {student.layer: found.dense for student, found in done if found.dense})
         for student in students:
             if self.plan.planned(student.layer):
                 self._tell_learned(student)
         return modules
 
-    def _put(self, files: dict[str, dict[str, Tensor]], decided: Mapping[Layer, Mapping[str, str]]) -> None:
-        """Store finished layers, and what is kept dense of them, at once."""
-        if not decided:
-            self.directory.put_tensor_files(files)
-            return
-        names = []
-        for layer, reasons in decided.items():
-            names.append(kept.next_file(self.plan, layer, self.directory))
-            write_json(self.directory.path / names[-1], reasons)
-        for name, tensors in files.items():
-            write_tensors(self.directory.path / name, tensors)
-        self.directory.record(*files, *names)
+    def put_finished(
+        self, finished: Mapping[Layer, dict[str, Tensor]], decided: Mapping[Layer, Mapping[str, str]]
+    ) -> None:
+        """Store finished layers, and what is kept dense of them, at once; go on with the plan that this makes."""
+        reasons = {name: reason for dense in decided.values() for name, reason in dense.items()}
+        plan = self.plan.keep_dense(reasons) if reasons else self.plan
+        files = {self.file(layer): tensors for layer, tensors in finished.items() if plan.planned(layer)}
+        said = {kept.next_file(self.plan, layer, self.directory): reasons for layer, reasons in decided.items()}
+        self.directory.put_files(files, said)
+        if reasons:
+            self._take_over(reasons)
 
     def _tell_learned(self, student: Student) -> None:
         self.directory.event(

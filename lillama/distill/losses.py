@@ -7,8 +7,11 @@ An objective is a function (student, teacher) -> distance of every token: both [
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lillama.base import ranks
 
 
 def l1_logcos(student: Tensor, teacher: Tensor) -> Tensor:
@@ -49,3 +52,16 @@ def token_mean(distance: Tensor, mask: Tensor | None) -> Tensor:
     mask = mask.to(distance.dtype)
     mask = mask.reshape(*mask.shape, *[1] * (distance.dim() - mask.dim())).expand_as(distance)
     return (distance * mask).sum() / mask.sum().clamp_min(1)
+
+
+def of_all_rows(distances: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The distances of a whole batch, of which every process has the means over its rows, a `share` of what counts.
+
+    Numbers are those of all rows, whatever a loss makes of them; gradients are this process's part of the whole.
+    """
+    if ranks.world() == 1:
+        return distances
+    own = {name: distance * share for name, distance in distances.items()}
+    whole = torch.stack([distance.detach().float() for distance in own.values()])
+    ranks.sum_([whole])
+    return {name: distance + (total - distance.detach()) for (name, distance), total in zip(own.items(), whole)}

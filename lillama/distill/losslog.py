@@ -56,6 +56,11 @@ class LossLog:
                         hint=f"Lower distill.learning_rate ({self.distill.learning_rate:g}) or set distill.clip_norm.",
                     )
 
+    @property
+    def waits(self) -> bool:
+        """Whether there are numbers that were not looked at."""
+        return bool(self._waiting)
+
     def forget(self) -> None:
         """Drop the numbers that wait: they are of a state that was left."""
         self._waiting = []

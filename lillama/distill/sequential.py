@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lillama.base import memory
+from lillama.base import memory, ranks
 from lillama.base.progress import Bar
+from lillama.distill.apart import finish_apart, stand_apart
 from lillama.distill.build import restore_layer
 from lillama.distill.job import Job, Watch
 from lillama.distill.student import Example, Student
@@ -30,6 +31,8 @@ Streams = dict[str, Stream]
 
 def sequential(job: Job, watch: Watch | None = None) -> None:
     """Layers outside, batches inside."""
+    if stand_apart(job):
+        finish_apart(job)
     shelf = Shelf(job.directory.path / "streams", job.device.device, job.choose_place())
     start, streams = _resume(job, shelf)
     embedded = None if streams else shelf.new("0000-teacher")
@@ -71,10 +74,14 @@ def _resume(job: Job, shelf: Shelf) -> tuple[int, Streams]:
         position, streams = found
         done = (layer for layer in job.layers[:position] if job.plan.planned(layer))
         whole = all(len(stream) == len(job.batches) for stream in streams.values())
-        if whole and all(job.is_stored(layer) for layer in done):
-            job.directory.event("resumed", layer=job.plan.layers[position].name)
-            return position, streams
-    shelf.clear()
+        if not whole or not all(job.is_stored(layer) for layer in done):
+            found = None
+    # All processes go on with the same layer, or from the beginning.
+    everywhere = set(ranks.gather(found[0] if found else -1))
+    if found is not None and len(everywhere) == 1:
+        job.directory.event("resumed", layer=job.plan.layers[found[0]].name)
+        return found
+    shelf.clear_all()
     return 0, {}
 
 

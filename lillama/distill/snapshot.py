@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lillama.base import stop
+from lillama.base import ranks, stop
 from lillama.base.rundir import RunDirectory
 from lillama.base.tensorfile import Entry, TensorFile
 from lillama.distill.student import Student
@@ -25,9 +25,17 @@ class Snapshot:
         self._last = time.monotonic()
 
     def maybe(self, step: int) -> None:
-        """Store the state after `step` if the time has come, or the end."""
-        if stop.is_wanted() or time.monotonic() - self._last >= self.seconds:
-            self.save(step)
+        """Store the state after `step` if the time has come, or the end.
+
+        Of several processes, which have the same state, the first does by itself; not while numbers wait to be looked
+        at, which all of them must do together.
+        """
+        if not ranks.is_first():
+            return
+        waiting = ranks.world() > 1 and any(student.log.waits for student in self.students.values())
+        if stop.is_wanted() or (time.monotonic() - self._last >= self.seconds and not waiting):
+            with ranks.alone():
+                self.save(step)
             self._last = time.monotonic()
 
     def save(self, step: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from lillama.base import ranks
 from lillama.base.device import Device
 from lillama.base.finite import is_finite
 from lillama.contract import relative
@@ -18,7 +19,7 @@ from lillama.distill.best import Best
 from lillama.distill.build import build_layer, find_unfit, tensors_of
 from lillama.distill.embedding import VocabularyLoss
 from lillama.distill.heads import head_distances
-from lillama.distill.losses import token_mean
+from lillama.distill.losses import of_all_rows, token_mean
 from lillama.distill.losslog import LossLog
 from lillama.errors import DistillationError
 from lillama.lowrank import swap
@@ -174,11 +175,15 @@ class Student:
         return chosen
 
     def measure(self, batch: Batch, target: Target, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, outputs by stream) of one batch; `inputs` holds the streams the loss wants. A head has no outputs."""
+        """(loss, outputs by stream) of one batch; `inputs` holds the streams the loss wants. A head has no outputs.
+
+        Where processes have some rows each, the loss is that of all rows, and its gradient these rows' part.
+        """
+        share = batch.calls[self.position].share
         if isinstance(target, HeadTarget):
             entering = {name: inputs[name] for name in self.streams}
             found = head_distances(self.module, entering, target, self.objective)
-            return self.loss(**{f"on_{name}": distance for name, distance in found.items()}), {}
+            return self.loss(**of_all_rows({f"on_{name}": one for name, one in found.items()}, share)), {}
         outputs: dict[str, Tensor] = {}
         distances: dict[str, Tensor] = {}
         for name in self.streams:
@@ -197,7 +202,7 @@ class Student:
                 seed = self.steps + 1 if torch.is_grad_enabled() else 0
                 distance = self.vocabulary.add_to(distance, self.module, self.objective, batch.tokens, seed)
             distances[f"on_{name}"] = distance
-        return self.loss(**distances), outputs
+        return self.loss(**of_all_rows(distances, share)), outputs
 
     def step(self, batch: Batch, target: Target, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """One update; returns the loss and the outputs before it, detached.
@@ -216,6 +221,8 @@ class Student:
         loss, outputs = self.measure(batch, target, inputs)
         loss.backward()
         complete = self.follower is None  # else the head's gradient is still to come
+        if complete:
+            ranks.sum_gradients_(leader.trained.values())
         if self.look(loss.detach(), leader._limit_gradient() if complete else None):
             leader.spoilt = True
         if complete:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lillama import registry
+from lillama.base import ranks
 from lillama.errors import LillamaError
 
 
@@ -86,6 +87,12 @@ def measured_in_turn(measure: Callable[..., list[dict[str, float]]]) -> Callable
     return mark
 
 
+def shared_out(evaluator: F) -> F:
+    """Marks an evaluator that shares its work out among the processes of a run; of others the first does it all."""
+    evaluator.shared_out = True  # type: ignore[attr-defined]
+    return evaluator
+
+
 def chosen_evaluators(section: Section, in_turn: bool | None = None) -> Iterator[tuple[str, Evaluator, dict[str, Any]]]:
     """(key, evaluator, options) of a recipe's `evaluate:` section in order; of those marked `in_turn` or not, if given.
 
@@ -121,9 +128,17 @@ def evaluate(
     """
     metrics = dict(host_metrics or {})
     for key, function, options in chosen_evaluators(section, in_turn):
-        own = context.of(key)
-        for metric, value in function(model, own, **options).items():
-            metrics[whole_name(key, metric)] = float(value)
-        if own.details:
-            context.details[key] = own.details
+        found, details = _run(function, model, context.of(key), options)
+        metrics |= {whole_name(key, metric): float(value) for metric, value in found.items()}
+        if details:
+            context.details[key] = details
     return metrics
+
+
+def _run(
+    function: Evaluator, model: Any, context: Context, options: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """(metrics, details) of one evaluator."""
+    if hasattr(function, "shared_out"):
+        return function(model, context, **options), context.details
+    return ranks.by_first(lambda: (function(model, context, **options), context.details))

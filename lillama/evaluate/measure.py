@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lillama import host
+from lillama.base import ranks
 from lillama.base.rundir import RESOLVED, last_checkpoint
 from lillama.checkpoint.open import find_plugin, open_model
 from lillama.errors import LillamaError
@@ -66,7 +67,7 @@ def measure(model: Any, place: str | Path, wanted: Wanted, device: torch.device)
     context = Context(reader_of(place, wanted.trust), str(device), wanted.seed)
     metrics = evaluate(model, wanted.evaluators, context, in_turn=wanted.in_turn)
     if plugin is not None and "evaluate" in plugin.hooks and not wanted.in_turn:
-        metrics |= hosts.evaluate(plugin, model, wanted.recipe)
+        metrics |= ranks.by_first(lambda: hosts.evaluate(plugin, model, wanted.recipe))
     return Measured(metrics, context.details)
 
 

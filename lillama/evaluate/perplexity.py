@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from lillama.base import ranks
 from lillama.data.render import render_rows
 from lillama.data.rows import is_lines, load_rows
 from lillama.data.special import Around, find_around, text_tokenizer
 from lillama.errors import LillamaError
-from lillama.evaluate.context import Context
+from lillama.evaluate.context import Context, shared_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,7 @@ class Windows:
         return {"special_tokens": special_tokens, "before": names, "length": self.ids.shape[1]}
 
 
+@shared_out
 def perplexity(
     model: Any,
     context: Context,
@@ -125,7 +127,7 @@ def windows(
 
 
 def score(model: Any, windows: Windows, batch_size: int, device: str) -> dict[str, float]:
-    """{"perplexity", "tokens"} of windows of text under a model."""
+    """{"perplexity", "tokens"} of windows of text under a model; the processes of a run share the batches out."""
     import torch
 
     training = model.training
@@ -133,13 +135,14 @@ def score(model: Any, windows: Windows, batch_size: int, device: str) -> dict[st
     total, count = 0.0, 0
     try:
         with torch.inference_mode():
-            for ids in windows.ids.split(batch_size):
+            for ids in ranks.share(windows.ids.split(batch_size)):
                 losses = token_losses(model, ids.to(device), windows.given)
                 total += losses.cpu().double().sum().item()
                 count += losses.numel()
     finally:
         model.train(training)
-    return {"perplexity": exponential(total / count), "tokens": float(count)}
+    total, tokens = ranks.summed([total, count])
+    return {"perplexity": exponential(total / tokens), "tokens": tokens}
 
 
 def exponential(mean: float) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lillama.base import ranks
 from lillama.contract import Weight
 from lillama.dense.experts import layout_of
 from lillama.errors import LillamaError
@@ -59,6 +60,7 @@ class Grams:
         """`limit`: how many tokens are enough; `wanted`: the Grams that the initialiser names."""
         self.limit, self.tokens = limit, 0
         self._mask: Tensor | None = None
+        self._counts = True  # rows that stand in for none add nothing
         self._sums: dict[tuple[str, str], Tensor] = {}
         self._keys: dict[str, tuple[str, str]] = {}  # weight -> (argument, what the sum is kept under)
         self._hooks = []
@@ -97,6 +99,7 @@ class Grams:
 
     def _add(self, key: tuple[str, str], x: Tensor) -> None:
         x = counted(x, self._mask)
+        x = x if self._counts else x[:0]
         with torch.autocast(x.device.type, enabled=False):
             gram = x.T @ x
             self._sums[key] = self._sums[key].add_(gram) if key in self._sums else gram
@@ -109,6 +112,8 @@ class Grams:
             if self._mask is not None and self._mask.numel() * copies == len(hidden):
                 keep = self._mask.reshape(-1).bool().repeat(copies)
                 hidden, index = hidden[keep], index[keep]
+            if not self._counts:
+                hidden, index = hidden[:0], index[:0]
             experts.add(hidden, index)
 
         return listen
@@ -120,7 +125,7 @@ class Grams:
         for batch, hidden in zip(batches, stream):
             if seen >= self.limit:
                 break
-            self._mask = batch.calls[position].mask
+            self._mask, self._counts = batch.calls[position].mask, batch.counts
             batch.calls[position](self.module, hidden)
             seen += batch.tokens
         self.tokens += seen
@@ -134,6 +139,7 @@ class Grams:
         """
         for hook in self._hooks:
             hook.remove()
+        ranks.sum_(self._sums[key] for key in sorted(self._sums))
         # Of a module that the forward pass never calls nothing is known.
         seen = {name: key for name, key in self._keys.items() if key in self._sums}
         found: Known = {name: WeightStatistics(**{key[0]: self._sums[key]}) for name, key in seen.items()}
@@ -157,7 +163,7 @@ class _Experts:
         self.experts = len(self.layout.weight(module, "down"))
         self.tokens = [0] * self.experts
         self._sums: dict[str, list[Tensor | None]] = {}
-        self._sample = TokenSample()
+        self._sample = TokenSample(rows=True)
 
     def add(self, hidden: Tensor, index: Tensor) -> None:
         """Count a batch: hidden T x H, the experts chosen for its tokens T x K."""
@@ -208,7 +214,9 @@ class _Experts:
 
     def close(self) -> Known:
         """The matrices, one per expert stacked, the prior added."""
-        sample = self._sample.take()
+        sample = self._sample.take(self.layout.weight(self.module, "down").device)
+        if sample is not None:
+            self._sum_up(sample)
         if sample is None:
             raise LillamaError("no token reached the experts", where="calibration", hint="Give more, unmasked tokens.")
         for expert, tokens in enumerate(self.tokens):
@@ -218,6 +226,17 @@ class _Experts:
         stacked = {key: torch.stack([s for s in sums if s is not None]) for key, sums in self._sums.items()}
         self._sums = {}
         return {name: WeightStatistics(**{self.arguments[name]: stacked[key]}) for name, key in self._keys().items()}
+
+    def _sum_up(self, like: Tensor) -> None:
+        """Add up what the processes of the run have seen."""
+        if ranks.world() == 1:
+            return
+        self.tokens = [round(count) for count in ranks.summed(self.tokens)]
+        for key, size in self._rows().items():
+            sums = self._sums.setdefault(key, [None] * self.experts)
+            whole = [torch.zeros(size, size, device=like.device) if one is None else one for one in sums]
+            ranks.sum_(whole)
+            self._sums[key] = [*whole]
 
     def _rows(self) -> dict[str, int]:
         """The size of every matrix that is wanted."""

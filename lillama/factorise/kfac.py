@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lillama.base import ranks
 from lillama.base.device import Device, factorising
 from lillama.contract import Layer, Weight, relative
 from lillama.dense.experts import layout_of
@@ -35,8 +36,15 @@ UNCALLED = "the model's forward pass never calls its module, so nothing is known
 BLIND = "no gradient of the predictions reaches it (it chooses what others read, say), so nothing is known of it"
 
 
+Problem = tuple[Tensor, Tensor, Tensor]  # W and the two factors of its Fisher information, on its smaller side
+
+
 class Sums:
-    """Of one matrix W (d_out x d_in): the sums of c x x^T and g g^T, on its smaller side, and of c."""
+    """Of one matrix W (d_out x d_in): the sums of c x x^T and g g^T, on its smaller side, and of c.
+
+    What batches add is float32, their sum float64: so the order makes no difference, nor how many processes share them.
+    Directions in which nothing was seen are told apart by no more than rounding, and with them ranks.
+    """
 
     def __init__(self, W: Tensor, embedding: bool = False, rounding: int = 0) -> None:
         """`embedding`: W is the transpose of a table, and what is given for x are the vectors looked up.
@@ -45,9 +53,9 @@ class Sums:
         """
         self.W, self.embedding, self.wide = W, embedding, W.shape[0] <= W.shape[1]
         n = min(W.shape)
-        self.inputs, self.outputs = (torch.zeros(n, n, device=W.device) for _ in range(2))
-        # Numbers on the device, which nobody waits for: sums of c and of |g|^2, inputs of which anything depends.
         exact = torch.float64 if factorising(W.device) == W.device else torch.float32
+        self.inputs, self.outputs = (torch.zeros(n, n, device=W.device, dtype=exact) for _ in range(2))
+        # Numbers on the device, which nobody waits for: sums of c and of |g|^2, inputs of which anything depends.
         self.counted, self.length, self.rows = torch.zeros(3, dtype=exact, device=W.device)
         self.calls = 0
         self.rounding = rounding
@@ -68,7 +76,7 @@ class Sums:
         self._inputs(x, counts)
         g = g.float()
         with torch.autocast(g.device.type, enabled=False):
-            self.outputs.addmm_(g.T, g)
+            self.outputs += g.T @ g
         self.rows += (length > 0).sum()
 
     def _inputs(self, x: Tensor, counts: Tensor) -> None:
@@ -80,7 +88,7 @@ class Sums:
             x = F.linear(x.to(self.W.dtype), self.W)
         x = x.float()
         with torch.autocast(x.device.type, enabled=False):
-            self.inputs.addmm_((x * counts).T, x)
+            self.inputs += (x * counts).T @ x
         self.counted += counts.sum()
 
     def borrow_inputs(self, x: Tensor) -> None:
@@ -93,18 +101,33 @@ class Sums:
         """Let every token of an embedding count for at least the share `floor` of the mean count."""
         table = self.W.T.to(factorising(self.W.device))
         gram = weighted_gram(table, table.new_ones(len(table))) * (floor * self.counted.item() / len(table))
-        self.inputs += gram if table.device == self.inputs.device else gram.float().to(self.inputs.device)
+        self.inputs += gram.to(self.inputs)
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """What is summed in matrices and vectors."""
+        return [self.inputs, self.outputs, self.lengths, *(gram for _, gram in self.runs)]
+
+    @property
+    def numbers(self) -> list[float]:
+        """What is counted beside them."""
+        return [self.counted.item(), self.length.item(), self.rows.item(), self.calls]
+
+    @numbers.setter
+    def numbers(self, numbers: list[float]) -> None:
+        self.counted, self.length, self.rows = torch.tensor(numbers[:3]).to(self.counted)
+        self.calls = round(numbers[3])
 
     def factors(self, tokens: int, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(H, G) per token predicted, on the smaller side; `more` is added to G."""
-        outputs = self.outputs / tokens
-        return self.inputs / max(self.counted.item(), TINY), outputs if more is None else outputs + more
+        inputs, outputs = self.inputs / max(self.counted.item(), TINY), self.outputs / tokens
+        return inputs.float(), (outputs if more is None else outputs + more).float()
 
     def cost(self, tokens: int) -> float:
         """What W would lose in 4 bits, in nats per token (rounding.py)."""
         place, counted = factorising(self.W.device), max(self.counted.item(), TINY)
-        grams = [gram for _, gram in self.runs] or [self.inputs]
-        outputs = self.outputs.diagonal() if self.wide else self.lengths
+        grams = [gram for _, gram in self.runs] or [self.inputs.float()]
+        outputs = self.outputs.diagonal().float() if self.wide else self.lengths
         inputs = [gram.to(place) / counted for gram in grams]
         return dense_cost(self.W.to(place), inputs, outputs.to(place) / tokens, self.rounding)
 
@@ -122,6 +145,7 @@ class Listener:
         self.stacks: list[_Experts] = []
         self.hooks: list[Any] = []
         self.called: set[str] = set()  # weights whose modules the forward pass calls
+        self._summed = False
         stacks: dict[str, list[Weight]] = {}
         for weight in layer.weights:
             name = relative(weight, layer)
@@ -188,8 +212,20 @@ class Listener:
 
         source.register_hook(listen)
 
+    def sum_up(self) -> None:
+        """Add up what the processes of the run have seen, once; before anything is made of it."""
+        if self._summed or ranks.world() == 1:
+            return
+        self._summed = True
+        every = [one for sums in self.sums.values() for one in sums]
+        ranks.sum_(matrix for one in every for matrix in one.matrices)
+        numbers = ranks.summed([number for one in every for number in one.numbers])
+        for i, one in enumerate(every):
+            one.numbers = numbers[4 * i : 4 * i + 4]
+
     def tied(self, tokens: int) -> dict[str, Tensor]:
         """What a head in this layer adds to the output factor of the embedding it is tied to, by its name."""
+        self.sum_up()
         heads = ((weight.tied, self.sums[weight.name][0]) for weight in self.layer.weights)
         return {name: sums.factors(tokens)[0] * (sums.length.item() / tokens) for name, sums in heads if name}
 
@@ -202,26 +238,45 @@ class Listener:
         """
         for hook in self.hooks:
             hook.remove()
+        self.sum_up()
         with self.device.autocast():
             for experts in self.stacks:
                 experts.close()
-        found = {}
+        factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        problems: dict[str, list[Problem]] = {}
+        rounding: dict[str, Tensor | None] = {}
         for weight in observable(self.layer):
             sums = self.sums.pop(weight.name)
             if not any(one.calls for one in sums):
-                log.warning("%s stays dense: %s", weight.name, BLIND if weight.name in self.called else UNCALLED)
+                if ranks.is_first():
+                    log.warning("%s stays dense: %s", weight.name, BLIND if weight.name in self.called else UNCALLED)
                 continue
             if weight.kind == "embedding":
                 sums[0].count_every_token(self.floor)
-            place = factorising(self.device.device)
-            factors = [one.factors(tokens, (tied or {}).get(weight.name)) for one in sums]
-            refuse_unless_finite(weight.name, *(matrix for both in factors for matrix in both))
-            spectra = [fisher_spectrum(*(t.to(place) for t in (one.W, *both))) for one, both in zip(sums, factors)]
-            H, G = (torch.stack(each) if weight.kind == "experts" else each[0] for each in zip(*factors))
+            factors[weight.name] = [one.factors(tokens, (tied or {}).get(weight.name)) for one in sums]
+            refuse_unless_finite(weight.name, *(matrix for both in factors[weight.name] for matrix in both))
+            problems[weight.name] = [(one.W, *both) for one, both in zip(sums, factors[weight.name])]
             costs = [one.cost(tokens) for one in sums if one.rounding]
-            rounding = torch.tensor([sum(costs)]) if costs else None
-            found[weight.name] = FisherFactors(H, G, torch.stack(spectra).sum(0), rounding)
+            rounding[weight.name] = torch.tensor([sum(costs)]) if costs else None
+        spectra = _spectra(problems, factorising(self.device.device))
+        found = {}
+        for weight in (one for one in observable(self.layer) if one.name in factors):
+            H, G = (torch.stack(each) if weight.kind == "experts" else each[0] for each in zip(*factors[weight.name]))
+            found[weight.name] = FisherFactors(H, G, spectra[weight.name], rounding[weight.name])
         return found
+
+
+def _spectra(problems: Mapping[str, list[Problem]], place: torch.device) -> dict[str, Tensor]:
+    """The spectrum of every weight, summed over its copies; the processes of the run share the copies out."""
+    tasks = [(name, problem) for name, each in problems.items() for problem in each]
+    spectra = {
+        name: torch.zeros(min(each[0][0].shape), dtype=torch.float64, device=place) for name, each in problems.items()
+    }
+    for owner, (name, problem) in zip(ranks.owners([min(one[0].shape) ** 3 for _, one in tasks]), tasks):
+        if owner == ranks.rank():
+            spectra[name] += fisher_spectrum(*(tensor.to(place) for tensor in problem))
+    ranks.sum_(spectra.values())
+    return spectra
 
 
 class _Experts:
@@ -273,7 +328,7 @@ class _Experts:
 
     def close(self) -> None:
         """Let experts that saw few tokens borrow from those of the whole layer."""
-        sample = self.sample.take()
+        sample = self.sample.take(self.layout.weight(self.module, "down").device)
         if sample is None:  # the module was never called, which whoever asks for its factors says
             return
         for expert in range(self.experts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lillama.base import ranks
 from lillama.base.finite import is_finite
 from lillama.errors import LillamaError
 
@@ -78,18 +80,31 @@ class FisherFactors(NamedTuple):
 
 
 class TokenSample:
-    """Up to SAMPLE of the tokens that reach a layer, for experts that saw too few of their own."""
+    """Up to SAMPLE of the tokens that reach a layer, for experts that saw too few of their own.
 
-    def __init__(self) -> None:
+    The same ones however many processes share the batches out; `rows`: they have some rows of every batch.
+    """
+
+    def __init__(self, rows: bool = False) -> None:
+        self.rows = rows
         self._parts: list[Tensor] = []
+        self._kept = 0  # by all of those who share a batch
 
     def add(self, hidden: Tensor) -> None:
         """Take some of a batch's tokens [T, H], spread over it, so that a few batches make the sample."""
-        kept = sum(map(len, self._parts))
-        if kept < SAMPLE:
-            self._parts.append(hidden[:: max(len(hidden) // 1024, 1)][: SAMPLE - kept].clone())
+        if self._kept >= SAMPLE:
+            return
+        each = ranks.gather(len(hidden)) if self.rows else [len(hidden)]
+        before = sum(each[: ranks.rank()]) if self.rows else 0
+        step = max(sum(each) // 1024, 1)
+        self._parts.append(hidden[-before % step :: step][:SAMPLE].clone())
+        self._kept += -(-sum(each) // step)
 
-    def take(self) -> Tensor | None:
-        """The sample [N, H], which is given away; None where no token came."""
+    def take(self, device: torch.device) -> Tensor | None:
+        """The sample [N, H], which is given away, on `device`; None where no token came. All processes call it."""
         parts, self._parts = self._parts, []
-        return torch.cat(parts) if parts else None
+        if ranks.world() > 1:
+            everyone = ranks.gather([part.cpu() for part in parts])
+            in_turn = itertools.zip_longest(*everyone)  # their first, which are of one batch or of neighbours
+            parts = [part.to(device) for some in in_turn for part in some if part is not None]
+        return torch.cat(parts)[:SAMPLE] if parts else None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lillama.base import ranks
 from lillama.contract import Weight, relative
 from lillama.errors import LillamaError
 from lillama.factorise.grams import counted
@@ -80,9 +81,12 @@ def _moments(at: LayerPass, fitted: nn.Module, path: str, limit: int) -> tuple[T
             break
         x = _input(at.teacher, path, batch, at.position, original)
         own = _input(fitted, path, batch, at.position, student)
+        if not batch.counts:
+            x, own = x[:0], own[:0]
         with torch.autocast(x.device.type, enabled=False):
             H, C = H.to(x.device) + own.T @ own, C.to(x.device) + x.T @ own
         seen += batch.tokens
+    ranks.sum_([H, C])
     return H, C
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lillama.base import memory
+from lillama.base import memory, ranks
 from lillama.base.device import send
 from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
@@ -67,7 +67,7 @@ class _Measurement:
 
     walk: Walk
     directory: RunDirectory
-    raw: Batches
+    raw: Batches  # all of them; each of several processes runs some
     recipe: Recipe
     shelf: Shelf
     first: int
@@ -97,7 +97,7 @@ class _Measurement:
     def run(self) -> None:
         """Leave what is found of every layer in the run directory."""
         progress, blocks = self.walk.progress, self.walk.layers
-        self.shelf.clear()
+        self.shelf.clear_all()
         with progress.timed("sensitivity"):
             batches, streams = self.run_forwards()
             with progress.phase("sensitivity", len(blocks) - self.first + 1) as bar:
@@ -108,7 +108,7 @@ class _Measurement:
                     memory.give_back()
                     bar.advance()
             if self.below:
-                self.end_at_embedding(self.below, gradients, tokens, tied)
+                self.end_at_embedding(self.below, batches, gradients, tokens, tied)
         gradients.drop()
         self.shelf.clear()
 
@@ -116,7 +116,7 @@ class _Measurement:
         """The batches, the streams that enter the layers from `first` on, and the one that leaves the last."""
         walk = self.walk
         streams = [self.shelf.new("0000-teacher")]
-        batches = walk.capture_batches(self.raw, streams[0], self.recipe.compress.fisher_tokens)
+        batches = walk.capture_batches(self.raw, streams[0], self.recipe.compress.fisher_tokens, whole=True)
         with walk.progress.phase("the original's activations", len(walk.layers)) as bar:
             for position, layer in enumerate(walk.layers):
                 with walk.open_layer(layer) as module:
@@ -135,13 +135,15 @@ class _Measurement:
         With them what a tied head adds to its embedding; what is found of a head of its own is stored.
         """
         walk, head, device = self.walk, self.head, self.walk.device
-        generator = torch.Generator(device.device).manual_seed(self.recipe.run.seed)
         gradients, tokens = self.shelf.new("top-gradients"), 0
         with walk.hold_outside(predicts=True) as model, _fixed(model):  # or there is a gradient as large as the head
             listener = Listener(head, model.get_submodule(head.name), device, rounding=self.rounding) if head else None
             modules = [model.get_submodule(layer.name) for layer in walk.layers]
             forms = [walk.source.forms.get(layer.name) for layer in walk.layers]
-            for raw, batch, x in zip(self.raw, batches, hidden):
+            for batch, x in zip(batches, hidden):
+                raw = self.raw[batch.number]
+                # Each batch draws tokens of its own: which process runs it, and after what, changes nothing.
+                generator = torch.Generator(device.device).manual_seed(self.recipe.run.seed + batch.number)
                 leaf = x.detach().requires_grad_(True)
                 given = {name: send(value, device.device) for name, value in arguments(raw).items()}
                 at_once = positions_at_once(model, len(leaf))
@@ -155,6 +157,7 @@ class _Measurement:
                 with end_with(modules, forms, batch.calls[-1], leaf):
                     tokens += backward_in_chunks(run, leaf, batch.calls[-1].mask, generator, at_once)
                 gradients.append(_gradient_of(leaf))
+            tokens = round(ranks.summed([tokens])[0])
             tied = {}
             if listener and head:
                 tied = listener.tied(tokens)
@@ -188,7 +191,9 @@ class _Measurement:
             stream.drop()
         return before
 
-    def end_at_embedding(self, layer: Layer, gradients: Stream, tokens: int, tied: dict[str, Tensor]) -> None:
+    def end_at_embedding(
+        self, layer: Layer, batches: list[Batch], gradients: Stream, tokens: int, tied: dict[str, Tensor]
+    ) -> None:
         """Store what is found of the embedding, `gradients` being those at what enters the first block."""
         entered: list[Tensor] = []
 
@@ -200,7 +205,8 @@ class _Measurement:
         with self.walk.hold_outside(predicts=True) as model:
             floor = self.recipe.compress.embedding_floor
             listener = Listener(layer, model.get_submodule(layer.name), device, floor)
-            for raw, gradient in zip(self.raw, gradients):
+            for batch, gradient in zip(batches, gradients):
+                raw = self.raw[batch.number]
                 given = {name: send(value, device.device) for name, value in arguments(raw).items()}
                 first = stand_in([model.get_submodule(self.walk.layers[0].name)], [record])
                 with torch.enable_grad(), device.autocast(), contextlib.suppress(_Entered), first:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from lillama.base import ranks
 from lillama.base.device import factorising
 from lillama.base.finite import is_finite
 from lillama.contract import Weight, relative
@@ -114,17 +115,31 @@ def initial_factors(
     Those of stacked weights have one more dimension, in front. A tied weight has none of its own. Factors that are not
     finite, or would not be in the checkpoint, are left out (`Initialiser.refused`).
     """
+    wanted = [weight for weight in (plan.planned(at.layer) if weights is None else weights) if not weight.tied]
     found: dict[str, Factors] = {}
-    for weight in plan.planned(at.layer) if weights is None else weights:
-        if not weight.tied:
-            W = swap.dense(at.teacher, relative(weight, at.layer), weight.kind)
-            about = None if known is None else known.get(weight.name)
-            if initialise.lacks(weight, about):
-                continue
-            both = initialise(weight, W, plan.ranks[weight.name], about)
-            if initialise.usable(weight, both, plan.storage):
-                found[weight.name] = both
-    return found
+    # The processes of the run share the weights out.
+    for owner, weight in zip(ranks.owners([_cost(weight) for weight in wanted]), wanted):
+        about = None if known is None else known.get(weight.name)
+        if initialise.lacks(weight, about) or owner != ranks.rank():
+            continue
+        W = swap.dense(at.teacher, relative(weight, at.layer), weight.kind)
+        both = initialise(weight, W, plan.ranks[weight.name], about)
+        if initialise.usable(weight, both, plan.storage):
+            found[weight.name] = both
+    if ranks.world() == 1:
+        return found
+    device = next(at.teacher.parameters()).device
+    on_host = {name: Factors(*(factor.cpu() for factor in both)) for name, both in found.items()}
+    everyone = ranks.gather((on_host, dict(initialise.refused)))
+    for theirs, refused in everyone:
+        initialise.refused.update(refused)
+        found |= {name: Factors(*(factor.to(device) for factor in both)) for name, both in theirs.items()}
+    return {weight.name: found[weight.name] for weight in wanted if weight.name in found}
+
+
+def _cost(weight: Weight) -> float:
+    """How much work it is to factorise a weight, in no unit."""
+    return float(weight.copies * min(weight.shape) ** 2 * max(weight.shape))
 
 
 def to_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lillama.base import stop
+from lillama.base import ranks, stop
 from lillama.base.files import write_json
 from lillama.base.rundir import FINETUNED, MODEL, RunDirectory
 from lillama.checkpoint import write as checkpoint
@@ -57,7 +57,7 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
     if not examples:
         raise LillamaError("the data gives no example", where="finetune.dataset")
     section, directory = setting.section, setting.directory
-    last = resume.last_checkpoint(setting.work, section)
+    last = ranks.by_first(lambda: resume.last_checkpoint(setting.work, section))
     if last is not None:
         directory.event("resumed", finetune=True, step=resume.step_of(last))
     torch.manual_seed(section.seed)  # of adapters, which are drawn

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lillama.base import stop
+from lillama.base import ranks, stop
 from lillama.base.device import Device
 from lillama.base.progress import Bar, Progress
 from lillama.base.rundir import RunDirectory
@@ -17,6 +17,7 @@ from lillama.errors import DistillationError
 from lillama.finetune.data import Collator, Examples
 from lillama.finetune.loss import loss_of
 from lillama.finetune.resume import load_learned, save_learned, seal_checkpoint
+from lillama.finetune.together import Together
 from lillama.recipe.schema import Finetune
 from lillama.report import track
 
@@ -53,7 +54,7 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
     shifted = not learner.config.is_encoder_decoder
     share, device = setting.section.teacher, setting.device
 
-    class Finetuner(Trainer if shifted else Seq2SeqTrainer):  # type: ignore[misc]  # one of two classes
+    class Finetuner(Together, Trainer if shifted else Seq2SeqTrainer):  # type: ignore[misc]  # one of two classes
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
@@ -69,6 +70,7 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
             load_learned(self.model, Path(resume_from_checkpoint))
 
         def _load_best_model(self) -> None:
+            ranks.agree(None)  # the first process may still be writing it
             load_learned(self.model, Path(self.state.best_model_checkpoint))
 
     trainer = Finetuner(
@@ -122,7 +124,7 @@ def arguments(setting: Setting, updates: int, held: bool, shifted: bool) -> Any:
         bf16=device.compute == torch.bfloat16,
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=list(setting.trackers) or "none",
+        report_to=(list(setting.trackers) if ranks.is_first() else []) or "none",
         run_name=setting.name,
         project=track.PROJECT,
         disable_tqdm=True,
@@ -159,11 +161,12 @@ def _watcher(bar: Bar, setting: Setting) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             bar.advance()
-            if stop.is_wanted():
+            if stop.is_wanted() and ranks.is_first():
                 control.should_save = True
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seal_checkpoint(setting.work, state.global_step, setting.section)
+            if ranks.is_first():
+                seal_checkpoint(setting.work, state.global_step, setting.section)
             stop.now()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

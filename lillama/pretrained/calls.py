@@ -51,7 +51,8 @@ class Call:
     """How the model called a layer, less the stream: its other arguments, flattened.
 
     `shapes` are those of the parts of the stream that enters, `after` of those that leave; `mask` is 1 where a token
-    [B, T] counts (None: all do), `loss_mask` the same of all parts of the stream that leaves.
+    [B, T] counts (None: all do), `loss_mask` the same of all parts of the stream that leaves. `share`: of what counts
+    in the whole batch, how much is in the rows that are here (rows.py).
     """
 
     leaves: list[Any]
@@ -61,6 +62,7 @@ class Call:
     after: tuple[tuple[int, ...], ...] = ()
     mask: Tensor | None = None
     loss_mask: Tensor | None = None
+    share: float = 1.0
 
     def __call__(self, module: nn.Module, stream: Tensor) -> Tensor:
         """Run `module` on a stream as the model would; the stream that leaves it."""
@@ -79,11 +81,17 @@ class Call:
 
 @dataclass
 class Batch:
-    """One calibration batch as its layers see it: how each of them is called."""
+    """One calibration batch as its layers see it, or the rows of it that are here: how each layer is called.
+
+    `tokens` are those of the whole batch, `number` is its number among all; rows that do not count (`counts`) are
+    another process's, and stand in where there are too few.
+    """
 
     calls: list[Call]
     mask: Tensor | None  # of the first layer [B, T], 1 where a token counts; None: all do
     tokens: int
+    number: int = 0
+    counts: bool = True
 
 
 class Stopped(Exception):  # noqa: N818  not an error: it ends the forward pass after the last layer of interest

@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from lillama.base import tensorfile
+from lillama.base import ranks, tensorfile
 from lillama.base.device import free_memory, send
 from lillama.base.files import read_checked, write_checked
 
@@ -187,10 +187,14 @@ def _crc(path: Path) -> int:
 
 
 class Shelf:
-    """The streams of a run. `place` is decided once, by `choose`, before the first is made."""
+    """The streams of a run. `place` is decided once, by `choose`, before the first is made.
+
+    Of several processes each has those of its own batches or rows, in files of its own.
+    """
 
     def __init__(self, directory: Path, device: torch.device, place: Place) -> None:
-        self.directory, self.device, self.place = directory, device, place
+        self.whole, self.directory = directory, ranks.own_folder(directory)
+        self.device, self.place = device, place
 
     def new(self, name: str) -> Stream:
         """An empty stream."""
@@ -220,6 +224,10 @@ class Shelf:
             return None
         whole = {name: stream for name, stream in found.items() if stream is not None}
         return (position, whole) if len(whole) == len(found) else None
+
+    def clear_all(self) -> None:
+        """Remove every file, those of other processes too, however many they were; all processes call it."""
+        ranks.by_first(lambda: shutil.rmtree(self.whole, ignore_errors=True))
 
     def clear(self) -> None:
         """Remove every file."""

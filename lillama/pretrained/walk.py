@@ -14,12 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lillama.base import ranks
 from lillama.base.device import Device
 from lillama.base.finite import finite
 from lillama.base.progress import Progress
 from lillama.contract import Layer
 from lillama.errors import DistillationError, LillamaError
 from lillama.pretrained.calls import Batch, Batches, Call, Capture, arguments
+from lillama.pretrained.rows import capture_rows, capture_whole
 from lillama.pretrained.source import Source
 from lillama.pretrained.streams import Place, Stream, choose
 
@@ -48,7 +50,7 @@ class Originals:
 
     def knows(self, layer: str) -> bool:
         """Whether the layer's output was looked at."""
-        return (layer, 0, 0) in self._seen
+        return any(name == layer for name, *_ in self._seen)
 
     def read(self) -> None:
         """Raise LillamaError for the first that was not finite, which names the layer and the batch."""
@@ -116,20 +118,33 @@ class Walk:
         """Have the layer behind `position` read in the background."""
         self.source.prefetch(layer.name for layer in self.layers[position + 1 : position + 2])
 
-    def capture_batches(self, raw: Batches, into: Stream | None, limit: int | None = None) -> list[Batch]:
-        """Every batch as the layers see it, the first layer's input taken into a stream; stop after `limit` tokens."""
+    def capture_batches(
+        self, raw: Batches, into: Stream | None, limit: int | None = None, whole: bool = False
+    ) -> list[Batch]:
+        """Every batch as the layers see it, the first layer's input taken into a stream; stop after `limit` tokens.
+
+        Several processes take some rows each of every batch, or with `whole` every so manieth batch.
+        """
         batches: list[Batch] = []
+        seen, step, own = 0, *((ranks.world(), ranks.rank()) if whole else (1, 0))
         with self.capture(park=True) as capture, self.progress.phase("embed", len(raw)) as bar:
-            for one in raw:
-                if limit is not None and sum(batch.tokens for batch in batches) >= limit:
+            for start in range(0, len(raw), step):
+                if limit is not None and seen >= limit:
                     break
-                with self.device.autocast():
-                    batch, hidden = capture(one)
-                batches.append(batch)
-                self.originals.add(f"the input of {self.layers[0].name}", len(batches) - 1, hidden)
-                if into is not None:
-                    into.append(hidden)
-                bar.advance()
+                number, made = start + own, None
+                if number < len(raw):
+                    with self.device.autocast():
+                        made = (capture_whole if whole else capture_rows)(capture, raw[number], number)
+                tokens = made[0].tokens if made else 0
+                each = ranks.gather(tokens) if whole else [tokens]
+                if made and (limit is None or seen + sum(each[:own]) < limit):
+                    batch, hidden = made
+                    batches.append(batch)
+                    self.originals.add(f"the input of {self.layers[0].name}", number, hidden)
+                    if into is not None:
+                        into.append(hidden)
+                seen += sum(each)
+                bar.advance(min(step, len(raw) - start))
             self.originals.read()
         return batches
 
@@ -146,10 +161,10 @@ class Walk:
         # An original layer runs a second time on what the compressed layers before it put out.
         original = module is self.source.model.get_submodule(name) and not self.originals.knows(name)
         with self.device.autocast():
-            for i, (batch, hidden) in enumerate(zip(batches, stream)):
+            for batch, hidden in zip(batches, stream):
                 made = batch.calls[position](module, hidden)
                 if original:
-                    self.originals.add(name, i, made)
+                    self.originals.add(name, batch.number, made)
                 else:
                     good.append(finite(made))
                 out.append(made)
@@ -168,7 +183,8 @@ class Walk:
         widest = max((weight.shape[1] for layer in self.every for weight in layer.weights), default=1)
         width = getattr(config, "hidden_size", widest)
         tokens = sum(max((t.numel() for t in arguments(one).values() if t.dim() == 2), default=0) for one in raw)
-        return choose(copies * tokens * width * self.source.working.itemsize, *budgets)
+        # All processes do the same.
+        return ranks.agree(choose(copies * tokens * width * self.source.working.itemsize, *budgets))
 
 
 @dataclass(frozen=True)

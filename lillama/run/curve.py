@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lillama.base import ranks
 from lillama.distill.build import restore_layer
 from lillama.distill.job import Job, OpenAt
 from lillama.distill.student import Student
@@ -76,7 +77,7 @@ class Curve:
     def _point(self, job: Job, open_at: OpenAt, trained: Mapping[int, nn.Module], **where: int) -> None:
         if self.failed:
             return
-        with job.progress.timed("curve"):
+        with job.progress.timed("curve"), ranks.alone():
             try:
                 if not self.known:
                     self.known["original"] = self._measure(job, open_at, {}, original=True)

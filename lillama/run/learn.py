@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from lillama import host
+from lillama.base import ranks
 from lillama.base.progress import Progress
 from lillama.base.rundir import ORIGINAL, RunDirectory
 from lillama.errors import LillamaError
@@ -55,7 +56,7 @@ def _examples(prepared: Prepared, section: Finetune, directory: RunDirectory, pr
         )
     tokenizer = read_tokenizer(recipe.model, source.where, source.gguf, directory.path / ORIGINAL)
     own = OwnText(prepared, directory.path, progress)
-    return data.text_examples(tokenizer, recipe, section, own.path)
+    return data.text_examples(tokenizer, recipe, section, lambda: ranks.by_first(own.path))
 
 
 def around_rounding(model: Any, recipe: Recipe, section: Quantize) -> Finetune:

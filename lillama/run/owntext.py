@@ -22,7 +22,7 @@ import torch
 from lillama.base import disk, memory
 from lillama.base.files import atomic_file, checksum, read_checked, sha256, write_checked, write_text
 from lillama.base.progress import Bar, Progress
-from lillama.base.rundir import ABOUT_OWN_TEXT, ORIGINAL, OWN_TEXT
+from lillama.base.rundir import ABOUT_OWN_TEXT, ORIGINAL, OWN_TEXT, RunDirectory
 from lillama.checkpoint.open import open_model
 from lillama.data.render import render_rows
 from lillama.data.rows import load_rows
@@ -30,6 +30,7 @@ from lillama.data.special import text_tokenizer
 from lillama.errors import LillamaError
 from lillama.pretrained.locate import read_tokenizer
 from lillama.recipe.schema import Generate
+from lillama.run import fingerprint
 from lillama.run.check import positions
 from lillama.run.prepare import Prepared, open_source
 from lillama.run.writing import WHERE, Beginnings, Round, Writing, beginnings, interleave, rounds, write_round
@@ -178,6 +179,20 @@ class OwnText:
 
 def _file_of(target: Path, this: Round) -> Path:
     return target.with_name(f"own.{this.number:04}.json")
+
+
+def written_first(own: OwnText, directory: RunDirectory, restart: bool) -> Path:
+    """The file of the text of a run whose directory is not open yet; it is written now unless it is there.
+
+    Meanwhile the directory is this process' own: what is written decides the data, and with it what run this is.
+    """
+    if own.is_there():
+        return own.path()
+    held = directory.held()
+    new = fingerprint.of(own.prepared, held.get("data", "") if held else "")  # of which the text decides the data
+    new = new if held is None else fingerprint.like(new, held, Path(own.prepared.source.where))
+    with directory.claimed(new, restart):
+        return own.path()
 
 
 def _read(path: Path) -> dict[str, Any]:

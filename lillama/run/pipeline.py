@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lillama import host
-from lillama.base import device, disk, memory
+from lillama.base import device, disk, memory, ranks
 from lillama.base.files import write_text
 from lillama.base.progress import Progress
 from lillama.base.rundir import MODEL, ORIGINAL, RESOLVED, RunDirectory
@@ -43,7 +43,7 @@ from lillama.run.decided import PLAN
 from lillama.run.estimate import check_disk
 from lillama.run.forms import needed
 from lillama.run.learn import learn
-from lillama.run.owntext import OwnText
+from lillama.run.owntext import OwnText, written_first
 from lillama.run.prepare import Prepared, prepare, settle
 from lillama.run.quantise import count, quantise, refuse_other
 
@@ -70,8 +70,10 @@ def compress(
 
     A run that was stopped continues where it was; a finished one is returned as it is (evaluators that were added
     are run). `restart` discards what is there. `batches` (the model's forward arguments) take the place of the
-    recipe's calibration data. Raises LillamaError for anything the user can mend.
+    recipe's calibration data. Raises LillamaError for anything the user can mend. Where a launcher started several
+    processes they share the work (docs/many-devices.md); all return the same.
     """
+    ranks.join()
     return Run(prepare(recipe), progress or Progress(), restart, batches).execute()
 
 
@@ -107,15 +109,15 @@ class Run:
         points = curve.of(self.recipe, self.tokenizer, batches)
         track.modules(self.recipe)
         if self.restart or not (self.directory.path / "metrics.json").is_file():
-            check_disk(self.prepared)
-        new, held = self.fingerprint(batches), self.directory.held()
+            ranks.by_first(lambda: check_disk(self.prepared))
+        new, held = self.fingerprint(batches), ranks.by_first(self.directory.held)
         self.directory.open(new if held is None else fingerprint.like(new, held, Path(self.source.where)), self.restart)
         for remark in self.directory.remarks:
             self.progress.say(remark)
         with (
             contextlib.closing(self.directory),
             disk.explained(self.directory.path),
-            track.tracked(self.recipe, self.directory, self.progress),
+            track.tracked(self.recipe, self.directory, self.progress) if ranks.is_first() else contextlib.nullcontext(),
         ):
             return self.phases(batches, points)
 
@@ -127,7 +129,7 @@ class Run:
         # Before anything large is allocated.
         (memory.return_large_blocks if self.recipe.run.low_memory else memory.keep_large_blocks)()
         with self.progress.timed("fetch"):
-            self.source.fetch(self.directory.path, self.directory.put_directory)
+            self.fetch()
         measured = {"before": self.measure("before")}
         if not self.directory.has(f"{MODEL}/config.json"):
             self.distill(batches, points)
@@ -163,7 +165,7 @@ class Run:
         job = Job(self.recipe, self.plan, self.source, device, self.directory, progress, batches)
         if job.needs.fisher and not job.is_done:
             sensitivity.measure_spectra(walk, self.directory, batches, self.recipe)  # unless that was just done
-        distill(job, points)
+        distill(job, points if ranks.is_first() else None)
         self.plan = job.plan  # less what was kept dense
         self.directory.put_json(PLAN, self.plan.to_dict())
         with progress.timed("write"):
@@ -195,13 +197,7 @@ class Run:
     def own_text(self) -> Path:
         """The file of what the model wrote itself; it writes now unless that is there, before the directory is open."""
         own = OwnText(self.prepared, self.directory.path, self.progress, self.texts)
-        if own.is_there():
-            return own.path()
-        held = self.directory.held()
-        new = fingerprint.of(self.prepared, held.get("data", "") if held else "")  # of which the text decides the data
-        new = new if held is None else fingerprint.like(new, held, Path(self.source.where))
-        with self.directory.claimed(new, self.restart):
-            return own.path()
+        return ranks.by_first(lambda: written_first(own, self.directory, self.restart))
 
     def tokenizer(self) -> Any:
         """The original's tokenizer."""
@@ -216,8 +212,9 @@ class Run:
     def describe(self) -> None:
         """Write what the run is about to do."""
         path = self.directory.path
-        write_text(path / "recipe.yaml", self.recipe.written or self.recipe.to_yaml())
-        write_text(path / RESOLVED, self.recipe.to_yaml())
+        if ranks.is_first():
+            write_text(path / "recipe.yaml", self.recipe.written or self.recipe.to_yaml())
+            write_text(path / RESOLVED, self.recipe.to_yaml())
         self.directory.record("recipe.yaml", RESOLVED)
         self.directory.put_json(PLAN, self.plan.to_dict())
         self.directory.event(
@@ -226,6 +223,7 @@ class Run:
             machine=device.machine(),
             device=device.name(self.prepared.device.device),
             threads=torch.get_num_threads(),
+            **({"processes": ranks.world()} if ranks.world() > 1 else {}),
         )
 
     def measure(self, when: str) -> dict[str, float]:
@@ -278,7 +276,8 @@ class Run:
                 self.progress.say("measuring the models in turn")
                 places = {stage: self.place(stage) for stage in measured}
                 where = (self.prepared.plugin, self.prepared.device.device)
-                found = in_turn.measure_in_turn(places, self.opened, self.recipe, *where)
+                # By one process: others that worked meanwhile would slow it down.
+                found = ranks.by_first(lambda: in_turn.measure_in_turn(places, self.opened, self.recipe, *where))
             held = {"evaluate": wanted, "stages": {stage: vars(one) for stage, one in found.items()}}
             self.directory.put_json(IN_TURN, held)
             for stage, one in found.items():
@@ -290,13 +289,24 @@ class Run:
     def write(self, job: Job) -> None:
         """Write the checkpoint from the finished layers."""
         files = [job.file(layer) for layer in job.layers if self.plan.planned(layer)]
-        with self.directory.put_directory(MODEL, seal) as target:
-            checkpoint.write(self.source, self.plan, self.directory, files, target, self.card())
+
+        def put() -> None:
+            with self.directory.put_directory(MODEL, seal) as target:
+                checkpoint.write(self.source, self.plan, self.directory, files, target, self.card())
+
+        self.directory.by_first(put)
+
+    def fetch(self) -> None:
+        """Make the original's weights available: the first process brings them, the others find them."""
+        self.directory.by_first(lambda: self.source.fetch(self.directory.path, self.directory.put_directory))
+        if not ranks.is_first():
+            self.source.fetch(self.directory.path)
 
     def finetune(self, section: Finetune) -> None:
         """Train the compressed model as a whole, unless that was done before; leaves `finetuned/`."""
         if finetune.finished(self.directory, section):
-            finetune.clear(self.directory)  # of a process that was killed when all was done
+            # Of a process that was killed when all was done.
+            ranks.by_first(lambda: finetune.clear(self.directory))
             return
         trust = self.recipe.model.trust_remote_code
         model = load(self.directory.path / MODEL, trust_remote_code=trust, dtype=torch.float32)
@@ -304,7 +314,7 @@ class Run:
         learn(self.prepared, model, section, self.directory, self.progress)
         # Of an earlier one that was removed.
         self.directory.forget(*filter(self.directory.has, ("evaluation.finetuned.json", IN_TURN)))
-        finetune.save(model, self.source.dtype, section, self.directory, self.card())
+        self.directory.by_first(lambda: finetune.save(model, self.source.dtype, section, self.directory, self.card()))
 
     def card(self, bits: Quantize | None = None) -> str:
         """The model card beside the weights."""
@@ -312,6 +322,11 @@ class Run:
 
     def finish(self, measured: dict[str, dict[str, float]]) -> Result:
         """Write metrics.json and hand the result over."""
+        metrics = ranks.by_first(lambda: self._finish(measured))
+        target = self.place(list(measured)[-1])
+        return Result(target, self.plan, metrics, self.details, self.source.auto_class.__name__)
+
+    def _finish(self, measured: dict[str, dict[str, float]]) -> dict[str, Any]:
         assert self.source.directory is not None
         places = {"before": self.source.directory, "after": self.directory.path / MODEL}
         places |= {"quantized": self.place("quantized")} if "quantized" in measured else {}
@@ -334,5 +349,4 @@ class Run:
         self.directory.put_json("metrics.json", metrics)
         self.directory.event("done")
         html.write_or_say(self.directory.path, self.progress.say)
-        target = self.place(list(measured)[-1])
-        return Result(target, self.plan, metrics, self.details, self.source.auto_class.__name__)
+        return metrics

@@ -85,5 +85,9 @@ def quantise(
             how = {"storage": choice.storage} | ({} if choice.loss is None else {"loss": choice.loss})
             directory.event("quantized", weight=choice.target.name, **how)
         dtype = prepared.source.dtype
-        stage.save(model, dtype, section, source=source, directory=directory, card=card)
-        finetune.clear(directory)
+
+        def save() -> None:
+            stage.save(model, dtype, section, source=source, directory=directory, card=card)
+            finetune.clear(directory)
+
+        directory.by_first(save)

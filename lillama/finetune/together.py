@@ -1,0 +1,92 @@
+"""A trainer among others: several processes of a run make each update together, of the examples that one would take.
+
+Each has a trainer of its own, which knows nothing of the others: all see the same examples in the same order. Of the
+rows of an update, those of all the batches it accumulates, each computes some; then gradients and loss are added up
+(base/ranks.py), before they are clipped, so that every trainer takes the step that one alone would. torch's
+DistributedDataParallel would divide by processes, not labels, and does not see what is run in parts (loss.py). Where an
+update has fewer rows than there are processes, some have nothing to do for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lillama.base import ranks
+
+
+def take_rows(batch: Any, rows: slice) -> Any:
+    """Some rows of a batch: of tensors, and of tuples and dictionaries of them."""
+    if isinstance(batch, Tensor):
+        return batch[rows]
+    if isinstance(batch, tuple):
+        return tuple(take_rows(part, rows) for part in batch)
+    return {name: take_rows(part, rows) for name, part in batch.items()}
+
+
+def own_of(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the batches of one update this process's rows, neighbours among all; of some batches there may be none."""
+    counts = [len(batch["labels"]) for batch in batches]
+    mine, found, start = ranks.part(sum(counts)), [], 0
+    for batch, count in zip(batches, counts):
+        first, last = (min(max(edge - start, 0), count) for edge in (mine.start, mine.stop))
+        found.append(take_rows(batch, slice(first, last)))
+        start += count
+    return found
+
+
+class Together:
+    """Mixed in before transformers' Trainer; what it does of it where there is one process, it leaves alone."""
+
+    _own: Tensor | float = 0.0  # the loss of this process's rows of the update at hand
+
+    def get_batch_samples(self, *given: Any, **options: Any) -> Any:
+        """The batches of an update, less the rows of others; the number of labels is that of all."""
+        batches, items = super().get_batch_samples(*given, **options)  # type: ignore[misc]
+        return (batches if ranks.world() == 1 else own_of(batches)), items
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The loss of all rows of an update, once its gradients are there; 0 before."""
+        trainer: Any = self
+        if ranks.world() == 1:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        loss = torch.zeros((), device=trainer.args.device)
+        if len(inputs["labels"]):
+            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        self._own = self._own + loss
+        if not trainer.accelerator.sync_gradients:
+            return torch.zeros_like(loss)
+        total, self._own = self._own, 0.0
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        ranks.sum_gradients_(learned, total)
+        return total
+
+    def evaluation_loop(self, dataloader: Any, *given: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """The mean loss over examples; the processes share the batches out."""
+        if ranks.world() == 1:
+            return super().evaluation_loop(  # type: ignore[misc]
+                dataloader, *given, metric_key_prefix=metric_key_prefix, **options
+            )
+        from transformers.trainer_utils import EvalLoopOutput
+
+        trainer: Any = self
+        trainer.model.eval()
+        loss, count = 0.0, 0
+        for number, batch in enumerate(dataloader):
+            count += len(batch["labels"])
+            if number % ranks.world() == ranks.rank():
+                loss += float(trainer.prediction_step(trainer.model, batch, True)[0]) * len(batch["labels"])
+        mean = ranks.summed([loss])[0] / max(count, 1)
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, count)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The first process saves; the others know where."""
+        trainer: Any = self
+        if ranks.is_first():
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        elif trainer.state.best_global_step:
+            place = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
+            trainer.state.best_model_checkpoint = str(place)
