@@ -1,7 +1,7 @@
 """The processes that one run has been started as (torchrun, accelerate launch), and all that passes between them.
 
 Every process runs the same program. What is shared out (batches, rows of a batch, weights to factorise) is added up or
-handed round here, so each knows what a single one would; the first writes. Without a launcher nothing happens here.
+handed round here, so each knows what a single one would; the first writes. Without a launcher nothing here acts.
 Whoever calls what waits must be sure that all processes come to the same call: decisions rest on what all of them know.
 """
 
