@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -121,7 +122,7 @@ def test_a_plugin_that_fails_is_told_what_fails_and_what_to_do(knowing, model_di
     layers = "[Layer.of_embedding(model), Layer('model.layers.0'), Layer.of_head(model)]"
     assert call("plugins", "check", written(tmp_path, "leaves_out", f"return {layers}"), "--model", model_dir) == 1
     said = capsys.readouterr().out
-    assert "layers and weights 1/1 · took" in said
+    assert re.search(r"layers and weights 1/1 · [0-9.]+ GiB · took", said)
     assert "FAILED exact streams: lm_head" in said
     assert "list it as a layer without weights" in " ".join(said.split())
     assert said.splitlines()[-1] == "leaves_out: 1 of 2 checks failed on LlamaForCausalLM"

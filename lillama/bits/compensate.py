@@ -14,7 +14,7 @@ from torch import Tensor
 from lillama.factorise.rounding import spreading
 from lillama.lowrank.coded import find_scales, round_to, spread
 
-OUTPUT_DAMPING = 1.0  # of G's mean diagonal: it is known from fewer tokens, and at 0.1 it was fitted to them (results/bits.md)
+OUTPUT_DAMPING = 1.0  # of G's mean diagonal: known from few tokens, and at 0.1 it was fitted to them (results/bits.md)
 BLOCK = 128  # columns whose errors are spread over the others together; a multiple of every group
 ROWS = 64  # that are rounded together, as if they had nothing to do with each other
 

@@ -19,7 +19,7 @@ from lillama.run import pipeline
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory):
     """A recipe of a tiny Mixtral whose layers were distilled."""
-    recipe = Recipe.load(families.prepare(tmp_path_factory.mktemp("home"), "mixtral", evaluate=""))
+    recipe = Recipe.load(families.prepare(tmp_path_factory.mktemp("home"), "mixtral", evaluate=""), ["quantize=null"])
     pipeline.compress(recipe.model_copy(update={"finetune": None}))
     return recipe
 
