@@ -113,7 +113,8 @@ def place_of(depth: int = 2) -> str:
     frame = sys._getframe(depth)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(PROJECT) and not Path(name).name.startswith("pretended"):
+        ours = name.startswith(PROJECT) and "site-packages" not in name  # an environment may lie in the project
+        if ours and not Path(name).name.startswith("pretended"):
             return f"{Path(name).relative_to(PROJECT)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere"

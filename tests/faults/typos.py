@@ -79,7 +79,7 @@ def _keys(schema: type[Any], path: tuple[str, ...]) -> Iterator[Place]:
     for name, option in schema.model_fields.items():
         yield Place(".".join((*path, name)), name, known, lambda typo: _nested(path, typo), _numeric(option))
         if section := section_of(option):
-            yield from _keys(section, (*path, name))
+            yield from _keys(section, (*path, name + "[]" * ("list[" in repr(option.annotation))))
 
 
 def _numeric(option: Any) -> bool:
@@ -92,7 +92,7 @@ def _nested(path: tuple[str, ...], typo: str) -> dict[str, Any]:
         return DATA | {typo: 1}
     value: Any = {typo: 1}
     for part in reversed(path[1:]):
-        value = {part: value}
+        value = {part.removesuffix("[]"): [value] if part.endswith("[]") else value}
     return _changed({path[0]: value})
 
 
