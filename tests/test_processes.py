@@ -56,7 +56,8 @@ def test_two_processes_end_with_the_weights_of_one(home, name):
     assert max(gaps.values()) < CLOSE, max(gaps, key=gaps.__getitem__)
     measured = processes.metrics(home, name, "together")
     for stage in ("before", "after", "finetuned", "quantized"):
-        assert measured.get(stage, {}) == pytest.approx(metrics.get(stage, {}), rel=1e-4)
+        close = 1e-2 if stage == "quantized" else 1e-4
+        assert measured.get(stage, {}) == pytest.approx(metrics.get(stage, {}), rel=close)
     assert measured["parameters"] == metrics["parameters"]
 
 

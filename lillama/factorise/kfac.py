@@ -115,7 +115,7 @@ class Sums:
 
     @numbers.setter
     def numbers(self, numbers: list[float]) -> None:
-        self.counted, self.length, self.rows = torch.tensor(numbers[:3]).to(self.counted)
+        self.counted, self.length, self.rows = torch.tensor(numbers[:3], dtype=torch.float64).to(self.counted)
         self.calls = round(numbers[3])
 
     def factors(self, tokens: int, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
