@@ -181,7 +181,7 @@ def test_a_run_needs_no_data_and_one_that_was_stopped_as_it_wrote_ends_the_same(
     done, stop_at = rounds_written
     whole = compressed(model_dir, tmp_path / "a")
     assert done == list(range(6)) and whole.path.name == "finetuned"
-    assert whole.metrics["before"]["perplexity"] > 1
+    assert whole.metrics["before"]["perplexity/perplexity"] > 1
     stop_at.append(2)
     with pytest.raises(Stopped):
         compressed(model_dir, tmp_path / "b")
@@ -230,7 +230,7 @@ def test_the_runs_of_a_sweep_share_what_the_model_writes(model_dir, tmp_path, ro
     assert len(done) == 12  # two texts, for four runs
     texts = [(row.directory / OWN_TEXT).read_bytes() for row in made]
     assert texts[0] == texts[2] != texts[1] == texts[3]
-    perplexities = [row.metrics["before"]["perplexity"] for row in made]
+    perplexities = [row.metrics["before"]["perplexity/perplexity"] for row in made]
     assert perplexities[0] == perplexities[2] != perplexities[1]  # each is measured on its own
 
 
