@@ -68,7 +68,7 @@ def test_every_initialiser_serves_a_device_without_float64(card, name, kind):
 
 def test_sums_of_an_embedding_and_pivots_too(card):
     sums = Sums(torch.ones(16, 24, device=card), embedding=True)
-    sums.counted = 3.0
+    sums.counted = torch.tensor(3.0)
     sums.count_every_token(0.1)
     assert sums.inputs.device.type == "cuda"
     module = LowRankLinear(get_storage("pivoted"), 16, 24, 4, device=card)

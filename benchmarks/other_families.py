@@ -1,7 +1,7 @@
 """Families that differ from the decoder of the quickstart, 20 % smaller and in few bits: what 8 and 4 bits cost each.
 
-    python benchmarks/families.py
-    python benchmarks/families.py --only whisper --whisper DIR --speech DATASET --heard DATASET
+    python benchmarks/other_families.py
+    python benchmarks/other_families.py --only whisper --whisper DIR --speech DATASET --heard DATASET
 
 A small Mixtral and a small Mamba are trained here from nothing, on the text of Python's help; then a run of the
 project's recipe removes 20 % of the parameters, learns from the original's predictions, and ends in 8, then in 4 bits.

@@ -1,4 +1,4 @@
-"""benchmarks/families.py: small models of other families trained, made smaller and put into few bits, and a table."""
+"""benchmarks/other_families.py: small models of other families trained, made smaller and put into few bits, and a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPOKEN = ["calibration.split=train", "compress.rank_multiple=2", "distill.batch_
 @pytest.fixture
 def families(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import families
+    import other_families as families
 
     monkeypatch.setattr(families, "LENGTH", 16)
     return families
