@@ -1,4 +1,4 @@
-"""benchmarks/other_families.py: small models of other families trained, made smaller and put into few bits, and a table."""
+"""benchmarks/other_families.py: small models of other families, made smaller and put into few bits, and a table."""
 
 from __future__ import annotations
 
