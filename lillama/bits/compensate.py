@@ -74,7 +74,8 @@ def refit_scales(W: Tensor, codes: Tensor, scales: Tensor, H: Tensor, group: int
     """The scales after every group of columns, in its turn, got those that suit its codes best by H, the others given.
 
     Of a row the loss is quadratic in the scale of a group: with D its codes and R = (W - W^) H, it falls most by a
-    change of D R^T / (D H D^T). A change that does not help, once it is a bfloat16 number, is left out.
+    change of D R^T / (D H D^T). A change that does not help, once it is a bfloat16 number, is left out, and one of more
+    than half the scale: where no input tells anything of a group both products are rounding's, and so is their ratio.
     """
     H, W, scales = H.to(codes), W.to(codes), scales.clone()
     left = (W - codes * spread(scales, group, codes.shape[1])) @ H
@@ -85,7 +86,7 @@ def refit_scales(W: Tensor, codes: Tensor, scales: Tensor, H: Tensor, group: int
         scale = scales[:, number]
         better = (scale + gain / cost.clamp_min(torch.finfo(cost.dtype).tiny)).bfloat16().to(scale)
         change = better - scale
-        good = (change * (change * cost - 2 * gain) < 0) & better.isfinite() & (better != 0)
+        good = (change * (change * cost - 2 * gain) < 0) & (change.abs() <= scale.abs() / 2)
         change = torch.where(good, change, torch.zeros_like(change))
         scales[:, number] += change
         left -= (change[:, None] * D) @ H[own]
