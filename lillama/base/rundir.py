@@ -107,13 +107,7 @@ class RunDirectory:
         another run (the differences are named) or files that are not a run's, and when another process works here.
         """
         with disk.explained(self.path):
-            restart = restart and self.path.exists() and not self._is_empty()
-            if restart:
-                manifest.read(self.path)  # refuses what is no run's
-            else:
-                self._check(fingerprint)
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._acquire()
+            restart = self._claim(fingerprint, restart)
             try:
                 if restart:
                     self._discard()
@@ -137,12 +131,7 @@ class RunDirectory:
         For what takes long and decides the `fingerprint` of `open`; errors are those of `open`.
         """
         with disk.explained(self.path):
-            if restart and self.path.exists() and not self._is_empty():
-                manifest.read(self.path)  # refuses what is no run's
-            else:
-                self._check(fingerprint)
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._acquire()
+            self._claim(fingerprint, restart)
         try:
             yield
         finally:
@@ -156,6 +145,17 @@ class RunDirectory:
     def close(self) -> None:
         """Let other processes work here."""
         self._lock.release(force=True)
+
+    def _claim(self, fingerprint: dict[str, Any], restart: bool) -> bool:
+        """Take the lock of a directory that may be used; whether what it holds is to go."""
+        restart = restart and self.path.exists() and not self._is_empty()
+        if restart:
+            manifest.read(self.path)  # refuses what is no run's
+        else:
+            self._check(fingerprint)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        return restart
 
     def _acquire(self) -> None:
         """Take the lock, and leave a word on who has it. It is the system's: a process that dies gives it back."""
