@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lillama.contract import Layer, Weight
 from lillama.errors import LillamaError
 from lillama.lowrank.counts import stored
+from lillama.plan.hull import steps, worth
 from lillama.plan.strategies import Ranks, unreachable
 from lillama.recipe.schema import Compress
 
@@ -40,12 +40,7 @@ def fisher(layers: Sequence[Layer], remove: int, compress: Compress, spectra: Ma
     spent = sum(choice.numbers for choice in kept.values())
     if spent > budget:
         raise unreachable(total - spent, remove, "Lower compress.rank_multiple")
-    steps = [
-        (-_worth(before, after), name, after)
-        for name, options in found.items()
-        for before, after in itertools.pairwise(_hull(options))
-    ]
-    for _, name, after in sorted(steps, key=lambda step: step[:2]):
+    for name, after in steps(found, _numbers):
         cost = after.numbers - kept[name].numbers
         if cost > 0 and spent + cost <= budget:
             kept[name] = after
@@ -71,26 +66,15 @@ def tails(spectrum: Sequence[float]) -> list[float]:
     return tail[::-1]
 
 
-def _worth(before: Choice, after: Choice) -> float:
-    """Loss saved per number spent."""
-    return (before.loss - after.loss) / (after.numbers - before.numbers)
-
-
-def _hull(options: Sequence[Choice]) -> list[Choice]:
-    """The lower convex hull of (numbers, loss), from the first choice to the last."""
-    hull: list[Choice] = []
-    for option in options:
-        while len(hull) > 1 and _worth(hull[-2], hull[-1]) <= _worth(hull[-1], option):
-            hull.pop()
-        hull.append(option)
-    return hull
+def _numbers(choice: Choice) -> int:
+    return choice.numbers
 
 
 def _spend(found: Mapping[str, Sequence[Choice]], kept: dict[str, Choice], spare: int) -> None:
     """Spend what whole steps left over on single ranks, the best first."""
     while True:
         better = [
-            (_worth(kept[name], option), name, option)
+            (worth(kept[name], option, _numbers), name, option)
             for name, options in found.items()
             for option in options
             if 0 < option.numbers - kept[name].numbers <= spare

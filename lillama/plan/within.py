@@ -18,6 +18,7 @@ from lillama.lowrank.counts import stored
 from lillama.lowrank.whole import NAME as DENSE
 from lillama.plan.budget import Budget, Measured, bits_of, dense_form, is_even
 from lillama.plan.fisher import tails
+from lillama.plan.hull import steps
 from lillama.plan.plan import UNUSED, Plan, rank_multiple, skipped
 from lillama.recipe.schema import Compress
 
@@ -139,12 +140,7 @@ def choose(found: Mapping[str, Sequence[Option]], room: int) -> dict[str, Option
     """
     kept = {name: each[0] for name, each in found.items()}
     spare = room - sum(option.bytes for option in kept.values())
-    steps = [
-        (-_worth(before, after), name, after)
-        for name, each in found.items()
-        for before, after in itertools.pairwise(_hull(each))
-    ]
-    for _, name, after in sorted(steps, key=lambda step: step[:2]):
+    for name, after in steps(found, lambda option: option.bytes):
         cost = after.bytes - kept[name].bytes
         if cost > spare:
             fitting = [option for option in found[name] if option.bytes - kept[name].bytes <= spare]
@@ -153,21 +149,6 @@ def choose(found: Mapping[str, Sequence[Option]], room: int) -> dict[str, Option
         kept[name] = after
         spare -= cost
     return kept
-
-
-def _worth(before: Option, after: Option) -> float:
-    """Loss saved per byte spent."""
-    return (before.loss - after.loss) / (after.bytes - before.bytes)
-
-
-def _hull(options: Sequence[Option]) -> list[Option]:
-    """The lower convex hull of (bytes, loss), from the first to the last."""
-    hull: list[Option] = []
-    for option in options:
-        while len(hull) > 1 and _worth(hull[-2], hull[-1]) <= _worth(hull[-1], option):
-            hull.pop()
-        hull.append(option)
-    return hull
 
 
 def _stand_in(weights: Sequence[Weight]) -> Measured:
