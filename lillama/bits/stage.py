@@ -20,6 +20,7 @@ from lillama.checkpoint.quantizer import describe_
 from lillama.checkpoint.seal import seal
 from lillama.contract import WeightKind
 from lillama.errors import DistillationError, LillamaError
+from lillama.finetune.settings import refuse_other
 from lillama.lowrank import swap
 from lillama.recipe.schema import Quantize
 
@@ -44,14 +45,8 @@ def finished(directory: RunDirectory, section: Quantize, source: Mapping[str, st
     settings = directory.json(f"{QUANTIZED}/{SETTINGS}")
     if settings["source"] != source:
         return False
-    held, wanted = settings["quantize"], section.model_dump(mode="json")
-    if held != wanted:
-        keys = sorted(key for key in held.keys() | wanted.keys() if held.get(key) != wanted.get(key))
-        raise LillamaError(
-            f"the run holds a result in few bits with another {', '.join(keys)}",
-            where=f"quantize.{keys[0]}",
-            hint=f"Give another run.out, or remove {directory.path / QUANTIZED} to do it again.",
-        )
+    held, wanted, place = settings["quantize"], section.model_dump(mode="json"), directory.path / QUANTIZED
+    refuse_other(held, wanted, section="quantize", what="a result in few bits", place=place)
     return True
 
 

@@ -21,6 +21,7 @@ from lillama.checkpoint.seal import seal
 from lillama.errors import DistillationError, LillamaError
 from lillama.finetune import adapters, resume
 from lillama.finetune.data import Examples, split, updates
+from lillama.finetune.settings import refuse_other
 from lillama.finetune.trainer import SLOWER, WORK, Setting, build_trainer
 from lillama.lowrank import swap as factors
 from lillama.recipe.schema import Finetune
@@ -36,14 +37,8 @@ def finished(directory: RunDirectory, section: Finetune) -> bool:
     name = next((one for one in (f"{FINETUNED}/{SETTINGS}", SETTINGS) if directory.has(one)), None)
     if name is None:
         return False
-    held, wanted = directory.json(name), section.model_dump(mode="json")
-    if held != wanted:
-        keys = sorted(key for key in held.keys() | wanted.keys() if held.get(key) != wanted.get(key))
-        raise LillamaError(
-            f"the run holds a fine-tuning with another {', '.join(keys)}",
-            where=f"finetune.{keys[0]}",
-            hint=f"Give another run.out, or remove {directory.path / FINETUNED} to do it again.",
-        )
+    held, wanted, place = directory.json(name), section.model_dump(mode="json"), directory.path / FINETUNED
+    refuse_other(held, wanted, section="finetune", what="a fine-tuning", place=place)
     return True
 
 
