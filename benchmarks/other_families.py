@@ -17,14 +17,15 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lillama_mamba.scan import use_linear_scan
 from torch import Tensor
-from train_tiny_mamba import new_tokenizer, train
-from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+from train_tiny_mamba import new_mamba, new_tokenizer, train
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import lillama
 from lillama.base import quiet
@@ -64,24 +65,7 @@ def new_mixtral(width: int, layers: int, vocabulary: int) -> MixtralForCausalLM:
     return MixtralForCausalLM(config)
 
 
-def new_mamba(width: int, layers: int, vocabulary: int) -> MambaForCausalLM:
-    """A Mamba of the published proportions, but for a smaller state, randomly initialised."""
-    config = MambaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        state_size=8,
-        initializer_range=width**-0.5,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = MambaForCausalLM(config)
-    use_linear_scan(model)
-    return model
-
-
-NEW: dict[str, Callable[[int, int, int], Any]] = {"mixtral": new_mixtral, "mamba": new_mamba}
+NEW: dict[str, Callable[[int, int, int], Any]] = {"mixtral": new_mixtral, "mamba": partial(new_mamba, state=8)}
 
 
 def make_original(family: str, place: Path, args: argparse.Namespace) -> None:

@@ -56,14 +56,14 @@ def new_tokenizer(text: str, split: str, vocabulary: int) -> PreTrainedTokenizer
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END, pad_token=END)
 
 
-def new_model(options: argparse.Namespace, vocabulary: int) -> MambaForCausalLM:
-    """A Mamba of the published proportions, randomly initialised."""
+def new_mamba(width: int, layers: int, vocabulary: int, state: int = 4) -> MambaForCausalLM:
+    """A Mamba of the published proportions but for its state, randomly initialised."""
     config = MambaConfig(
         vocab_size=vocabulary,
-        hidden_size=options.width,
-        num_hidden_layers=options.layers,
-        state_size=4,
-        initializer_range=options.width**-0.5,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        state_size=state,
+        initializer_range=width**-0.5,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
@@ -113,7 +113,7 @@ def main() -> None:
         return token_blocks(tokenizer, Calibration(dataset=dataset, split=split, sequence_length=options.length))
 
     text, held_out = blocks(options.text, options.split), blocks(options.held_out, options.held_out_split)
-    model = new_model(options, len(tokenizer))
+    model = new_mamba(options.width, options.layers, len(tokenizer))
     count = sum(p.numel() for p in model.parameters())
     print(f"{count:,} parameters, {text.numel():,} tokens to train on, {held_out.numel():,} held out")
     train(model, text.flatten(), options)

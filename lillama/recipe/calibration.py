@@ -20,17 +20,23 @@ Beginning = Literal["user", "start"]
 BEGINNINGS: tuple[Beginning, ...] = ("user", "start")
 
 
-class Data(Section):
-    """One data set of a mixture, with its share of the tokens."""
+class OneDataSet(Section):
+    """Which rows of which data set."""
 
-    dataset: str = Field(description="As calibration.dataset.")
+    dataset: str | None
     config: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split, slices allowed: train[:80%].")
     column: str | None = Field(None, description="Column of the text; null: found by its usual names.")
     filter: dict[str, str | int | list[str | int]] | None = Field(
-        None, description="Rows to keep: a column's value, or a list of values."
+        None, description="Rows to keep: a column's value, or a list of values. {language: hau}, for example."
     )
     rows: int | None = Field(None, gt=0, description="How many rows (lines of a .txt file) to use at most; null: all.")
+
+
+class Data(OneDataSet):
+    """One data set of a mixture, with its share of the tokens."""
+
+    dataset: str = Field(description="As calibration.dataset.")
     weight: float = Field(1.0, gt=0, description="Its share of calibration.tokens, relative to the other weights.")
 
 
@@ -64,7 +70,7 @@ class Generate(Section):
     weight: float = Field(1.0, gt=0, description="Its share of calibration.tokens, relative to the data sets' weights.")
 
 
-class Calibration(Section):
+class Calibration(OneDataSet):
     """The data that layers are distilled on."""
 
     dataset: str | None = Field(
@@ -72,13 +78,6 @@ class Calibration(Section):
         description="Hub id, a .txt/.jsonl/.json/.parquet/.csv file, a folder of such files, "
         "or package:MODULE for texts in a module of Python; null: datasets, or text that the model writes.",
     )
-    config: str | None = Field(None, description="Configuration of a hub data set.")
-    split: str = Field("train", description="Split, slices allowed: train[:80%].")
-    column: str | None = Field(None, description="Column of the text; null: found by its usual names.")
-    filter: dict[str, str | int | list[str | int]] | None = Field(
-        None, description="Rows to keep: a column's value, or a list of values. {language: hau}, for example."
-    )
-    rows: int | None = Field(None, gt=0, description="How many rows (lines of a .txt file) to use at most; null: all.")
     datasets: list[Data] | None = Field(
         None,
         min_length=1,
