@@ -31,8 +31,10 @@ from lillama.testing.recipes import default_recipe, full_rank_plan, recipe_for
 from lillama.testing.streams import check_streams
 
 BITS = (4, 8)
-# Of the output's norm that few bits may change: small matrices have few numbers to make up, experts are chosen anew.
-FAR = {4: 0.7, 8: 0.3}
+FAR = {
+    4: 0.4,
+    8: 0.05,
+}  # of half of the outputs that few bits may change: up to 0.17 and 0.015 were seen in tiny models
 
 Step = Callable[[], None]  # called after every part of a check
 
@@ -256,8 +258,8 @@ def _check_few_bits(subject: Subject, step: Step) -> None:
         )
         assert {c.target.name for c in done} >= set(result.plan.ranks), f"{what}: weights were forgotten"
         once = first_output(model, subject.inputs)
-        far = float((once - full).norm() / full.norm())
-        assert far < FAR[bits], f"{what} changes the output by {far:.2g} of it"
+        far = _typical_change(full, once)
+        assert far < FAR[bits], f"{what} changes half of the outputs by {far:.2g} of them, or more"
         target = subject.directory / f"bits-{storage}-{bits}"
         model.save_pretrained(target)
         there, _ = subject.fresh.run(target, subject.inputs, result.auto_class)
@@ -266,6 +268,14 @@ def _check_few_bits(subject: Subject, step: Step) -> None:
         again = first_output(load(target / "again").eval(), subject.inputs)
         assert torch.equal(once, again), f"saving the loaded model changed it ({what})"
         step()
+
+
+def _typical_change(before: Tensor, after: Tensor) -> float:
+    """By how much of itself the middle one of the outputs changes: rows of the last dimension, shape (..., outputs).
+
+    Not the largest: where a router is undecided, a last bit sends a token to another expert and changes all of its row.
+    """
+    return float(((after - before).norm(dim=-1) / before.norm(dim=-1)).median())
 
 
 def _run(subject: Subject, prepared: prepare.Prepared) -> pipeline.Result:
