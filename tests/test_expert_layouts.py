@@ -164,6 +164,25 @@ def seen(dense, layout, name, expert, hidden, index, weights, weighed):
     return kept["sum"]
 
 
+def test_inputs_counted_without_gradients_are_those_that_gradients_are_of(dense):
+    layout, came = layout_of(dense), {"add": [], "count_inputs": []}
+    hidden, index, weights = layout.given(E, call(layout, 400), {})
+
+    class Kept(Sums):
+        def add(self, x, g):
+            came["add"].append(x)
+
+        def count_inputs(self, x):
+            came["count_inputs"].append(x)
+
+    listener = _Experts(dense, {name: [Kept(one) for one in layout.weight(dense, name)] for name in layout.projections})
+    listener.add(hidden, index, weights, torch.ones_like(hidden))
+    listener.count_inputs(hidden, index)
+    assert len(came["add"]) == len(came["count_inputs"]) == E * len(layout.projections)
+    for one, same in zip(came["add"], came["count_inputs"]):
+        assert torch.equal(one, same)
+
+
 @pytest.mark.parametrize(
     ("kind", "where", "reason"),
     [

@@ -42,6 +42,13 @@ def counted(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1]).float()
 
 
+def kept_rows(mask: Tensor | None, rows: int, copies: int) -> Tensor | slice:
+    """Which of `rows` tokens (or the tokens `copies` times, once for each expert) the mask [B, T] lets count."""
+    if mask is None or mask.numel() * copies != rows:
+        return slice(None)
+    return mask.reshape(-1).bool().repeat(copies)
+
+
 class Grams:
     """Accumulates the Gram matrices of a layer's weights while the layer runs.
 
@@ -109,9 +116,8 @@ class Grams:
             hidden, index, _weights = experts.layout.given(experts.experts, args, kwargs)
             hidden = hidden.detach()
             copies = experts.experts if experts.layout.sorted else 1  # the tokens once for each expert
-            if self._mask is not None and self._mask.numel() * copies == len(hidden):
-                keep = self._mask.reshape(-1).bool().repeat(copies)
-                hidden, index = hidden[keep], index[keep]
+            keep = kept_rows(self._mask, len(hidden), copies)
+            hidden, index = hidden[keep], index[keep]
             if not self._counts:
                 hidden, index = hidden[:0], index[:0]
             experts.add(hidden, index)

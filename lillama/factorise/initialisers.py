@@ -18,8 +18,9 @@ from lillama.lowrank.storage import Factors
 
 # H is singular when inputs are fewer than their dimensions: a share of its mean eigenvalue is added.
 RIDGE = 1e-4
-# Directions of the output that the predictions did not depend on in the few tokens measured are not free to go wrong.
-FISHER_RIDGE = 1e-2
+# Directions that the few tokens measured did not show, on either side of a weight, are not free to go wrong: what is
+# found on the tokens measured costs up to twice as much on others (docs/results/quality.md).
+OUTPUT_RIDGE, INPUT_RIDGE = 5e-2, 1e-2
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -100,13 +101,16 @@ def fisher_spectrum(W: Tensor, input_fisher: Tensor, output_fisher: Tensor) -> T
 def _weighed(W: Tensor, input_fisher: Tensor, output_fisher: Tensor) -> tuple[Tensor, Tensor]:
     """(the matrix of `fisher`'s eigenproblem, its T or L)."""
     if len(W) <= W.shape[1]:
-        T = torch.linalg.cholesky(regularised(output_fisher, FISHER_RIDGE), upper=True)
-        return T @ input_fisher.double() @ T.T, T
-    L = torch.linalg.cholesky(regularised(input_fisher))
-    # The same ridge for G, whose trace is not known on this side: that of W^T G W for equal directions.
-    inner, outer = output_fisher.double(), W.T @ W
-    ridge = FISHER_RIDGE * inner.trace() / outer.trace().clamp_min(TINY)
-    return L.T @ (inner + ridge * outer) @ L, L
+        T = torch.linalg.cholesky(regularised(output_fisher, OUTPUT_RIDGE), upper=True)
+        return T @ _far_regularised(input_fisher, W @ W.T, INPUT_RIDGE) @ T.T, T
+    L = torch.linalg.cholesky(regularised(input_fisher, INPUT_RIDGE))
+    return L.T @ _far_regularised(output_fisher, W.T @ W, OUTPUT_RIDGE) @ L, L
+
+
+def _far_regularised(inner: Tensor, outer: Tensor, ridge: float) -> Tensor:
+    """W H W^T with a ridge for H, whose trace is not known on this side: `outer` is W W^T, as of equal directions."""
+    inner = inner.double()
+    return inner + ridge * inner.trace() / outer.trace().clamp_min(TINY) * outer
 
 
 def compensated(W: Tensor, rank: int, gram: Tensor, cross: Tensor) -> Factors:

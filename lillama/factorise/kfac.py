@@ -23,10 +23,10 @@ from lillama.base.device import Device, factorising
 from lillama.contract import Layer, Weight, relative
 from lillama.dense.experts import layout_of
 from lillama.dense.plain import around, is_plain_embedding
-from lillama.factorise.embedding import weighted_gram
-from lillama.factorise.initialisers import TINY, fisher_spectrum
+from lillama.factorise.grams import counted, kept_rows
+from lillama.factorise.initialisers import fisher_spectrum
 from lillama.factorise.known import FisherFactors, TokenSample, refuse_unless_finite
-from lillama.factorise.rounding import cuts, dense_cost
+from lillama.factorise.sums import Sums
 from lillama.lowrank.swap import dense, module_of
 from lillama.plan.plan import observable
 
@@ -39,108 +39,25 @@ BLIND = "no gradient of the predictions reaches it (it chooses what others read,
 Problem = tuple[Tensor, Tensor, Tensor]  # W and the two factors of its Fisher information, on its smaller side
 
 
-class Sums:
-    """Of one matrix W (d_out x d_in): the sums of c x x^T and g g^T, on its smaller side, and of c.
-
-    What batches add is float32, their sum float64: so the order makes no difference, nor how many processes share them.
-    Directions in which nothing was seen are told apart by no more than rounding, and with them ranks.
-    """
-
-    def __init__(self, W: Tensor, embedding: bool = False, rounding: int = 0) -> None:
-        """`embedding`: W is the transpose of a table, and what is given for x are the vectors looked up.
-
-        `rounding`: numbers to a scale, where what `dense_cost` asks for is kept of the larger side, too.
-        """
-        self.W, self.embedding, self.wide = W, embedding, W.shape[0] <= W.shape[1]
-        n = min(W.shape)
-        exact = torch.float64 if factorising(W.device) == W.device else torch.float32
-        self.inputs, self.outputs = (torch.zeros(n, n, device=W.device, dtype=exact) for _ in range(2))
-        # Numbers on the device, which nobody waits for: sums of c and of |g|^2, inputs of which anything depends.
-        self.counted, self.length, self.rows = torch.zeros(3, dtype=exact, device=W.device)
-        self.calls = 0
-        self.rounding = rounding
-        self.lengths = torch.zeros(W.shape[0], device=W.device)  # G's diagonal, where G itself is not kept
-        runs = cuts(W.shape[1]) if rounding and self.wide else []
-        self.runs = [(run, torch.zeros(run.stop - run.start, run.stop - run.start, device=W.device)) for run in runs]
-
-    def add(self, x: Tensor, g: Tensor) -> None:
-        """Count inputs x (N x d_in) and the gradients g (N x d_out) of the loss at W x."""
-        self.calls += 1
-        length = g.float().square().sum(-1, keepdim=True)
-        self.length += length.sum()
-        counts = length / (length + length.mean().clamp_min(TINY))
-        if self.rounding and not self.wide:
-            self.lengths += g.float().square().sum(0)
-        if not self.wide:
-            g = F.linear(g.to(self.W.dtype), self.W.T)
-        self._inputs(x, counts)
-        g = g.float()
-        with torch.autocast(g.device.type, enabled=False):
-            self.outputs += g.T @ g
-        self.rows += (length > 0).sum()
-
-    def _inputs(self, x: Tensor, counts: Tensor) -> None:
-        for run, gram in self.runs:
-            some = x[:, run].float()
-            with torch.autocast(x.device.type, enabled=False):
-                gram.addmm_((some * counts).T, some)
-        if self.wide and not self.embedding:
-            x = F.linear(x.to(self.W.dtype), self.W)
-        x = x.float()
-        with torch.autocast(x.device.type, enabled=False):
-            self.inputs += (x * counts).T @ x
-        self.counted += counts.sum()
-
-    def borrow_inputs(self, x: Tensor) -> None:
-        """Where too few inputs were seen to tell all directions apart, add others, x, in the weight of what lacks."""
-        lacking = len(self.inputs) - int(self.rows)
-        if lacking > 0:
-            self._inputs(x, torch.full((len(x), 1), lacking / len(x), device=x.device))
-
-    def count_every_token(self, floor: float) -> None:
-        """Let every token of an embedding count for at least the share `floor` of the mean count."""
-        table = self.W.T.to(factorising(self.W.device))
-        gram = weighted_gram(table, table.new_ones(len(table))) * (floor * self.counted.item() / len(table))
-        self.inputs += gram.to(self.inputs)
-
-    @property
-    def matrices(self) -> list[Tensor]:
-        """What is summed in matrices and vectors."""
-        return [self.inputs, self.outputs, self.lengths, *(gram for _, gram in self.runs)]
-
-    @property
-    def numbers(self) -> list[float]:
-        """What is counted beside them."""
-        return [self.counted.item(), self.length.item(), self.rows.item(), self.calls]
-
-    @numbers.setter
-    def numbers(self, numbers: list[float]) -> None:
-        self.counted, self.length, self.rows = torch.tensor(numbers[:3], dtype=torch.float64).to(self.counted)
-        self.calls = round(numbers[3])
-
-    def factors(self, tokens: int, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(H, G) per token predicted, on the smaller side; `more` is added to G."""
-        inputs, outputs = self.inputs / max(self.counted.item(), TINY), self.outputs / tokens
-        return inputs.float(), (outputs if more is None else outputs + more).float()
-
-    def cost(self, tokens: int) -> float:
-        """What W would lose in 4 bits, in nats per token (rounding.py)."""
-        place, counted = factorising(self.W.device), max(self.counted.item(), TINY)
-        grams = [gram for _, gram in self.runs] or [self.inputs.float()]
-        outputs = self.outputs.diagonal().float() if self.wide else self.lengths
-        inputs = [gram.to(place) / counted for gram in grams]
-        return dense_cost(self.W.to(place), inputs, outputs.to(place) / tokens, self.rounding)
-
-
 class Listener:
     """Sums both factors of a layer's weights while it runs back. Gradients at padding are 0."""
 
-    def __init__(self, layer: Layer, module: nn.Module, device: Device, floor: float = 0.0, rounding: int = 0) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        module: nn.Module,
+        device: Device,
+        floor: float = 0.0,
+        rounding: int = 0,
+        inputs_alone: bool = False,
+    ) -> None:
         """`floor`: what every token of an embedding counts for at least (see embedding.py).
 
         `rounding`: find what few bits would cost as well, so many numbers to a scale, of all but embeddings.
+        `inputs_alone`: sum inputs while the layer runs forward, which is all it does.
         """
-        self.layer, self.device, self.floor = layer, device, floor
+        self.layer, self.device, self.floor, self.inputs_alone = layer, device, floor, inputs_alone
+        self.mask: Tensor | None = None  # of the tokens [B, T] that run, 1 where one counts, for `inputs_alone`
         self.sums: dict[str, list[Sums]] = {}  # one per copy of the weight
         self.stacks: list[_Experts] = []
         self.hooks: list[Any] = []
@@ -168,8 +85,11 @@ class Listener:
     def _one(self, name: str, sums: Sums) -> Any:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
             self.called.add(name)
-            x = _rows(next(iter((*args, *kwargs.values()))))
-            self._at(out, lambda gradient: sums.add(x, gradient))
+            x = next(iter((*args, *kwargs.values())))
+            if self.inputs_alone:
+                sums.count_inputs(counted(x, self.mask))
+            else:
+                self._at(out, lambda gradient: sums.add(_rows(x), gradient))
 
         return hook
 
@@ -197,7 +117,11 @@ class Listener:
             self.called.update(names)
             given = experts.layout.given(experts.experts, args, kwargs)
             hidden, index, weights = (one.detach() for one in given)
-            self._at(out, lambda gradient: experts.add(hidden, index, weights, gradient))
+            if self.inputs_alone:
+                keep = kept_rows(self.mask, len(hidden), experts.experts if experts.layout.sorted else 1)
+                experts.count_inputs(hidden[keep], index[keep])
+            else:
+                self._at(out, lambda gradient: experts.add(hidden, index, weights, gradient))
 
         return hook
 
@@ -211,6 +135,16 @@ class Listener:
                 add(_rows(gradient))
 
         source.register_hook(listen)
+
+    def stop(self) -> None:
+        """Listen no longer."""
+        for hook in self.hooks:
+            hook.remove()
+
+    @property
+    def of_inputs(self) -> list[Tensor]:
+        """What was summed over inputs alone, of every copy of every weight; may be added to."""
+        return [tensor for sums in self.sums.values() for one in sums for tensor in one.of_inputs]
 
     def sum_up(self) -> None:
         """Add up what the processes of the run have seen, once; before anything is made of it."""
@@ -236,8 +170,7 @@ class Listener:
         weight that no prediction depends on in a way that gradients show (it is never called, or it chooses what others
         read) is left out, with a warning: nothing says what its errors would cost.
         """
-        for hook in self.hooks:
-            hook.remove()
+        self.stop()
         self.sum_up()
         with self.device.autocast():
             for experts in self.stacks:
@@ -297,8 +230,15 @@ class _Experts:
                 # The module's output is the sum of the experts' own, each times its weight.
                 self._expert(expert, hidden[token], gradient[token] * weights[token, choice, None])
 
-    def _expert(self, expert: int, x: Tensor, gradient: Tensor | None) -> None:
-        """Count the inputs of one expert and, unless they are borrowed (None), the gradients at its output."""
+    def count_inputs(self, hidden: Tensor, index: Tensor) -> None:
+        """Count what a batch gives the experts chosen, without gradients."""
+        for expert in range(self.experts):
+            token, _ = torch.where(index == expert)
+            if len(token):
+                self._expert(expert, hidden[token], None, lambda sums, x: sums.count_inputs(x))
+
+    def _expert(self, expert: int, x: Tensor, gradient: Tensor | None, alone: Any = Sums.borrow_inputs) -> None:
+        """Count the inputs of one expert and the gradients at its output; where there are none, inputs by `alone`."""
         layout, module = self.layout, self.module
         W = {name: layout.weight(module, name)[expert] for name in layout.projections}
         biases = {name: layout.bias(module, name) for name in layout.projections}
@@ -314,7 +254,7 @@ class _Experts:
         seen = {**dict.fromkeys(entries, x), "down": inner.detach()}
         if gradient is None:
             for name, sums in self.sums.items():
-                sums[expert].borrow_inputs(seen[name])
+                alone(sums[expert], seen[name])
             return
         if layout.normed:
             with torch.enable_grad():

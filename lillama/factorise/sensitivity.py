@@ -4,9 +4,9 @@ For a weight y = W x and g, the gradient at a position of y of -log p(t) where t
 predictions, an error E of W costs about 1/2 sum (g^T E x)^2 of KL divergence: the Fisher information. It is kept as
 two factors (K-FAC, arXiv 1503.05671), G = sum g g^T / (tokens predicted) and H = sum c x x^T / sum c, with which the
 cost is about 1/2 tr(G E H E^T) nats per token. c = |g|^2 / (|g|^2 + its mean) leaves out positions that nobody attends
-to (the silence after a clip); |g|^2 itself would rest on a few (docs/results/quality.md). So errors count by what they
-do to the predictions, and those of different weights compare. Both are kept on the weight's smaller side, as
-initialisers.fisher wants them: G and W H W^T, or W^T G W and H.
+to (the silence after a clip); |g|^2 itself would rest on a few (docs/results/quality.md). Inputs of further tokens may
+join H (inputs.py). So errors count by what they do to the predictions, and those of different weights compare. Both are
+kept on the weight's smaller side, as initialisers.fisher wants them: G and W H W^T, or W^T G W and H.
 
 The original runs forwards layer by layer, its streams are kept, and gradients run back through them, also layer by
 layer: no more than one layer is in memory besides what stands outside them.
@@ -26,6 +26,7 @@ from lillama.base import memory, ranks
 from lillama.base.device import send
 from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
+from lillama.factorise.inputs import MoreInputs, split
 from lillama.factorise.kfac import Listener
 from lillama.factorise.statistics import FISHER, fisher_file, read_fisher, write_fisher
 from lillama.plan.budget import Measured
@@ -99,12 +100,12 @@ class _Measurement:
         progress, blocks = self.walk.progress, self.walk.layers
         self.shelf.clear_all()
         with progress.timed("sensitivity"):
-            batches, streams = self.run_forwards()
+            batches, streams, more = self.run_forwards()
             with progress.phase("sensitivity", len(blocks) - self.first + 1) as bar:
                 gradients, tokens, tied = self.begin_at_predictions(batches, streams.pop())
                 bar.advance()
                 for position in range(len(blocks) - 1, self.first - 1, -1):
-                    gradients = self.run_back(position, batches, (streams.pop(), gradients), tokens)
+                    gradients = self.run_back(position, batches, (streams.pop(), gradients), tokens, more)
                     memory.give_back()
                     bar.advance()
             if self.below:
@@ -112,22 +113,29 @@ class _Measurement:
         gradients.drop()
         self.shelf.clear()
 
-    def run_forwards(self) -> tuple[list[Batch], list[Stream]]:
-        """The batches, the streams that enter the layers from `first` on, and the one that leaves the last."""
-        walk = self.walk
+    def run_forwards(self) -> tuple[list[Batch], list[Stream], MoreInputs]:
+        """The batches, the streams that enter the layers from `first` on, and the one that leaves the last.
+
+        With what enters the weights of batches behind those.
+        """
+        walk, compress = self.walk, self.recipe.compress
         streams = [self.shelf.new("0000-teacher")]
-        batches = walk.capture_batches(self.raw, streams[0], self.recipe.compress.fisher_tokens, whole=True)
+        every = walk.capture_batches(self.raw, streams[0], compress.fisher_tokens + compress.fisher_inputs, whole=True)
+        batches, behind = split(every, compress.fisher_tokens)
+        more = MoreInputs(walk, self.shelf, behind, streams[0], self.rounding)
         with walk.progress.phase("the original's activations", len(walk.layers)) as bar:
             for position, layer in enumerate(walk.layers):
                 with walk.open_layer(layer) as module:
                     out = self.shelf.new(f"{position + 1:04d}-teacher")
                     after = walk.run_through(module, position, batches, streams[-1], out)
+                    more.run_through(module, position)
                 if position < self.first:
                     streams.pop().drop()
                 streams.append(after)
                 memory.give_back()
                 bar.advance()
-        return batches, streams
+        more.drop()
+        return batches, streams, more
 
     def begin_at_predictions(self, batches: list[Batch], hidden: Stream) -> tuple[Stream, int, dict[str, Tensor]]:
         """The gradients at what leaves the last layer, of the loss on tokens drawn from the predictions; their number.
@@ -166,7 +174,9 @@ class _Measurement:
         hidden.drop()
         return gradients, tokens, tied
 
-    def run_back(self, position: int, batches: list[Batch], streams: tuple[Stream, Stream], tokens: int) -> Stream:
+    def run_back(
+        self, position: int, batches: list[Batch], streams: tuple[Stream, Stream], tokens: int, more: MoreInputs
+    ) -> Stream:
         """Store what the predictions are sensitive to in a layer's weights; the gradients at what enters it.
 
         `streams` are what entered the layer and the gradients at what left it; both are dropped.
@@ -186,6 +196,7 @@ class _Measurement:
                 out.backward(gradient.to(out.dtype))
                 before.append(_gradient_of(leaf))
             if observable(layer):
+                more.hand_over(position, listener)
                 write_fisher(self.directory, layer, listener.close(tokens))
         for stream in streams:
             stream.drop()

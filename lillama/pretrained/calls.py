@@ -83,8 +83,8 @@ class Call:
 class Batch:
     """One calibration batch as its layers see it, or the rows of it that are here: how each layer is called.
 
-    `tokens` are those of the whole batch, `number` is its number among all; rows that do not count (`counts`) are
-    another process's, and stand in where there are too few.
+    `tokens` are those of the whole batch, `number` is its number among all, `before` the tokens of those before it;
+    rows that do not count (`counts`) are another process's, and stand in where there are too few.
     """
 
     calls: list[Call]
@@ -92,6 +92,7 @@ class Batch:
     tokens: int
     number: int = 0
     counts: bool = True
+    before: int = 0
 
 
 class Stopped(Exception):  # noqa: N818  not an error: it ends the forward pass after the last layer of interest

@@ -139,6 +139,7 @@ class Walk:
                 each = ranks.gather(tokens) if whole else [tokens]
                 if made and (limit is None or seen + sum(each[:own]) < limit):
                     batch, hidden = made
+                    batch.before = seen + sum(each[:own])
                     batches.append(batch)
                     self.originals.add(f"the input of {self.layers[0].name}", number, hidden)
                     if into is not None:

@@ -1,0 +1,114 @@
+"""The sums that make the two factors of the Fisher information of one matrix (sensitivity.py)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lillama.base.device import factorising
+from lillama.factorise.embedding import weighted_gram
+from lillama.factorise.initialisers import TINY
+from lillama.factorise.rounding import cuts, dense_cost
+
+
+class Sums:
+    """Of one matrix W (d_out x d_in): the sums of c x x^T and g g^T, on its smaller side, and of c.
+
+    What batches add is float32, their sum float64: so the order makes no difference, nor how many processes share them.
+    Directions in which nothing was seen are told apart by no more than rounding, and with them ranks.
+    """
+
+    def __init__(self, W: Tensor, embedding: bool = False, rounding: int = 0) -> None:
+        """`embedding`: W is the transpose of a table, and what is given for x are the vectors looked up.
+
+        `rounding`: numbers to a scale, where what `dense_cost` asks for is kept of the larger side, too.
+        """
+        self.W, self.embedding, self.wide = W, embedding, W.shape[0] <= W.shape[1]
+        n = min(W.shape)
+        exact = torch.float64 if factorising(W.device) == W.device else torch.float32
+        self.inputs, self.outputs = (torch.zeros(n, n, device=W.device, dtype=exact) for _ in range(2))
+        # Numbers on the device, which nobody waits for: sums of c and of |g|^2, inputs of which anything depends.
+        self.counted, self.length, self.rows = torch.zeros(3, dtype=exact, device=W.device)
+        self.calls = 0
+        self.rounding = rounding
+        self.lengths = torch.zeros(W.shape[0], device=W.device)  # G's diagonal, where G itself is not kept
+        runs = cuts(W.shape[1]) if rounding and self.wide else []
+        self.runs = [(run, torch.zeros(run.stop - run.start, run.stop - run.start, device=W.device)) for run in runs]
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Count inputs x (N x d_in) and the gradients g (N x d_out) of the loss at W x."""
+        self.calls += 1
+        length = g.float().square().sum(-1, keepdim=True)
+        self.length += length.sum()
+        counts = length / (length + length.mean().clamp_min(TINY))
+        if self.rounding and not self.wide:
+            self.lengths += g.float().square().sum(0)
+        if not self.wide:
+            g = F.linear(g.to(self.W.dtype), self.W.T)
+        self._inputs(x, counts)
+        g = g.float()
+        with torch.autocast(g.device.type, enabled=False):
+            self.outputs += g.T @ g
+        self.rows += (length > 0).sum()
+
+    def _inputs(self, x: Tensor, counts: Tensor) -> None:
+        for run, gram in self.runs:
+            some = x[:, run].float()
+            with torch.autocast(x.device.type, enabled=False):
+                gram.addmm_((some * counts).T, some)
+        if self.wide and not self.embedding:
+            x = F.linear(x.to(self.W.dtype), self.W)
+        x = x.float()
+        with torch.autocast(x.device.type, enabled=False):
+            self.inputs += (x * counts).T @ x
+        self.counted += counts.sum()
+
+    def borrow_inputs(self, x: Tensor) -> None:
+        """Where too few inputs were seen to tell all directions apart, add others, x, in the weight of what lacks."""
+        lacking = len(self.inputs) - int(self.rows)
+        if lacking > 0:
+            self._inputs(x, torch.full((len(x), 1), lacking / len(x), device=x.device))
+
+    def count_every_token(self, floor: float) -> None:
+        """Let every token of an embedding count for at least the share `floor` of the mean count."""
+        table = self.W.T.to(factorising(self.W.device))
+        gram = weighted_gram(table, table.new_ones(len(table))) * (floor * self.counted.item() / len(table))
+        self.inputs += gram.to(self.inputs)
+
+    def count_inputs(self, x: Tensor) -> None:
+        """Count inputs x (N x d_in) of which no gradients are known: each like one that the predictions depend on."""
+        self._inputs(x, x.new_ones(len(x), 1, dtype=torch.float32))
+
+    @property
+    def of_inputs(self) -> list[Tensor]:
+        """What is summed over inputs alone."""
+        return [self.inputs, self.counted, *(gram for _, gram in self.runs)]
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """What is summed in matrices and vectors."""
+        return [self.inputs, self.outputs, self.lengths, *(gram for _, gram in self.runs)]
+
+    @property
+    def numbers(self) -> list[float]:
+        """What is counted beside them."""
+        return [self.counted.item(), self.length.item(), self.rows.item(), self.calls]
+
+    @numbers.setter
+    def numbers(self, numbers: list[float]) -> None:
+        self.counted, self.length, self.rows = torch.tensor(numbers[:3], dtype=torch.float64).to(self.counted)
+        self.calls = round(numbers[3])
+
+    def factors(self, tokens: int, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(H, G) per token predicted, on the smaller side; `more` is added to G."""
+        inputs, outputs = self.inputs / max(self.counted.item(), TINY), self.outputs / tokens
+        return inputs.float(), (outputs if more is None else outputs + more).float()
+
+    def cost(self, tokens: int) -> float:
+        """What W would lose in 4 bits, in nats per token (rounding.py)."""
+        place, counted = factorising(self.W.device), max(self.counted.item(), TINY)
+        grams = [gram for _, gram in self.runs] or [self.inputs.float()]
+        outputs = self.outputs.diagonal().float() if self.wide else self.lengths
+        inputs = [gram.to(place) / counted for gram in grams]
+        return dense_cost(self.W.to(place), inputs, outputs.to(place) / tokens, self.rounding)
