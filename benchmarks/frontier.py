@@ -162,6 +162,7 @@ def table(points: Points, names: Sequence[str]) -> str:
 def chart(points: Points, name: str, file: Path) -> None:
     """Perplexity against bytes, a line for each way."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
@@ -171,9 +172,12 @@ def chart(points: Points, name: str, file: Path) -> None:
         way = f"{point['reduction']:.0%} removed" if point["kind"] == "ours" else "original"
         way += "" if point["kind"] == "ours" or compensated else ", nearest"
         ways.setdefault(way, []).append((point["bytes"] / 2**20, point[name]))
-    for way, line in ways.items():
+    for way, line in sorted(ways.items(), key=lambda one: (not one[0].startswith("original"), one[0])):
         axes.plot(*zip(*sorted(line)), marker="o", label=way)
     axes.set(xlabel="MiB of weights", ylabel=f"perplexity ({name})", yscale="log")
+    for of_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        of_ticks(ScalarFormatter())
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, bbox_inches="tight")
 

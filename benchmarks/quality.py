@@ -80,6 +80,7 @@ def recipe(arguments: argparse.Namespace, method: str, reduction: float, mix: Pa
         "reduction": reduction,
         "gram_tokens": arguments.tokens,
         "fisher_tokens": arguments.fisher_tokens,
+        "fisher_inputs": max(arguments.tokens - arguments.fisher_tokens, 0) or None,
         **chosen["compress"],
     }
     distill = {"batch_size": 8, **chosen["distill"]}

@@ -141,7 +141,7 @@ def padded_batches(run) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("build", [tiny, tiny_mixtral])
 def test_inputs_of_more_text_join_those_that_gradients_came_back_to(tmp_path, monkeypatch, build):
     found = {}
-    for tokens, more in ((64, 192), (64, 0)):
+    for tokens, more in ((64, 192), (64, None)):
         home = tmp_path / f"{tokens}-{more}"
         home.mkdir()
         with monkeypatch.context() as patch:
@@ -153,7 +153,7 @@ def test_inputs_of_more_text_join_those_that_gradients_came_back_to(tmp_path, mo
             patch.setattr(pipeline.Run, "batches", lambda self, given=batches: given)
             run.execute()
         found[tokens, more] = kept_here
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "64-0" / "model").eval()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "64-None" / "model").eval()
     name = "model.layers.1.self_attn.o_proj"
     seen = []
     model.get_submodule(name).register_forward_hook(lambda _, args, __: seen.append(args[0]))
@@ -167,7 +167,7 @@ def test_inputs_of_more_text_join_those_that_gradients_came_back_to(tmp_path, mo
         [x[b["attention_mask"].bool()] if "attention_mask" in b else x.flatten(0, 1) for b, x in zip(batches, seen)]
     )
     behind = rows[64:].double() @ W.T.detach()
-    few, both = found[64, 0][f"{name}.input"].double(), found[64, 192][f"{name}.input"].double()
+    few, both = found[64, None][f"{name}.input"].double(), found[64, 192][f"{name}.input"].double()
     # both = (counted few + behind^T behind) / (counted + tokens behind): what was counted before is the one unknown.
     more = behind.T @ behind / len(behind)
     share = ((both - few) * (more - few)).sum() / (more - few).square().sum()
@@ -175,9 +175,9 @@ def test_inputs_of_more_text_join_those_that_gradients_came_back_to(tmp_path, mo
     assert torch.allclose(both, few + share * (more - few), rtol=1e-4, atol=1e-6 * float(both.abs().max()))
     counted = len(behind) * float(1 / share - 1)
     assert 0 < counted < first, "each of the first tokens counts for less than one"
-    for key in found[64, 0]:
+    for key in found[64, None]:
         if key.endswith(".output"):
-            assert torch.equal(found[64, 0][key], found[64, 192][key]), "gradients are of the first tokens alone"
+            assert torch.equal(found[64, None][key], found[64, 192][key]), "gradients are of the first tokens alone"
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])

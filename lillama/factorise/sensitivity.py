@@ -120,7 +120,9 @@ class _Measurement:
         """
         walk, compress = self.walk, self.recipe.compress
         streams = [self.shelf.new("0000-teacher")]
-        every = walk.capture_batches(self.raw, streams[0], compress.fisher_tokens + compress.fisher_inputs, whole=True)
+        every = walk.capture_batches(
+            self.raw, streams[0], compress.fisher_tokens + (compress.fisher_inputs or 0), whole=True
+        )
         batches, behind = split(every, compress.fisher_tokens)
         more = MoreInputs(walk, self.shelf, behind, streams[0], self.rounding)
         with walk.progress.phase("the original's activations", len(walk.layers)) as bar:

@@ -93,11 +93,12 @@ class Compress(Section):
     fisher_tokens: int = Field(
         32768, ge=1, description="Calibration tokens that the predictions' sensitivity is measured on (fisher)."
     )
-    fisher_inputs: int = Field(
-        0,
-        ge=0,
+    fisher_inputs: int | None = Field(
+        None,
+        ge=1,
         description="Calibration tokens behind those, of which only what enters each weight is measured, in a third of "
-        "the time (fisher). For text; leave them out where much of the input is silence that nobody reads.",
+        "the time (fisher). For text; leave them out where much of the input is silence that nobody reads. "
+        "null: none.",
     )
     embedding: bool = Field(
         False,

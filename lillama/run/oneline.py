@@ -40,7 +40,8 @@ def recipe_of(asked: Asked, parameters: int, embedding: bool = False) -> dict[st
     text = asked.data or f"{RUN_OUT}/{OWN_TEXT}"
     settings: dict[str, Any] = {
         "model": {"id": asked.model},
-        "compress": {"reduction": asked.reduction, "embedding": embedding},
+        # Inputs of all the rest of the text, as much as there is, join what is measured with gradients.
+        "compress": {"reduction": asked.reduction, "embedding": embedding, "fisher_inputs": tokens},
         "calibration": {**_data(asked, f"train[:{calibrated}%]"), "tokens": tokens},
         "evaluate": {
             "perplexity": {
