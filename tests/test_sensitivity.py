@@ -27,6 +27,7 @@ from lillama.errors import LillamaError
 from lillama.factorise import initialisers as init
 from lillama.factorise import kfac, sensitivity
 from lillama.plan import fisher as allocate
+from lillama.pretrained.order import drawn_order
 from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Compress, Recipe
 from lillama.run import pipeline, prepare
@@ -130,11 +131,11 @@ def test_layer_by_layer_finds_what_the_whole_model_at_once_has(tmp_path, monkeyp
 
 
 def padded_batches(run) -> list[dict[str, torch.Tensor]]:
-    """A run's batches, the last of them with padding behind its first row, which no position reads or counts."""
+    """A run's batches, the one drawn last with padding behind its first row, which no position reads or counts."""
     batches = [dict(batch) for batch in run.batches()]
-    mask = torch.ones_like(batches[-1]["input_ids"])
-    mask[0, 9:] = 0
-    batches[-1]["attention_mask"] = mask
+    padded = batches[drawn_order(len(batches), 0)[-1]]
+    padded["attention_mask"] = torch.ones_like(padded["input_ids"])
+    padded["attention_mask"][0, 9:] = 0
     return batches
 
 
@@ -149,23 +150,23 @@ def test_inputs_of_more_text_join_those_that_gradients_came_back_to(tmp_path, mo
             run = pipeline.Run(
                 prepare.prepare(recipe(home, build(), fisher_tokens=tokens, fisher_inputs=more)), Progress()
             )
-            batches = padded_batches(run)
-            patch.setattr(pipeline.Run, "batches", lambda self, given=batches: given)
+            given = padded_batches(run)
+            patch.setattr(pipeline.Run, "batches", lambda self, given=given: given)
             run.execute()
         found[tokens, more] = kept_here
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "64-None" / "model").eval()
     name = "model.layers.1.self_attn.o_proj"
     seen = []
     model.get_submodule(name).register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    batches = [given[number] for number in drawn_order(len(given), 0)]
     for batch in batches:
         with torch.no_grad():
             model(**batch)
     W = model.get_submodule(name).weight.double()
     first = sum(batch["input_ids"].numel() for batch in batches[:2])
     assert first == 64
-    rows = torch.cat(
-        [x[b["attention_mask"].bool()] if "attention_mask" in b else x.flatten(0, 1) for b, x in zip(batches, seen)]
-    )
+    masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool() for batch in batches]
+    rows = torch.cat([x[mask] for x, mask in zip(seen, masks)])
     behind = rows[64:].double() @ W.T.detach()
     few, both = found[64, None][f"{name}.input"].double(), found[64, 192][f"{name}.input"].double()
     # both = (counted few + behind^T behind) / (counted + tokens behind): what was counted before is the one unknown.

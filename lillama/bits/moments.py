@@ -26,6 +26,7 @@ from lillama.errors import LillamaError
 from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.swap import module_of
 from lillama.pretrained.calls import arguments, find_mask, run_model
+from lillama.pretrained.order import drawn_order
 from lillama.pretrained.players import main_output, predicts_classes
 from lillama.pretrained.predictions import divergence, draw_tokens
 
@@ -114,9 +115,9 @@ def passes(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
 
 
 def _cut(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
-    """As many of the first batches as hold about so many tokens."""
+    """As many batches, drawn from all of them, as hold about so many tokens."""
     found: list[Mapping[str, Tensor]] = []
-    for batch in batches:
+    for batch in (batches[number] for number in drawn_order(len(batches), 0)):
         if tokens <= 0:
             break
         found.append(batch)

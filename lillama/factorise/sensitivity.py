@@ -32,6 +32,7 @@ from lillama.factorise.statistics import FISHER, fisher_file, read_fisher, write
 from lillama.plan.budget import Measured
 from lillama.plan.plan import observable
 from lillama.pretrained.calls import Batch, Batches, arguments, run_model, stand_in
+from lillama.pretrained.order import Drawn
 from lillama.pretrained.players import end_with, main_output, predicts_classes
 from lillama.pretrained.predictions import KEEP, Predicted, backward_in_chunks, positions_at_once
 from lillama.pretrained.streams import Shelf, Stream, budgets
@@ -68,7 +69,7 @@ class _Measurement:
 
     walk: Walk
     directory: RunDirectory
-    raw: Batches  # all of them; each of several processes runs some
+    raw: Drawn  # all of them; each of several processes runs some
     recipe: Recipe
     shelf: Shelf
     first: int
@@ -87,7 +88,8 @@ class _Measurement:
         room = budgets(recipe.run.stream_device_memory, recipe.run.stream_memory, walk.device.device)
         place = inner.choose_place(raw, len(blocks) + 2, room)
         shelf = Shelf(directory.path / FISHER / "streams", walk.device.device, place)
-        return cls(inner, directory, raw, recipe, shelf, first, below, ends.get("head"))
+        drawn = Drawn(raw, recipe.run.seed)  # neighbours in a text are alike: a few tokens are to be of all of it
+        return cls(inner, directory, drawn, recipe, shelf, first, below, ends.get("head"))
 
     @property
     def rounding(self) -> int:
@@ -153,7 +155,9 @@ class _Measurement:
             for batch, x in zip(batches, hidden):
                 raw = self.raw[batch.number]
                 # Each batch draws tokens of its own: which process runs it, and after what, changes nothing.
-                generator = torch.Generator(device.device).manual_seed(self.recipe.run.seed + batch.number)
+                generator = torch.Generator(device.device).manual_seed(
+                    self.recipe.run.seed + self.raw.order[batch.number]
+                )
                 leaf = x.detach().requires_grad_(True)
                 given = {name: send(value, device.device) for name, value in arguments(raw).items()}
                 at_once = positions_at_once(model, len(leaf))
