@@ -139,17 +139,17 @@ def padded_batches(run) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
-@pytest.mark.parametrize("build", [tiny, tiny_mixtral])
-def test_inputs_of_more_text_join_those_that_gradients_came_back_to(tmp_path, monkeypatch, build):
+@pytest.mark.parametrize(("build", "memory"), [(tiny, "auto"), (tiny, 0.0), (tiny_mixtral, "auto")])
+def test_inputs_of_more_text_join_those_that_gradients_came_back_to(tmp_path, monkeypatch, build, memory):
     found = {}
     for tokens, more in ((64, 192), (64, None)):
         home = tmp_path / f"{tokens}-{more}"
         home.mkdir()
         with monkeypatch.context() as patch:
             kept_here = kept(patch)
-            run = pipeline.Run(
-                prepare.prepare(recipe(home, build(), fisher_tokens=tokens, fisher_inputs=more)), Progress()
-            )
+            asked = recipe(home, build(), fisher_tokens=tokens, fisher_inputs=more)
+            where = asked.run.model_copy(update={"stream_memory": memory})  # 0: in files
+            run = pipeline.Run(prepare.prepare(asked.model_copy(update={"run": where})), Progress())
             given = padded_batches(run)
             patch.setattr(pipeline.Run, "batches", lambda self, given=given: given)
             run.execute()

@@ -6,11 +6,12 @@ tokens than G to be known, and they cost a third as much. What is summed here co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
+from lillama.contract import Layer
 from lillama.factorise.kfac import Listener
 from lillama.plan.plan import observable
 from lillama.pretrained.calls import Batch
@@ -59,6 +60,11 @@ class MoreInputs:
     def drop(self) -> None:
         """Forget the batches, which have passed every block."""
         self.stream.drop()
+
+
+def kept_bytes(layers: Iterable[Layer]) -> int:
+    """Bytes of the sums over inputs of all layers, which `MoreInputs` keeps."""
+    return 8 * sum(w.copies * min(w.shape) ** 2 for layer in layers for w in observable(layer))
 
 
 def split(batches: Sequence[Batch], tokens: int) -> tuple[list[Batch], list[Batch]]:

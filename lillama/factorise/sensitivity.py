@@ -26,7 +26,7 @@ from lillama.base import memory, ranks
 from lillama.base.device import send
 from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
-from lillama.factorise.inputs import MoreInputs, split
+from lillama.factorise.inputs import MoreInputs, kept_bytes, split
 from lillama.factorise.kfac import Listener
 from lillama.factorise.statistics import FISHER, fisher_file, read_fisher, write_fisher
 from lillama.plan.budget import Measured
@@ -86,7 +86,8 @@ class _Measurement:
         first = 0 if below else next((i for i, layer in enumerate(blocks) if layer.weights), len(blocks))
         # Every stream is kept until the gradients come back to it.
         room = budgets(recipe.run.stream_device_memory, recipe.run.stream_memory, walk.device.device)
-        place = inner.choose_place(raw, len(blocks) + 2, room)
+        beside = kept_bytes(blocks) if recipe.compress.fisher_inputs else 0
+        place = inner.choose_place(raw, len(blocks) + 2, room, beside)
         shelf = Shelf(directory.path / FISHER / "streams", walk.device.device, place)
         drawn = Drawn(raw, recipe.run.seed)  # neighbours in a text are alike: a few tokens are to be of all of it
         return cls(inner, directory, drawn, recipe, shelf, first, below, ends.get("head"))

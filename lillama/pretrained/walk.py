@@ -178,14 +178,17 @@ class Walk:
             )
         return out
 
-    def choose_place(self, raw: Batches, copies: int, budgets: tuple[int, int]) -> Place:
-        """Where `copies` streams of the batches have room; `budgets`: bytes on the device and on the host."""
+    def choose_place(self, raw: Batches, copies: int, budgets: tuple[int, int], beside: int = 0) -> Place:
+        """Where `copies` streams of the batches have room; `budgets`: bytes on the device and on the host.
+
+        `beside`: bytes that are kept in the same place.
+        """
         config = self.source.config.get_text_config()
         widest = max((weight.shape[1] for layer in self.every for weight in layer.weights), default=1)
         width = getattr(config, "hidden_size", widest)
         tokens = sum(max((t.numel() for t in arguments(one).values() if t.dim() == 2), default=0) for one in raw)
         # All processes do the same.
-        return ranks.agree(choose(copies * tokens * width * self.source.working.itemsize, *budgets))
+        return ranks.agree(choose(copies * tokens * width * self.source.working.itemsize + beside, *budgets))
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,18 @@ BESIDE = 8_000_000  # tokenizers, events, tables, the report
 TIGHT = 1.2  # times what is needed: below, a warning
 
 
-def streams(counts: Counts, copies: int, tokens: int) -> tuple[Place, int]:
-    """Where so many streams of so many tokens are, and what they take."""
-    needed = counts.source.working.itemsize * counts.width * tokens * copies
+def measured_streams(counts: Counts, blocks: int) -> tuple[Place, int]:
+    """Where all streams of the blocks are while sensitivity is measured, and what they take with what is kept there."""
+    compress, known = counts.recipe.compress, counts.recipe.calibration.known_tokens or 0
+    behind = max(min(known - compress.fisher_tokens, compress.fisher_inputs or 0), 0)
+    # Those of inputs alone are there for one block, before and behind it, and what enters the first is there twice.
+    beside = 3 * counts.source.working.itemsize * counts.width * behind + (8 * squares(counts) if behind else 0)
+    return streams(counts, blocks + 2, min(known, compress.fisher_tokens), beside)
+
+
+def streams(counts: Counts, copies: int, tokens: int, beside: int = 0) -> tuple[Place, int]:
+    """Where so many streams of so many tokens are, with `beside` bytes more, and what they take."""
+    needed = counts.source.working.itemsize * counts.width * tokens * copies + beside
     section = counts.recipe.run
     room = budgets(section.stream_device_memory, section.stream_memory, counts.device.device)
     return choose(needed, *room), needed
@@ -57,8 +66,7 @@ def _measuring(counts: Counts, fisher: int) -> int:
     if not counts.measured:
         return 0
     blocks = sum(layer.kind == "block" for layer in counts.plan.layers)
-    tokens = min(counts.recipe.calibration.known_tokens or 0, counts.recipe.compress.fisher_tokens)
-    place, every = streams(counts, blocks + 2, tokens)
+    place, every = measured_streams(counts, blocks)
     if place != "file":
         return fisher
     # Each stream goes as its layer's factors come.

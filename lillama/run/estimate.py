@@ -209,15 +209,14 @@ def _measuring_bytes(run: Counts) -> int:
     """The predictions' sensitivity: what stands outside the blocks, all their streams, logits, or one block's step."""
     if not run.measured:
         return 0
-    recipe, source, item = run.recipe, run.source, run.source.working.itemsize
+    source, item = run.source, run.source.working.itemsize
     blocks = [layer for layer in run.plan.layers if layer.kind == "block"]
     outside = source.outside([layer.name for layer in blocks], True)
     around = item * sum(source.model.get_parameter(name).numel() for name in outside)
     logits = run.device.compute.itemsize * LOGITS_HELD * min(run.batch * _vocabulary(source), LOGITS)
     block = max((item * run.numbers.get(layer.name, 0) for layer in blocks), default=0)
     squares = max((sum(w.copies * min(w.shape) ** 2 for w in observable(layer)) for layer in blocks), default=0)
-    tokens = min(recipe.calibration.known_tokens or 0, recipe.compress.fisher_tokens)
-    place, streams = disk.streams(run, len(blocks) + 2, tokens)
+    place, streams = disk.measured_streams(run, len(blocks))
     own = place == ("host" if run.device.device.type == "cpu" else "device")
     if run.foretold:
         squares += max((sum(kept_numbers(w) for w in observable(layer)) for layer in blocks), default=0)
