@@ -43,6 +43,7 @@ BY_HAND = (
     "lillama/dense/",  # small probes of how a module computes
     "lillama/lowrank/pivoted.py",  # which rows are pivots is scipy's to say; and a model is loaded on the host
     "lillama/lowrank/factors.py",
+    "lillama/lowrank/arithmetic.py:122 product_pivoted",  # transformers' Mamba scales what it loads, on the host
     "plugins/lillama_whisper/teacher.py:82 hear",  # what is heard becomes features in transformers' extractor
     "lillama/evaluate/speech.py",
 )
