@@ -11,7 +11,7 @@ as the predictions are uncertain (mean |g|^2 = 1 - sum p_t^2): both uses togethe
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ UNCALLED = "the model's forward pass never calls its module, so nothing is known
 BLIND = "no gradient of the predictions reaches it (it chooses what others read, say), so nothing is known of it"
 
 
+Count = Callable[[Sums, Tensor], None]  # of inputs without gradients
 Problem = tuple[Tensor, Tensor, Tensor]  # W and the two factors of its Fisher information, on its smaller side
 
 
@@ -237,7 +238,7 @@ class _Experts:
             if len(token):
                 self._expert(expert, hidden[token], None, lambda sums, x: sums.count_inputs(x))
 
-    def _expert(self, expert: int, x: Tensor, gradient: Tensor | None, alone: Any = Sums.borrow_inputs) -> None:
+    def _expert(self, expert: int, x: Tensor, gradient: Tensor | None, alone: Count = Sums.borrow_inputs) -> None:
         """Count the inputs of one expert and the gradients at its output; where there are none, inputs by `alone`."""
         layout, module = self.layout, self.module
         W = {name: layout.weight(module, name)[expert] for name in layout.projections}

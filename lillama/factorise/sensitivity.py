@@ -32,7 +32,7 @@ from lillama.factorise.statistics import FISHER, fisher_file, read_fisher, write
 from lillama.plan.budget import Measured
 from lillama.plan.plan import observable
 from lillama.pretrained.calls import Batch, Batches, arguments, run_model, stand_in
-from lillama.pretrained.order import Drawn
+from lillama.pretrained.order import drawn_order
 from lillama.pretrained.players import end_with, main_output, predicts_classes
 from lillama.pretrained.predictions import KEEP, Predicted, backward_in_chunks, positions_at_once
 from lillama.pretrained.streams import Shelf, Stream, budgets
@@ -69,7 +69,8 @@ class _Measurement:
 
     walk: Walk
     directory: RunDirectory
-    raw: Drawn  # all of them; each of several processes runs some
+    raw: Batches  # all of them, in the order drawn; each of several processes runs some
+    order: list[int]  # their numbers in the order of the data
     recipe: Recipe
     shelf: Shelf
     first: int
@@ -89,8 +90,10 @@ class _Measurement:
         beside = kept_bytes(blocks) if recipe.compress.fisher_inputs else 0
         place = inner.choose_place(raw, len(blocks) + 2, room, beside)
         shelf = Shelf(directory.path / FISHER / "streams", walk.device.device, place)
-        drawn = Drawn(raw, recipe.run.seed)  # neighbours in a text are alike: a few tokens are to be of all of it
-        return cls(inner, directory, drawn, recipe, shelf, first, below, ends.get("head"))
+        # Neighbours in a text are alike: a few tokens are to be of all of it.
+        order = drawn_order(len(raw), recipe.run.seed)
+        drawn = [raw[number] for number in order]
+        return cls(inner, directory, drawn, order, recipe, shelf, first, below, ends.get("head"))
 
     @property
     def rounding(self) -> int:
@@ -156,9 +159,7 @@ class _Measurement:
             for batch, x in zip(batches, hidden):
                 raw = self.raw[batch.number]
                 # Each batch draws tokens of its own: which process runs it, and after what, changes nothing.
-                generator = torch.Generator(device.device).manual_seed(
-                    self.recipe.run.seed + self.raw.order[batch.number]
-                )
+                generator = torch.Generator(device.device).manual_seed(self.recipe.run.seed + self.order[batch.number])
                 leaf = x.detach().requires_grad_(True)
                 given = {name: send(value, device.device) for name, value in arguments(raw).items()}
                 at_once = positions_at_once(model, len(leaf))

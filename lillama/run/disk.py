@@ -11,7 +11,7 @@ from lillama.errors import LillamaError
 from lillama.lowrank.counts import stored
 from lillama.plan.plan import observable
 from lillama.pretrained.streams import Place, budgets, choose
-from lillama.recipe.schema import Finetune
+from lillama.recipe.schema import Finetune, Recipe
 from lillama.report.words import size
 from lillama.run import fewbits
 from lillama.run.counts import Counts
@@ -22,13 +22,19 @@ BESIDE = 8_000_000  # tokenizers, events, tables, the report
 TIGHT = 1.2  # times what is needed: below, a warning
 
 
+def inputs_alone(recipe: Recipe, tokens: int) -> int:
+    """Of so many tokens of calibration, those of which only inputs are measured."""
+    compress = recipe.compress
+    return max(min(tokens - compress.fisher_tokens, compress.fisher_inputs or 0), 0)
+
+
 def measured_streams(counts: Counts, blocks: int) -> tuple[Place, int]:
     """Where all streams of the blocks are while sensitivity is measured, and what they take with what is kept there."""
-    compress, known = counts.recipe.compress, counts.recipe.calibration.known_tokens or 0
-    behind = max(min(known - compress.fisher_tokens, compress.fisher_inputs or 0), 0)
+    known = counts.recipe.calibration.known_tokens or 0
+    behind = inputs_alone(counts.recipe, known)
     # Those of inputs alone are there for one block, before and behind it, and what enters the first is there twice.
     beside = 3 * counts.source.working.itemsize * counts.width * behind + (8 * squares(counts) if behind else 0)
-    return streams(counts, blocks + 2, min(known, compress.fisher_tokens), beside)
+    return streams(counts, blocks + 2, min(known, counts.recipe.compress.fisher_tokens), beside)
 
 
 def streams(counts: Counts, copies: int, tokens: int, beside: int = 0) -> tuple[Place, int]:

@@ -117,8 +117,7 @@ def _operations(run: Counts, tokens: int) -> float:
     if run.foretold:
         sums += 2 * sum(kept_numbers(w) for layer in run.plan.layers for w in observable(layer)) * SINGLE
     flops += min(tokens, compress.fisher_tokens) * (3 * once + sums) * run.measured
-    behind = max(min(tokens - compress.fisher_tokens, compress.fisher_inputs or 0), 0)
-    flops += behind * (once + sums // 2) * run.measured
+    flops += disk.inputs_alone(run.recipe, tokens) * (once + sums // 2) * run.measured
     return flops + _finetuning(run.source, run.plan, run.recipe) + fewbits.operations(run)
 
 
