@@ -57,6 +57,7 @@ class Child:
                 handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(handle, 1), os.dup2(handle, 2)
                 _own_lock_of_bars()
+                _own_pool_of_threads()
                 _mark_phases(self._said)
                 code = work()
             except SystemExit as error:
@@ -101,6 +102,15 @@ def _own_lock_of_bars() -> None:
         found = classes.pop()
         found.set_lock(lock)
         classes += found.__subclasses__()
+
+
+def _own_pool_of_threads() -> None:
+    """Make torch's pool of threads anew while this process has one thread.
+
+    A fork's first call to it does that, and where two threads come first at once (transformers reads a checkpoint with
+    several) the second finds none: "Invalid thread pool!", and a checkpoint that seems damaged.
+    """
+    torch.set_num_threads(1)
 
 
 def _mark_phases(said: mmap.mmap) -> None:
