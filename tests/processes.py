@@ -34,7 +34,8 @@ TUNED = {"steps": 3, "batch_size": 3, "sequence_length": 12, "tokens": 240, "che
 FEW = {"bits": 8, "steps": 0}
 # family, rows of a batch, changes of the recipe. Where there are no calibration batches the data are a folder's.
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "llama": ("llama", 3, {**SEQUENTIAL, **FISHER, "finetune": {**TUNED, "teacher": 0.5}}),
+    # Updates of one row, which is one process's: the other makes the original's predictions.
+    "llama": ("llama", 3, {**SEQUENTIAL, **FISHER, "finetune": {**TUNED, "batch_size": 1, "teacher": 0.5}}),
     "llama-concurrent": ("llama", 2, {**CONCURRENT, **FISHER, "distill.clip_norm": 1.0}),
     # Grams, the tied embedding, layers that learn as a whole; updates of one row are one process's.
     "llama-grams": (

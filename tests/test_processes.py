@@ -16,10 +16,14 @@ from torch import nn
 from lillama.base import device, ranks
 from lillama.cli.main import main
 from lillama.errors import LillamaError
+from lillama.finetune.elsewhere import Elsewhere, help_with, share_out
+from lillama.finetune.loss import loss_of
 from lillama.finetune.together import own_of
+from lillama.pretrained import predictions
 from lillama.pretrained.rows import own_rows
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
+import families
 import kill_processes
 
 # Each of the four families, both schedules, Fisher information and Grams, fine-tuning; the others of processes.CASES
@@ -115,6 +119,46 @@ def test_every_example_of_an_update_is_of_one_process(monkeypatch, rows, world):
         assert len(own) == len(batches), "the trainer counts batches"
         seen += [label for one in own for label in one["labels"].tolist()]
     assert seen == list(range(sum(rows)))
+
+
+@pytest.mark.parametrize(
+    ("counts", "world", "expected"),
+    [
+        ([1], 2, [[(0, 1, 0)]]),  # row, who learns from it, who helps
+        ([1, 1], 4, [[(0, 1, 0)], [(0, 3, 2)]]),
+        ([1], 1, [[]]),
+        ([2], 2, [[]]),  # nobody is idle
+        ([2, 1], 5, [[(0, 1, 0), (1, 3, 2)], [(0, 4, 0)]]),
+    ],
+)
+def test_who_has_no_row_of_an_update_helps_one_who_has(monkeypatch, counts, world, expected):
+    among(monkeypatch, 0, world)
+    helps = share_out(counts, families.MODELS["llama"]())
+    assert [[(one.row, one.learner, one.helper) for one in batch] for batch in helps] == expected
+    assert share_out(counts, None) == [[] for _ in counts]
+
+
+@pytest.mark.parametrize("at_once", [1 << 20, 64])
+def test_predictions_made_elsewhere_are_learned_as_ones_own(monkeypatch, at_once):
+    monkeypatch.setattr(predictions, "LOGITS", at_once)  # of all positions, and of a few at a time
+    torch.manual_seed(0)
+    model, teacher = (families.MODELS["llama"]() for _ in range(2))
+    ids = torch.randint(0, 20, (1, 12))
+    inputs, handed = {"input_ids": ids, "labels": ids}, []
+    monkeypatch.setattr(ranks, "hand", lambda output, to: handed.append((output, to)))
+    monkeypatch.setattr(ranks, "receive", lambda source: handed.pop()[0])
+    help_with(teacher, {"input_ids": ids}, learner=1)
+    assert handed[0][1] == 1
+    losses, gradients = [], []
+    for original in (teacher, Elsewhere(teacher, helper=0)):
+        model.zero_grad()
+        loss, _ = loss_of(model, original, inputs, 0.5, True)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and not handed
+    for own, other in zip(*gradients):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-8)
 
 
 def test_tasks_are_shared_out_by_what_they_cost(monkeypatch):

@@ -152,9 +152,12 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items if world() == 1 else items[rank() :: world()]
 
 
-def part(count: int) -> range:
-    """Which of `count` things in a row are this process's: neighbours, as many as the others have or one more."""
-    return range(rank() * count // world(), (rank() + 1) * count // world())
+def part(count: int, number: int | None = None) -> range:
+    """Which of `count` things in a row are those of process `number` (None: of this one): neighbours, as many as the
+    others have or one more.
+    """
+    number = rank() if number is None else number
+    return range(number * count // world(), (number + 1) * count // world())
 
 
 def owners(costs: Sequence[float]) -> list[int]:
@@ -242,6 +245,22 @@ def agree(value: T) -> T:
 
     held = [value]
     _together(distributed.broadcast_object_list, held, src=0)
+    return held[0]
+
+
+def hand(value: object, to: int) -> None:
+    """Give process `to` a value, which it must `receive`; tensors should be on the host."""
+    from torch import distributed
+
+    _together(distributed.send_object_list, [value], dst=to)
+
+
+def receive(source: int) -> Any:
+    """The value that process `source` hands to this one."""
+    from torch import distributed
+
+    held: list[Any] = [None]
+    _together(distributed.recv_object_list, held, src=source)
     return held[0]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lillama.finetune.data import IGNORED
+from lillama.finetune.elsewhere import Elsewhere
 from lillama.pretrained.predictions import Body, divergence, parts_of, positions_at_once, summed
 
 
@@ -17,7 +18,8 @@ def loss_of(
 ) -> tuple[Tensor, Any]:
     """(loss, outputs): (1 - share) cross entropy of the labels + share KL(teacher || student), per label.
 
-    `shifted`: a causal model, whose position t predicts label t + 1. `items` is the number of labels to divide by
+    `teacher` is the original, one whose body another process runs (elsewhere.py), or None. `shifted`: a causal model,
+    whose position t predicts label t + 1. `items` is the number of labels to divide by
     (None: those of these inputs). Where the logits are too many to be made at once, `outputs` has none.
     """
     given = {name: value for name, value in inputs.items() if name != "labels"}
@@ -50,11 +52,10 @@ def _in_parts(
 ) -> Tensor:
     """The sum of the loss, a few positions' logits at a time; `at`: labels, which of them count, the positions."""
     labels, counts, parts = at
-    taught = None
+    body, taught = Body(model, given), None
     if teacher is not None:
         with torch.no_grad():
-            taught = Body(teacher, given)
-    body = Body(model, given)
+            taught = teacher.body(given) if isinstance(teacher, Elsewhere) else Body(teacher, given)
 
     def losses(hidden: Tensor) -> Iterator[Tensor]:
         for part in parts:

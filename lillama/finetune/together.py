@@ -4,7 +4,7 @@ Each has a trainer of its own, which knows nothing of the others: all see the sa
 rows of an update, those of all the batches it accumulates, each computes some; then gradients and loss are added up
 (base/ranks.py), before they are clipped, so that every trainer takes the step that one alone would. torch's
 DistributedDataParallel would divide by processes, not labels, and does not see what is run in parts (loss.py). Where an
-update has fewer rows than there are processes, some have nothing to do for it.
+update has fewer rows than there are processes, those without one make the original's predictions (elsewhere.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lillama.base import ranks
+from lillama.finetune.elsewhere import Elsewhere, Help, help_with, share_out
 
 
 def take_rows(batch: Any, rows: slice) -> Any:
@@ -41,21 +42,29 @@ def own_of(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class Together:
     """Mixed in before transformers' Trainer; what it does of it where there is one process, it leaves alone."""
 
+    teacher: Any = None  # the original, where its predictions are learned
     _own: Tensor | float = 0.0  # the loss of this process's rows of the update at hand
+    _helps: list[tuple[dict[str, Any], list[Help]]]  # for its batches that are still to come, whole
 
     def get_batch_samples(self, *given: Any, **options: Any) -> Any:
         """The batches of an update, less the rows of others; the number of labels is that of all."""
         batches, items = super().get_batch_samples(*given, **options)  # type: ignore[misc]
-        return (batches if ranks.world() == 1 else own_of(batches)), items
+        if ranks.world() == 1:
+            return batches, items
+        self._helps = list(zip(batches, share_out([len(batch["labels"]) for batch in batches], self.teacher)))
+        return own_of(batches), items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The loss of all rows of an update, once its gradients are there; 0 before."""
         trainer: Any = self
         if ranks.world() == 1:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        loss = torch.zeros((), device=trainer.args.device)
+        loss, teacher = torch.zeros((), device=trainer.args.device), self.teacher
+        for helper in self._help():
+            self.teacher = Elsewhere(teacher, helper)
         if len(inputs["labels"]):
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        self.teacher = teacher
         self._own = self._own + loss
         if not trainer.accelerator.sync_gradients:
             return torch.zeros_like(loss)
@@ -63,6 +72,17 @@ class Together:
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         ranks.sum_gradients_(learned, total)
         return total
+
+    def _help(self) -> list[int]:
+        """Help others with the next batch of this update; the process that helps this one with it, if one does."""
+        trainer: Any = self
+        batch, helps = self._helps.pop(0)
+        for one in helps:
+            if one.helper == ranks.rank():
+                row = trainer._prepare_inputs(take_rows(batch, slice(one.row, one.row + 1)))
+                with trainer.device_of_run.autocast():
+                    help_with(self.teacher, {name: x for name, x in row.items() if name != "labels"}, one.learner)
+        return [one.helper for one in helps if one.learner == ranks.rank()]
 
     def evaluation_loop(self, dataloader: Any, *given: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
         """The mean loss over examples; the processes share the batches out."""

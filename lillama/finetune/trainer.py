@@ -81,6 +81,7 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
         data_collator=Collator(learner.config.get_text_config().pad_token_id or 0),
         callbacks=[_watcher(bar, setting)],
     )
+    trainer.device_of_run = device
     trainer.teacher = None if teacher is None else teacher.to(device.device).eval().requires_grad_(False)
     trainer.model_accepts_loss_kwargs = True  # compute_loss divides by the number of labels of the whole update
     trainer.remove_callback(PrinterCallback)

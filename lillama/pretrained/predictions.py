@@ -47,10 +47,15 @@ class Body:
     Norms, caps and scales that follow it stay the model's own. `output` is what it gave, hidden states first.
     """
 
-    def __init__(self, model: Any, given: Mapping[str, Tensor]) -> None:
-        """Run the body of `model`, which takes `logits_to_keep`, on the model's arguments."""
+    def __init__(self, model: Any, given: Mapping[str, Tensor], output: Any = None) -> None:
+        """Run the body of `model`, which takes `logits_to_keep`, on the model's arguments.
+
+        Where `output` is given, the body was run elsewhere, and is not again.
+        """
         self.model, self.given = model, given
-        self.output: Any = ()
+        self.output: Any = output
+        if output is not None:
+            return
         body: nn.Module = model.base_model
         before: Forward | None = body.__dict__.get("forward")  # a plugin or accelerate may have set one
 
@@ -70,14 +75,17 @@ class Body:
 
     def logits(self, keep: Tensor, hidden: Tensor | None = None) -> Tensor:
         """The logits [B, N, V] of the positions `keep` [N], on the host; `hidden` takes the place of the body's own."""
-        output = self.output
-        if hidden is not None and isinstance(output, tuple):
-            output = (hidden, *output[1:])
-        elif hidden is not None:
-            output = type(output)(**(dict(output) | {next(iter(output)): hidden}))
+        output = self.output if hidden is None else with_hidden(self.output, hidden)
         with play_by(self.model.base_model, lambda *_, **__: output):
             found: Tensor = self.model(**self.given, **{KEEP: keep}, use_cache=False).logits
         return found
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """What a body gave, with `hidden` in the place of what the head begins with."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    return type(output)(**(dict(output) | {next(iter(output)): hidden}))
 
 
 def parts_of(wanted: range, at_once: int | None) -> list[range]:
