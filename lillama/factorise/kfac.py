@@ -84,13 +84,14 @@ class Listener:
             self.hooks.append(stack.register_forward_hook(self._experts(names, self.stacks[-1]), with_kwargs=True))
 
     def _one(self, name: str, sums: Sums) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
             self.called.add(name)
             x = next(iter((*args, *kwargs.values())))
+            Wx = _product(module, out) if sums.wide else None
             if self.inputs_alone:
-                sums.count_inputs(counted(x, self.mask))
+                sums.count_inputs(counted(x, self.mask), None if Wx is None else counted(Wx, self.mask))
             else:
-                self._at(out, lambda gradient: sums.add(_rows(x), gradient))
+                self._at(out, lambda gradient: sums.add(_rows(x), gradient, None if Wx is None else _rows(Wx)))
 
         return hook
 
@@ -275,6 +276,14 @@ class _Experts:
         for expert in range(self.experts):
             if any(int(sums[expert].rows) < len(sums[expert].inputs) for sums in self.sums.values()):
                 self._expert(expert, sample, None)
+
+
+def _product(module: nn.Module, out: Tensor) -> Tensor | None:
+    """W x of what a linear layer put out, which saves making it again; None where that is not known."""
+    if type(module) is not nn.Linear:
+        return None
+    out = out.detach()
+    return out if module.bias is None else out - module.bias.detach()
 
 
 def _rows(t: Tensor) -> Tensor:

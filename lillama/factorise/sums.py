@@ -36,8 +36,8 @@ class Sums:
         runs = cuts(W.shape[1]) if rounding and self.wide else []
         self.runs = [(run, torch.zeros(run.stop - run.start, run.stop - run.start, device=W.device)) for run in runs]
 
-    def add(self, x: Tensor, g: Tensor) -> None:
-        """Count inputs x (N x d_in) and the gradients g (N x d_out) of the loss at W x."""
+    def add(self, x: Tensor, g: Tensor, Wx: Tensor | None = None) -> None:
+        """Count inputs x (N x d_in) and the gradients g (N x d_out) of the loss at W x, given where it is known."""
         self.calls += 1
         length = g.float().square().sum(-1, keepdim=True)
         self.length += length.sum()
@@ -46,19 +46,19 @@ class Sums:
             self.lengths += g.float().square().sum(0)
         if not self.wide:
             g = F.linear(g.to(self.W.dtype), self.W.T)
-        self._inputs(x, counts)
+        self._inputs(x, counts, Wx)
         g = g.float()
         with torch.autocast(g.device.type, enabled=False):
             self.outputs += g.T @ g
         self.rows += (length > 0).sum()
 
-    def _inputs(self, x: Tensor, counts: Tensor) -> None:
+    def _inputs(self, x: Tensor, counts: Tensor, Wx: Tensor | None = None) -> None:
         for run, gram in self.runs:
             some = x[:, run].float()
             with torch.autocast(x.device.type, enabled=False):
                 gram.addmm_((some * counts).T, some)
         if self.wide and not self.embedding:
-            x = F.linear(x.to(self.W.dtype), self.W)
+            x = F.linear(x.to(self.W.dtype), self.W) if Wx is None else Wx
         x = x.float()
         with torch.autocast(x.device.type, enabled=False):
             self.inputs += (x * counts).T @ x
@@ -76,9 +76,9 @@ class Sums:
         gram = weighted_gram(table, table.new_ones(len(table))) * (floor * self.counted.item() / len(table))
         self.inputs += gram.to(self.inputs)
 
-    def count_inputs(self, x: Tensor) -> None:
+    def count_inputs(self, x: Tensor, Wx: Tensor | None = None) -> None:
         """Count inputs x (N x d_in) of which no gradients are known: each like one that the predictions depend on."""
-        self._inputs(x, x.new_ones(len(x), 1, dtype=torch.float32))
+        self._inputs(x, x.new_ones(len(x), 1, dtype=torch.float32), Wx)
 
     @property
     def of_inputs(self) -> list[Tensor]:
