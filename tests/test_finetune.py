@@ -92,10 +92,21 @@ def test_finetuning_can_be_added_to_a_finished_run(tmp_path):
     assert "finetuned" in pipeline.compress(settings).metrics
 
 
-def test_a_stopped_finetuning_goes_on_to_the_same_end(tmp_path, monkeypatch):
+def test_vectors_learn_at_a_rate_of_their_own(tmp_path):
+    settings = speech_recipe(tmp_path, learning_rate=1e-12, vector_learning_rate=1e-2)
+    tuned = tensors(pipeline.compress(settings).path)
+    compressed = tensors(tmp_path / "run" / "model")
+    moved = {key: (tuned[key] - compressed[key]).abs().max().item() for key in tuned if tuned[key].numel()}
+    assert max(size for key, size in moved.items() if tuned[key].dim() >= 2) < 1e-6
+    norms = [size for key, size in moved.items() if "decoder" in key and "norm" in key]
+    assert norms and min(norms) > 1e-3
+
+
+@pytest.mark.parametrize("vectors", [None, 1e-2])
+def test_a_stopped_finetuning_goes_on_to_the_same_end(tmp_path, monkeypatch, vectors):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    whole = tensors(pipeline.compress(speech_recipe(tmp_path / "a")).path)
-    settings = speech_recipe(tmp_path / "b")
+    whole = tensors(pipeline.compress(speech_recipe(tmp_path / "a", vector_learning_rate=vectors)).path)
+    settings = speech_recipe(tmp_path / "b", vector_learning_rate=vectors)
     loss_of, calls = loss.loss_of, []
 
     def stops(*arguments, **options):

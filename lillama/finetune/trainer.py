@@ -62,6 +62,13 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
                 loss, outputs = loss_of(model, self.teacher, inputs, share, shifted, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
 
+        def create_optimizer(self, *given: Any, **options: Any) -> torch.optim.Optimizer:
+            made = self.optimizer is None
+            optimizer: torch.optim.Optimizer = super().create_optimizer(*given, **options)
+            if made and setting.section.vector_learning_rate is not None:
+                learn_vectors_at(optimizer, setting.section.vector_learning_rate)
+            return optimizer
+
         # What learned is stored under its own names (resume.py).
         def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
             save_learned(self.model, Path(output_dir))
@@ -86,6 +93,15 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
     trainer.model_accepts_loss_kwargs = True  # compute_loss divides by the number of labels of the whole update
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def learn_vectors_at(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give the parameters of one dimension a learning rate of their own, before any update."""
+    for group in list(optimizer.param_groups):
+        vectors = [parameter for parameter in group["params"] if parameter.dim() < 2]
+        if vectors:
+            group["params"] = [parameter for parameter in group["params"] if parameter.dim() >= 2]
+            optimizer.add_param_group({**group, "params": vectors, "lr": rate})
 
 
 def arguments(setting: Setting, updates: int, held: bool, shifted: bool) -> Any:

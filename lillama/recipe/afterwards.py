@@ -41,6 +41,11 @@ class Finetune(Section):
     batch_size: int = Field(8, ge=1, description="Clips or sequences per forward pass.")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes per update.")
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
+    vector_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="That of vectors alone (norms, biases), which are few and bear much larger steps; null: the same.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="Learning rate after the warm-up; linear and cosine fall to 0."
