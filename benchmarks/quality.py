@@ -92,6 +92,7 @@ def recipe(arguments: argparse.Namespace, method: str, reduction: float, mix: Pa
             "sequence_length": arguments.length,
             "batch_size": arguments.batch_size,
             "learning_rate": arguments.learning_rate,
+            "vector_learning_rate": arguments.vector_learning_rate,
             "lr_schedule": "cosine",
             "warmup": 0.05,
             "freeze": ["*embed*"],
@@ -152,7 +153,8 @@ def main() -> None:
     parser.add_argument("--fisher-tokens", type=int, default=32_768, help="of fisher and ours")
     parser.add_argument("--steps", type=int, default=160, help="updates of the whole model, of ours")
     parser.add_argument("--batch-size", type=int, default=1, help="of ours")
-    parser.add_argument("--learning-rate", type=float, default=6e-5, help="of ours")
+    parser.add_argument("--learning-rate", type=float, default=2e-5, help="of ours")
+    parser.add_argument("--vector-learning-rate", type=float, default=1e-3, help="of norms, of ours")
     parser.add_argument("--min-rank", type=int, default=256, help="of the paper's recipe; halved where it is too large")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     arguments = parser.parse_args()
