@@ -1,4 +1,4 @@
-# make run · make test · make lint · make docs · make bench · make storm          (all of them make .venv first)
+# make run · make test · make test-slow · make lint · make docs · make bench · make storm   (all of them make .venv first)
 # make serve · make test-serve                                        (these make .venv-serve first)
 PYTHON ?= python3
 VENV := .venv
@@ -12,13 +12,17 @@ SERVE_OPTIONS ?= --dtype float32 --max-model-len 2048
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: run test lint docs bench storm serve test-serve install clean
+.PHONY: run test test-slow lint docs bench storm serve test-serve install clean
 
 run: install
 	$(BIN)/lillama run recipes/quickstart.yaml
 
+# All but what takes long by itself (kills, restarts, real weights), which CI runs too.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .

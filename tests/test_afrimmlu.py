@@ -52,6 +52,7 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_offline_on_local_files(model, manager, tmp_path):
     file = tmp_path / "hau.jsonl"
     answers = "BBCA"

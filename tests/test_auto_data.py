@@ -54,6 +54,7 @@ def test_data_without_images_is_refused_by_its_columns(tmp_path):
         run(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_reads_text_and_is_fed_what_it_writes(tmp_path):
     torch.manual_seed(0)
     words = tokenizer()
@@ -89,6 +90,7 @@ def test_sound_goes_through_the_models_own_feature_extractor(tmp_path):
     assert result.plan.after < result.plan.before
 
 
+@pytest.mark.slow
 def test_an_encoder_of_sound_and_its_decoder_learn_together(tmp_path):
     """The encoder hears tones, and the decoder is fed what the original writes for them, its first tokens included."""
     model = speech_models.whisper(speech_models.MULTILINGUAL)

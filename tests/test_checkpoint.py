@@ -136,6 +136,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_export_dense_loads_with_plain_transformers(compressed, tmp_path):
     path, original = compressed
     export.export_dense(path, tmp_path / "dense")

@@ -304,6 +304,7 @@ def test_the_module_is_the_command():
     assert (done.returncode, done.stdout) == (0, f"lillama {__version__}\n")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on(home, tmp_path):
     code = (
         "import sys, lillama.run.pipeline as p\n"

@@ -53,6 +53,7 @@ def short(monkeypatch):
     monkeypatch.setattr(oneline, "recipe_of", without_speed)
 
 
+@pytest.mark.slow
 def test_a_model_is_compressed_on_text_it_writes_itself(model_dir, tmp_path, capsys, short):
     out, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
     command = ("compress", model_dir, "--reduction", "0.1", "--tokens", 1024, "--out", out, "--write-recipe", recipe)
@@ -78,6 +79,7 @@ def test_a_model_is_compressed_on_text_it_writes_itself(model_dir, tmp_path, cap
     assert "the model writes" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_data_is_taken_instead_where_it_is_given(model_dir, tmp_path, capsys, short):
     data, out = tmp_path / "text.txt", tmp_path / "run"
     data.write_text("the cat sat on a mat and ran . \n" * 200)

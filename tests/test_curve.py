@@ -52,6 +52,7 @@ def run(home: Path, out: Path, name: str, *overrides: str) -> tuple[list[dict[st
         ("concurrent", "student", "llama"),
     ],
 )
+@pytest.mark.slow
 def test_the_curve_goes_from_the_original_to_the_result(
     home: Path, tmp_path: Path, schedule: str, loss: str, name: str
 ) -> None:
@@ -70,6 +71,7 @@ def test_the_curve_goes_from_the_original_to_the_result(
     assert tokens == sorted(tokens) and tokens[-1] > 1000
 
 
+@pytest.mark.slow
 def test_a_curve_changes_nothing_in_the_result(home: Path, tmp_path: Path) -> None:
     for schedule in ("sequential", "concurrent"):
         for points in (0, 3):

@@ -77,6 +77,7 @@ def test_schedules_agree_where_layers_are_independent(original, tmp_path, storag
 
 @pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
 @pytest.mark.parametrize("loss", ["student", "teacher+student"])
+@pytest.mark.slow
 def test_less_memory_changes_no_bit(original, tmp_path, loss, schedule):
     same = {"distill__schedule": schedule, "distill__loss": loss, "distill__epochs": 3, "compress__init": "random"}
     usual = run(original, tmp_path / "usual", **same)

@@ -66,6 +66,7 @@ def test_both_learn_and_the_run_says_how_well_tokens_are_kept(schedule, name, tm
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
+@pytest.mark.slow
 def test_tied_factors_learn_from_both_uses(schedule, tmp_path):
     """After one step, the factors differ from what either use alone would have made of them."""
     changes = {"distill__schedule": schedule, "distill__epochs": 1, "distill__checks": 1, "distill__holdout": 0}
@@ -125,6 +126,7 @@ def test_a_kill_between_an_embedding_and_its_tied_head_loses_neither(when, tmp_p
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
+@pytest.mark.slow
 def test_a_tied_run_continues_where_it_was_stopped(schedule, tmp_path, monkeypatch):
     from lillama.distill import student
 
@@ -211,6 +213,7 @@ def test_the_curve_ends_at_the_perplexity_of_the_result(name, schedule, tmp_path
         assert points[-1]["perplexity"] == pytest.approx(found, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_little_memory_changes_nothing_in_the_result_where_two_layers_have_one_set_of_factors(tmp_path):
     changes = {"distill__schedule": "concurrent", "distill__epochs": 1}
     plain = run(tiny(), tmp_path, "plain", **changes).path

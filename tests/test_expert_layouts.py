@@ -239,6 +239,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+@pytest.mark.slow
 def test_a_run_through_and_through(family, tmp_path, monkeypatch):
     any_plugin.serve(monkeypatch)
     torch.manual_seed(0)

@@ -77,6 +77,7 @@ def test_speech_is_finetuned_with_the_encoder_frozen_and_the_factors_kept(tmp_pa
     assert not (tmp_path / "run" / "finetune").exists(), "the trainer's own files are not left behind"
 
 
+@pytest.mark.slow
 def test_a_finished_finetuning_is_not_done_again_and_other_settings_are_refused(tmp_path, monkeypatch):
     pipeline.compress(speech_recipe(tmp_path))
     monkeypatch.setattr(finetune, "finetune", lambda *_: pytest.fail("trained again"))
@@ -183,6 +184,7 @@ def test_adapters_learn_and_are_merged(tmp_path, storage):
     assert changed - {key for key in changed if key.endswith("pivots")} == matrices | dense
 
 
+@pytest.mark.slow
 def test_a_stopped_lora_goes_on_to_the_same_end(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     (tmp_path / "a").mkdir()

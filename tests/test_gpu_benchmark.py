@@ -32,6 +32,7 @@ def run(gpu: Any, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> 
     return code, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_the_dry_mode_measures_layers_and_speed_though_a_part_fails(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

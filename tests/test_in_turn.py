@@ -182,6 +182,7 @@ def sizes(models: list[Any]) -> list[int]:
 
 
 @pytest.mark.report
+@pytest.mark.slow
 def test_a_run_times_its_models_in_turn_once_and_says_how_sure_it_is(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_the_original_is_evaluated_without_its_code(saved, tmp_path):
     assert result.metrics["after"]["perplexity/perplexity"] > 1
 
 
+@pytest.mark.slow
 def test_a_shared_file_needs_no_copies(saved, tmp_path):
     state = load_file(saved / "model.safetensors")
     once = {k: v for k, v in state.items() if ".mlp." not in k or k.startswith(MLPS[0])}

@@ -62,6 +62,7 @@ print(json.dumps([str(plugin), plugin.hooks, names, weights, auto.name, other.na
 """
 
 
+@pytest.mark.slow
 def test_an_external_plugin_installed_with_pip(site: Path) -> None:
     plugin, hooks, names, weights, auto, other, quantizer = json.loads(python(USE_PLUGIN, site))
     assert plugin == "neox (lillama-neox-example 0.3.1)"
@@ -95,6 +96,7 @@ raise SystemExit(main(["run", f"{source}/recipe.yaml"]))
 """
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_through_it(site: Path, tmp_path: Path) -> None:
     said = python(RUN_RECIPE, site, str(EXTERNAL), str(tmp_path))
     assert "GPTNeoXForCausalLM, plugin neox (lillama-neox-example 0.3.1)" in said

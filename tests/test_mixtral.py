@@ -107,6 +107,7 @@ def test_the_router_learns_with_its_layer_and_is_stored_under_its_hub_name(origi
     assert not torch.equal(found["layer"], router)
 
 
+@pytest.mark.slow
 def test_without_lillama_it_fails_and_dense_it_loads_anywhere(original, tmp_path):
     result = run(original, tmp_path / "run", {f"{LAYERS[0]}.down": 8})
     load(result.path).save_pretrained(tmp_path / "again")

@@ -277,6 +277,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_bits(
         ("llama", 0.25, {"bits": 8, "what": "all", "storage": "keep"}, {"embedding": True, "skip": ["*layers*"]}),
     ],
 )
+@pytest.mark.slow
 def test_every_kind_of_result_takes_the_bytes_that_were_counted(
     tmp_path: Path, name: str, size: float, section: Any, more: Any
 ) -> None:

@@ -181,6 +181,7 @@ def test_an_embedding_that_cannot_be_kept_is_refused_at_planning():
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.slow
 def test_a_scaled_embedding_and_its_head_through_a_run(tmp_path, monkeypatch, tied):
     any_plugin.serve(monkeypatch, ends=True)
     model = gemma(tie_word_embeddings=tied)
@@ -249,6 +250,7 @@ def test_a_conv1d_becomes_a_low_rank_linear_and_a_conv1d_again(storage):
     torch.testing.assert_close(back(x), dense(x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gpt2_through_a_run_and_dense_again(tmp_path, monkeypatch):
     any_plugin.serve(monkeypatch)
     torch.manual_seed(0)

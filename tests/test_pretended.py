@@ -117,6 +117,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_a_run_is_on_the_card_that_was_asked_for(case: str, tmp_path: Path) -> None:
     name, changes = CASES[case]
     check(run(tmp_path, name, CARD, changes))
@@ -127,6 +128,7 @@ def test_a_run_in_bfloat16_is_on_the_card_that_was_asked_for(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("name", "changes"), [("llama", TAUGHT), ("mixtral", CONCURRENT)])
+@pytest.mark.slow
 def test_a_run_asks_apple_for_nothing_in_float64(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     check(run(tmp_path, name, "mps", changes), OF_APPLE)
 
@@ -146,6 +148,7 @@ def waits(home: Path, epochs: int, changes: dict[str, Any]) -> Counter[str]:
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
+@pytest.mark.slow
 def test_no_step_waits_for_the_card_but_to_report(schedule: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Losses are read every 16 steps; of more steps that is all that grows, but for what the model's class looks at."""
     steps: list[int] = []

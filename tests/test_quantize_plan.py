@@ -112,6 +112,7 @@ def test_a_sweep_tables_what_is_left_and_removes_it(tmp_path: Path, capsys: pyte
     assert sweeptable.last_stage(rows[0]["metrics"]) == "quantized"
 
 
+@pytest.mark.slow
 def test_scales_learn_around_the_rounding_and_codes_stay(tmp_path):
     """Of the same codes, what learned predicts nearer to the original; norms learn as well, weights do not."""
     section = {"bits": 4, "what": "factors", "method": "nearest"}

@@ -81,6 +81,7 @@ def test_blocks_that_are_driven_otherwise_are_noticed() -> None:
     assert "decoder.block.0 differs by" in again.verdict()
 
 
+@pytest.mark.slow
 def test_what_is_found_is_kept_and_a_class_is_not_measured_twice(tmp_path: Path) -> None:
     out, target = tmp_path / "reach.jsonl", tmp_path / "reach.md"
     given = ["--out", str(out), "--only", "LlamaForCausalLM", "--page", str(target)]

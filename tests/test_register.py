@@ -110,6 +110,7 @@ except AttributeError as error:
     assert python(code, tmp_path) == ["[]", "True Recipe", "module 'lillama' has no attribute 'nothing'"]
 
 
+@pytest.mark.slow
 def test_the_real_transformers_loads_after_lillama(tmp_path: Path) -> None:
     code = """
 import lillama

@@ -327,6 +327,7 @@ def test_streams_carry_no_more_than_is_used(tmp_path, monkeypatch, init, epochs,
 
 @pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])  # tied, and a head of its own
+@pytest.mark.slow
 def test_an_embedding_and_a_head_are_measured_as_by_the_whole_model_at_once(tmp_path, monkeypatch, family, schedule):
     wanted = recipe(tmp_path, tiny(family)).model_dump()
     wanted["plugin"], wanted["distill"]["schedule"] = "inkuba", schedule

@@ -106,6 +106,7 @@ def linear(rank: int, storage: str, **more: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("storage", "tied"), [("factors", False), ("pivoted", True)])
+@pytest.mark.slow
 def test_embeddings_and_heads_stand_alone(storage: str, tied: bool, tmp_path: Path) -> None:
     model = tiny("llama" if tied else "mistral")
     modules = {
@@ -137,6 +138,7 @@ def test_experts_stand_alone(way: str, tmp_path: Path) -> None:
 home = test_remote_code.home  # a fixture
 
 
+@pytest.mark.slow
 def test_a_model_with_code_of_its_own_stands_alone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(home / "model", trust_remote_code=True)
     factorise_(model, {"model.layers.1.mlp.up_proj": linear(7, "pivoted")})

@@ -49,6 +49,7 @@ def events(home: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in home.rglob("events.jsonl"))
 
 
+@pytest.mark.slow
 def test_every_combination_runs_once_and_is_tabled(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(home)
     assert cli.main(["sweep", str(path)]) == 0
@@ -81,6 +82,7 @@ def test_every_combination_runs_once_and_is_tabled(home: Path, capsys: pytest.Ca
     assert "differs in" in json.loads((out / "sweep.json").read_text())[0]["error"]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_a_row_and_the_others_go_on(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     axes = {"rate": {"tiny": {"distill.learning_rate": 1e-4}, "mad": {"calibration.dataset": f"{home}/gone.txt"},
                      "none": {"distill.epochs": 0}}}  # fmt: skip

@@ -177,6 +177,7 @@ def compressed(model, out, **more):
     return pipeline.compress(recipe)
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_data_and_one_that_was_stopped_as_it_wrote_ends_the_same(model_dir, tmp_path, rounds_written):
     done, stop_at = rounds_written
     whole = compressed(model_dir, tmp_path / "a")
@@ -194,6 +195,7 @@ def test_a_run_needs_no_data_and_one_that_was_stopped_as_it_wrote_ends_the_same(
     assert len(done) == 12
 
 
+@pytest.mark.slow
 def test_a_restart_reads_the_text_that_is_there(model_dir, tmp_path, rounds_written):
     done, _ = rounds_written
     compressed(model_dir, tmp_path)
@@ -218,6 +220,7 @@ def test_the_directory_of_another_run_is_refused_before_anything_is_written(mode
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_sweep_share_what_the_model_writes(model_dir, tmp_path, rounds_written):
     done, _ = rounds_written
     base = tmp_path / "base.yaml"

@@ -62,6 +62,7 @@ def compress(home: Path, progress: Progress | None = None) -> dict[str, Any]:
     return lillama.compress(recipe, progress=progress).metrics
 
 
+@pytest.mark.slow
 def test_losses_and_metrics_reach_the_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = Tracker()
     monkeypatch.setitem(sys.modules, "trackio", tracker)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,7 +29,7 @@ class Sums:
         self.W, self.embedding, self.wide = W, embedding, W.shape[0] <= W.shape[1]
         n = min(W.shape)
         exact = torch.float64 if factorising(W.device) == W.device else torch.float32
-        self.inputs, self.outputs = (torch.zeros(n, n, device=W.device, dtype=exact) for _ in range(2))
+        self.inputs = torch.zeros(n, n, device=W.device, dtype=exact)
         # Numbers on the device, which nobody waits for: sums of c and of |g|^2, inputs of which anything depends.
         self.counted, self.length, self.rows = torch.zeros(3, dtype=exact, device=W.device)
         self.calls = 0
@@ -35,6 +37,11 @@ class Sums:
         self.lengths = torch.zeros(W.shape[0], device=W.device)  # G's diagonal, where G itself is not kept
         runs = cuts(W.shape[1]) if rounding and self.wide else []
         self.runs = [(run, torch.zeros(run.stop - run.start, run.stop - run.start, device=W.device)) for run in runs]
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """The sum of g g^T, which takes no room before the first comes: of some batches only inputs are counted."""
+        return torch.zeros_like(self.inputs)
 
     def add(self, x: Tensor, g: Tensor, Wx: Tensor | None = None) -> None:
         """Count inputs x (N x d_in) and the gradients g (N x d_out) of the loss at W x, given where it is known."""

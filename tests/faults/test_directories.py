@@ -247,6 +247,7 @@ def test_a_checkpoint_whose_best_is_gone_or_of_other_settings_does_not_serve(tmp
     assert resume.last_checkpoint(tmp_path, Finetune.model_validate({"seed": 1})) is None
 
 
+@pytest.mark.slow
 def test_a_run_directory_that_vanishes_is_one_message_and_the_same_command_begins_again(run, tmp_path, monkeypatch):
     recipe, batches = run
     whole = (pipeline.compress(recipe, batches=batches).path / "model.safetensors").read_bytes()

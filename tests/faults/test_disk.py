@@ -39,6 +39,7 @@ def room(monkeypatch):
     return free
 
 
+@pytest.mark.slow
 def test_a_run_holds_as_much_as_was_estimated(home):
     """Others are measured by `python tests/faults/disk_runs.py`."""
     estimated, most = disk_runs.peak(disk_runs.recipe(home, disk_runs.RUNS["one by one, streams in files"]))

@@ -38,6 +38,7 @@ def test_every_parameter_that_learned_comes_back(compressed, tmp_path):
         resume.load_learned(model, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stopped_finetuning_of_experts_ends_the_same(compressed, monkeypatch, tmp_path):
     pipeline.compress(compressed)
     whole = (Path(compressed.run.out) / "finetuned" / "model.safetensors").read_bytes()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import children
 import families
+import pytest
 import storm
 
 PHASES = ("quantize", "what rounding depends on", "evaluate quantized", "finish")
@@ -17,6 +18,7 @@ def weights_of(out: Path) -> str:
     return hashlib.sha256((out / "quantized" / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_as_it_rounds_ends_with_the_same_weights(tmp_path):
     recipe = families.prepare(tmp_path, "llama")
     phases = children.durations(children.run(recipe, tmp_path / "log.txt"))

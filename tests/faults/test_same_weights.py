@@ -20,6 +20,7 @@ def weights(out):
 
 
 @pytest.mark.parametrize(("schedule", "lora"), [("sequential", True), ("concurrent", False)])
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(schedule, lora, tmp_path):
     if lora:
         pytest.importorskip("peft")

@@ -24,23 +24,27 @@ def harness(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_with_the_same_weights():
     said = harness("storm.py", "4", "--families", "llama")
     kills, trials, same, of = map(int, re.findall(r"\d+", said)[:4])
     assert kills >= 4 and trials == same == of
 
 
+@pytest.mark.slow
 def test_a_damaged_run_directory_gives_the_same_weights_or_a_message():
     said = harness("damages.py", "6", "--families", "llama", "--schedules", "sequential", "--stops", "1")
     assert said.startswith("6 damages") and " 0 troubles" in said
 
 
 @pytest.mark.skipif(full_disk.compiler() is None, reason="there is no C compiler, which the full disk is made with")
+@pytest.mark.slow
 def test_a_disk_that_fills_leaves_what_was_finished_and_a_message():
     assert ": 0 troubles" in harness("full_disk.py", "120", "--every", "60")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.slow
 def test_a_signal_ends_a_run_within_five_seconds_and_says_how_to_go_on(number, code, tmp_path):
     recipe = families.prepare(tmp_path, "llama", "concurrent")
     command = [sys.executable, "-m", "lillama.cli.main", "run", str(recipe)]

@@ -181,6 +181,7 @@ doc_to_choice: [a, b]
 """
 
 
+@pytest.mark.slow
 def test_tasks_of_a_directory_do_not_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval")
     tasks = home / "tasks"
