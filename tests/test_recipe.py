@@ -179,3 +179,15 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 # --set
+
+
+def test_what_the_command_line_changed_stands_above_the_text(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(MINIMAL)
+    plain = Recipe.load(file)
+    changed = Recipe.load(file, ["compress.reduction=0.4", "calibration={dataset: b.txt,\n tokens: 512}"])
+    assert plain.written == MINIMAL and changed.written.endswith("\n\n" + MINIMAL)
+    assert "#   --set compress.reduction=0.4\n#   --set calibration={dataset: b.txt, tokens: 512}\n" in changed.written
+    file.write_text(changed.written)
+    assert Recipe.load(file) == plain, "comments are no settings"
+    assert Recipe.parse(plain.model_dump(), ["run.out=x"]).written == ""

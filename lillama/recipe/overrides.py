@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lillama.errors import LillamaError
@@ -18,6 +18,12 @@ def plain_copy(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain_copy(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def noted(overrides: Sequence[str]) -> str:
+    """Overrides as comments to stand above the text of a recipe, which does not have them."""
+    lines = [f"#   --set {' '.join(override.split())}\n" for override in overrides]
+    return "".join(["# Changed on the command line:\n", *lines, "\n"] if lines else [])
 
 
 def apply_override(data: dict[str, Any], override: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from lillama.recipe.calibration import Calibration as Calibration
 from lillama.recipe.calibration import Data as Data
 from lillama.recipe.calibration import Generate as Generate
 from lillama.recipe.explain import Origin, check_names, explained, together
-from lillama.recipe.overrides import apply_override, plain_copy
+from lillama.recipe.overrides import apply_override, noted, plain_copy
 from lillama.recipe.section import Section as Section
 from lillama.recipe.sizes import check_sizes
 
@@ -235,6 +235,7 @@ class Readable(Section):
             what = "the recipe is empty" if data is None else "a recipe is a mapping of keys to values"
             raise LillamaError(what, where=document.name, hint="`lillama recipes` shows examples.")
         data, origin = plain_copy(data), Origin(document)
+        overrides = [*overrides]
         for override in overrides:
             origin.overrides[apply_override(data, override)] = f"--set {override}"
         try:
@@ -243,12 +244,12 @@ class Readable(Section):
             raise together(explained(error, (), origin, cls, cls)) from error
         check_sizes(recipe, origin)
         recipe = recipe.model_copy(update={"evaluate": placed(check_names(recipe, origin), recipe)})
-        recipe._written = document.text
+        recipe._written = document.text and noted(overrides) + document.text
         return recipe
 
     @property
     def written(self) -> str:
-        """The text the recipe was read from, overrides not applied; empty when it came from Python."""
+        """The text the recipe was read from, overrides as comments above it; empty when it came from Python."""
         return self._written
 
     def __eq__(self, other: object) -> bool:

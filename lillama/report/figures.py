@@ -84,7 +84,9 @@ def convergence(record: RunRecord) -> str | None:
 def finetuning(record: RunRecord) -> str | None:
     """The held-out loss of fine-tuning."""
     points = {e["step"]: e["held_out_loss"] for e in record.events if e["event"] == "check" and e.get("finetune")}
-    return plots.lines({"held out": sorted(points.items())}, "update", "loss", salt="finetune") if points else None
+    if len(points) < 2:
+        return None  # a single number is no curve
+    return plots.lines({"held out": sorted(points.items())}, "update", "loss, nats a label", salt="finetune")
 
 
 def benchmarks(record: RunRecord) -> str | None:
