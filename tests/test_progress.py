@@ -53,3 +53,17 @@ def test_plain_lines_are_ten_seconds_apart_at_least(clock):
             clock[0] += 0.5
             bar.advance()
     assert len(out.getvalue().splitlines()) <= 50 / 10 + 1
+
+
+def test_a_phase_ends_with_the_steps_that_were_needed_and_one_without_says_nothing():
+    said = io.StringIO()
+    progress = Progress(Console(file=said, width=100))
+    with progress.phase("embed", 64) as bar:
+        bar.advance(48)
+    with progress.phase("nothing", 64):
+        pass
+    assert said.getvalue().startswith("embed 48/48 · ") and "nothing" not in said.getvalue()
+    assert "nothing" in progress.seconds
+    with pytest.raises(KeyError), progress.phase("fails", 3):
+        raise KeyError
+    assert "fails" not in said.getvalue()

@@ -100,8 +100,11 @@ class Bar:
         return (now - since) / (self.counted - steps) * (self.total - self.done)
 
     def finish(self) -> None:
-        """The closing line where there is no bar."""
-        if self.rich is None and self.progress.console is not None:
+        """End: what was done is all that there was to do, and where nothing was there is nothing to show."""
+        self.total = min(self.total, self.done)
+        if self.rich is not None:
+            self.rich.update(self.task, total=self.total, visible=self.done > 0)
+        elif self.progress.console is not None and self.done:
             self.progress.say(self._line(f"took {clock(time.monotonic() - self.started)}"))
 
 
@@ -146,6 +149,7 @@ class Progress:
                 with RichProgress(*columns, console=self.console) as bar.rich:
                     bar.task = bar.rich.add_task(name, total=total, details="")
                     yield bar
+                    bar.finish()
             else:
                 yield bar
                 bar.finish()
