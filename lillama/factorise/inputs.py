@@ -13,7 +13,7 @@ from torch import nn
 
 from lillama.contract import Layer
 from lillama.factorise.kfac import Listener
-from lillama.plan.plan import observable
+from lillama.plan.plan import factor_numbers, observable
 from lillama.pretrained.calls import Batch
 from lillama.pretrained.streams import Shelf, Stream
 from lillama.pretrained.walk import Walk
@@ -64,7 +64,7 @@ class MoreInputs:
 
 def kept_bytes(layers: Iterable[Layer]) -> int:
     """Bytes of the sums over inputs of all layers, which `MoreInputs` keeps."""
-    return 8 * sum(w.copies * min(w.shape) ** 2 for layer in layers for w in observable(layer))
+    return 8 * factor_numbers(layers)
 
 
 def split(batches: Sequence[Batch], tokens: int) -> tuple[list[Batch], list[Batch]]:

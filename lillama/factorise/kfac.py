@@ -237,7 +237,7 @@ class _Experts:
         for expert in range(self.experts):
             token, _ = torch.where(index == expert)
             if len(token):
-                self._expert(expert, hidden[token], None, lambda sums, x: sums.count_inputs(x))
+                self._expert(expert, hidden[token], None, Sums.count_inputs)
 
     def _expert(self, expert: int, x: Tensor, gradient: Tensor | None, alone: Count = Sums.borrow_inputs) -> None:
         """Count the inputs of one expert and the gradients at its output; where there are none, inputs by `alone`."""

@@ -190,6 +190,11 @@ def observable(layer: Layer) -> tuple[Weight, ...]:
     return tuple(w for w in layer.weights if not w.tied)
 
 
+def factor_numbers(layers: Iterable[Layer]) -> int:
+    """Numbers of one of the two factors of the Fisher information of all weights, each on its weight's smaller side."""
+    return sum(w.copies * min(w.shape) ** 2 for layer in layers for w in observable(layer))
+
+
 def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spectra: Spectra | None = None) -> Plan:
     """Run the recipe's strategy over the weights that are not skipped.
 

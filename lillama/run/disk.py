@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lillama.errors import LillamaError
 from lillama.lowrank.counts import stored
-from lillama.plan.plan import observable
+from lillama.plan.plan import factor_numbers
 from lillama.pretrained.streams import Place, budgets, choose
 from lillama.recipe.schema import Finetune, Recipe
 from lillama.report.words import size
@@ -33,7 +33,9 @@ def measured_streams(counts: Counts, blocks: int) -> tuple[Place, int]:
     known = counts.recipe.calibration.known_tokens or 0
     behind = inputs_alone(counts.recipe, known)
     # Those of inputs alone are there for one block, before and behind it, and what enters the first is there twice.
-    beside = 3 * counts.source.working.itemsize * counts.width * behind + (8 * squares(counts) if behind else 0)
+    beside = 3 * counts.source.working.itemsize * counts.width * behind + (
+        8 * factor_numbers(counts.plan.layers) if behind else 0
+    )
     return streams(counts, blocks + 2, min(known, counts.recipe.compress.fisher_tokens), beside)
 
 
@@ -49,7 +51,7 @@ def needed(counts: Counts) -> int:
     """What the run directory holds at its peak. What is written anew stands beside the old until it is whole."""
     source, plan = counts.source, counts.plan
     unpacked = source.dtype.itemsize * plan.before if source.gguf else 0
-    fisher = 2 * SINGLE * squares(counts) if counts.measured else 0
+    fisher = 2 * SINGLE * factor_numbers(counts.plan.layers) if counts.measured else 0
     layers, model = SINGLE * sum(counts.kept.values()), source.dtype.itemsize * plan.after
     distilling = _one_by_one(counts, layers) if counts.sequential else _all_at_once(counts, layers)
     peaks = (
@@ -60,11 +62,6 @@ def needed(counts: Counts) -> int:
         layers + model * (2 if counts.recipe.finetune else 1) + quantised(counts),
     )
     return BESIDE + unpacked + max(peaks)
-
-
-def squares(counts: Counts) -> int:
-    """Numbers of one of the two factors of the Fisher information of all weights, each on its weight's smaller side."""
-    return sum(w.copies * min(w.shape) ** 2 for layer in counts.plan.layers for w in observable(layer))
 
 
 def _measuring(counts: Counts, fisher: int) -> int:

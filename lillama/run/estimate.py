@@ -14,7 +14,7 @@ from lillama.contract import Weight
 from lillama.evaluate.in_turn import divided
 from lillama.factorise.grams import choose_gram
 from lillama.factorise.rounding import kept_numbers
-from lillama.plan.plan import Plan, observable
+from lillama.plan.plan import Plan, factor_numbers, observable
 from lillama.pretrained.predictions import LOGITS, READ
 from lillama.pretrained.source import Source
 from lillama.recipe.schema import Recipe
@@ -113,7 +113,7 @@ def _operations(run: Counts, tokens: int) -> float:
     train = sum(6 * (run.rest[name] + run.factors[name]) for name in run.factors)
     # The teacher, and the student stream moving on.
     flops = seen * (2 * once + train * len(run.streams) * epochs)
-    sums = 4 * disk.squares(run) * SINGLE  # of both factors, in float32
+    sums = 4 * factor_numbers(run.plan.layers) * SINGLE  # of both factors, in float32
     if run.foretold:
         sums += 2 * sum(kept_numbers(w) for layer in run.plan.layers for w in observable(layer)) * SINGLE
     flops += min(tokens, compress.fisher_tokens) * (3 * once + sums) * run.measured
@@ -214,7 +214,7 @@ def _measuring_bytes(run: Counts) -> int:
     around = item * sum(source.model.get_parameter(name).numel() for name in outside)
     logits = run.device.compute.itemsize * LOGITS_HELD * min(run.batch * _vocabulary(source), LOGITS)
     block = max((item * run.numbers.get(layer.name, 0) for layer in blocks), default=0)
-    squares = max((sum(w.copies * min(w.shape) ** 2 for w in observable(layer)) for layer in blocks), default=0)
+    squares = max((factor_numbers([layer]) for layer in blocks), default=0)
     place, streams = disk.measured_streams(run, len(blocks))
     own = place == ("host" if run.device.device.type == "cpu" else "device")
     if run.foretold:
