@@ -11,7 +11,7 @@ as the predictions are uncertain (mean |g|^2 = 1 - sum p_t^2): both uses togethe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 UNCALLED = "the model's forward pass never calls its module, so nothing is known of it"
 BLIND = "no gradient of the predictions reaches it (it chooses what others read, say), so nothing is known of it"
 
-
-Count = Callable[[Sums, Tensor], None]  # of inputs without gradients
 Problem = tuple[Tensor, Tensor, Tensor]  # W and the two factors of its Fisher information, on its smaller side
 
 
@@ -237,10 +235,10 @@ class _Experts:
         for expert in range(self.experts):
             token, _ = torch.where(index == expert)
             if len(token):
-                self._expert(expert, hidden[token], None, Sums.count_inputs)
+                self._expert(expert, hidden[token], None)
 
-    def _expert(self, expert: int, x: Tensor, gradient: Tensor | None, alone: Count = Sums.borrow_inputs) -> None:
-        """Count the inputs of one expert and the gradients at its output; where there are none, inputs by `alone`."""
+    def _expert(self, expert: int, x: Tensor, gradient: Tensor | None, borrowed: bool = False) -> None:
+        """Count the inputs of one expert and the gradients at its output, or inputs alone; `borrowed`: not its own."""
         layout, module = self.layout, self.module
         W = {name: layout.weight(module, name)[expert] for name in layout.projections}
         biases = {name: layout.bias(module, name) for name in layout.projections}
@@ -256,7 +254,8 @@ class _Experts:
         seen = {**dict.fromkeys(entries, x), "down": inner.detach()}
         if gradient is None:
             for name, sums in self.sums.items():
-                alone(sums[expert], seen[name])
+                count = sums[expert].borrow_inputs if borrowed else sums[expert].count_inputs
+                count(seen[name])
             return
         if layout.normed:
             with torch.enable_grad():
@@ -275,7 +274,7 @@ class _Experts:
             return
         for expert in range(self.experts):
             if any(int(sums[expert].rows) < len(sums[expert].inputs) for sums in self.sums.values()):
-                self._expert(expert, sample, None)
+                self._expert(expert, sample, None, borrowed=True)
 
 
 def _product(module: nn.Module, out: Tensor) -> Tensor | None:
