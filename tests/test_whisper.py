@@ -12,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lillama_whisper import teacher as listening
-from lillama_whisper.data import calibration_batches, held_out
+from lillama_whisper.data import _heard, calibration_batches, finetune_examples, held_out
+from lillama_whisper.teacher import Heard, loops
 from lillama_whisper.tokens import IGNORED, Tokens, spoken
 from safetensors import safe_open
-from speech_models import ENGLISH, LETTERS, MULTILINGUAL, folder, manifest, processor, save, tone, whisper
+from speech_models import ENGLISH, LETTERS, MULTILINGUAL, RATE, folder, manifest, processor, save, tone, whisper
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperConfig, pipeline
 
 from lillama.base import cache
@@ -51,6 +52,10 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 PLAIN = {"strategy": "uniform", "storage": "factors"}
+
+
+def speech_clips(directory):
+    return read_clips(str(directory), split="train", rate=RATE, where="calibration")
 
 
 def recipe(tmp_path, model, speech, *overrides, **changes) -> Recipe:
@@ -149,7 +154,7 @@ def test_every_clip_is_encoded_once_and_the_states_are_the_models_own(tmp_path, 
     settings = recipe(tmp_path, model, speech, "distill.schedule=concurrent", "distill.epochs=3")
     batches = list(calibration_batches(settings, Progress()))
     assert sorted(clip.name for clip in heard) == [f"{i}.flac" for i in range(5)]
-    assert [len(batch["decoder_input_ids"]) for batch in batches] == [2, 2, 1]
+    assert sorted(len(batch["decoder_input_ids"]) for batch in batches) == [1, 2, 2]
     original = AutoModelForSpeechSeq2Seq.from_pretrained(model)
     features = processor().feature_extractor([heard[0].samples], sampling_rate=16000, return_tensors="pt")
     given = {name: value[:, :1] for name, value in batches[0].items() if name == "encoder_outputs"}
@@ -176,6 +181,57 @@ def test_clips_without_text_are_transcribed_once(tmp_path, monkeypatch):
     again = list(calibration_batches(settings, Progress()))
     assert fingerprint(first) == fingerprint(again)
     assert all(torch.equal(a["decoder_input_ids"], b["decoder_input_ids"]) for a, b in zip(first, again))
+
+
+def test_clips_are_heard_beside_others_of_their_length(tmp_path):
+    import soundfile
+
+    speech = folder(tmp_path / "speech", 6, text=None)
+    for i, seconds in enumerate((1.9, 0.3, 1.8, 0.2, 1.7, 0.4)):
+        soundfile.write(speech / f"audio/{i}.flac", tone(seconds), RATE)
+    groups = list(
+        _heard(
+            listening.Teacher(recipe(tmp_path, save(tmp_path / "model"), speech)), speech_clips(speech), 3, Progress()
+        )
+    )
+    assert sorted(sorted(clip.name for clip in group.clips) for group in groups) == [
+        ["0.flac", "2.flac", "4.flac"],
+        ["1.flac", "3.flac", "5.flac"],
+    ]
+
+
+def test_whisper_s_own_rule_says_what_loops():
+    assert loops("I am the one who is going to be " * 6)
+    assert not loops("The quick brown fox jumps over the lazy dog, and nobody is surprised by it any more.")
+    assert not loops("") and not loops("No, no, no.")
+
+
+def test_clips_for_which_the_original_loops_are_left_out_and_copies_stay_with_their_clip(tmp_path, monkeypatch, caplog):
+    model, speech = save(tmp_path / "model"), folder(tmp_path / "speech", 4, text=None)
+    digests = {clip.digest: clip.name for clip in speech_clips(speech)}
+    looping = {"1.flac"}
+
+    def hear(self, clips):
+        heard = Heard(
+            torch.zeros(len(clips), 5, 16), [digests.get(clip.digest, "copy") for clip in clips], [None] * len(clips)
+        )
+        _ = self.model
+        return heard
+
+    monkeypatch.setattr(listening.Teacher, "hear", hear)
+    monkeypatch.setattr("lillama_whisper.data.loops", lambda text: text in looping)
+    settings = recipe(tmp_path, model, speech, "finetune={augment: 1, batch_size: 2}")
+    with caplog.at_level("WARNING"):
+        examples = finetune_examples(settings, Progress())
+    assert "left out 1 clips" in caplog.text
+    assert sorted(digests[one["source"]] for one in examples) == [
+        "0.flac",
+        "0.flac",
+        "2.flac",
+        "2.flac",
+        "3.flac",
+        "3.flac",
+    ]
 
 
 @pytest.mark.parametrize("special", [ENGLISH, MULTILINGUAL])

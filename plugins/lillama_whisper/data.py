@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from lillama.data.audio import Clip, Clips, pieces, read_clips
 from lillama.data.augment import altered
 from lillama.errors import LillamaError
-from lillama_whisper.teacher import Heard, Teacher
+from lillama_whisper.teacher import Heard, Teacher, loops
 
 if TYPE_CHECKING:
     from lillama import Recipe
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 SHORTEST = 0.1  # seconds: below, there is nothing to transcribe
 LONGER = 16  # tokens a sampled transcript may have more than the longest beside it
+AHEAD = 8  # groups of clips that are read at once, to be sorted by length: one that is long keeps short ones waiting
+
+log = logging.getLogger(__name__)
 
 
 def calibration_batches(recipe: Recipe, progress: Progress) -> list[dict[str, Tensor]]:
@@ -76,36 +80,59 @@ def held_out(groups: int, variants: int, share: float) -> int:
 
 @dataclass
 class _Group:
-    """Some clips with their encoder states [B, T, D] and whole token sequences."""
+    """Some clips with their encoder states [B, T, D], whole token sequences, and the digests of what they came from."""
 
     clips: list[Clip]
     heard: Heard
     sequences: list[list[int]]
+    sources: list[str]
 
 
-def _group(teacher: Teacher, clips: list[Clip], keep: Callable[[Tensor], Tensor]) -> _Group:
-    """Clips as the teacher hears them, their states kept by `keep`."""
-    heard = teacher.hear(clips)
+def _group(
+    teacher: Teacher, clips: Sequence[Clip], keep: Callable[[Tensor], Tensor], of: Sequence[Clip] = ()
+) -> _Group:
+    """Clips as the teacher hears them, their states kept by `keep`, without those whose transcript of its own loops.
+
+    `of`: the clips that these are altered copies of. Where all transcripts loop they stay: the model writes nothing
+    else, as one of random weights.
+    """
+    heard, sources = teacher.hear(clips), [clip.digest for clip in of or clips]
+    good = [i for i, clip in enumerate(clips) if clip.text is not None or not loops(heard.texts[i])]
+    if 0 < len(good) < len(clips):
+        clips, heard, sources = [clips[i] for i in good], heard.only(good), [sources[i] for i in good]
     heard.states = keep(heard.states)
     sequences = [teacher.tokens.sequence(*said) for said in zip(heard.texts, heard.languages)]
-    return _Group(clips, heard, sequences)
+    return _Group(list(clips), heard, sequences, sources)
 
 
 def _heard(
     teacher: Teacher, clips: Clips, size: int, progress: Progress, enough: float | None = None
 ) -> Iterator[_Group]:
-    """The clips in groups of `size`, heard by the teacher; stops after `enough` seconds of speech."""
+    """The clips in groups of at most `size`, heard by the teacher; stops after `enough` seconds of speech."""
     keep: Callable[[Tensor], Tensor] = teacher.keeper(len(clips))
     short = (piece for clip in clips for piece in pieces(clip, teacher.seconds) if piece.seconds >= SHORTEST)
-    seconds = 0.0
+    seconds, dropped = 0.0, 0
     with progress.phase("transcribe and encode", len(clips)) as bar:
-        while group := list(itertools.islice(short, size)):
+        for group in _alike(short, size):
             found = _group(teacher, group, keep)
             bar.advance(len(group), tokens=sum(map(len, found.sequences)))
+            dropped += len(group) - len(found.clips)
             yield found
-            seconds += sum(clip.seconds for clip in group)
+            seconds += sum(clip.seconds for clip in found.clips)
             if enough is not None and seconds >= enough:
-                return
+                break
+    if dropped:
+        log.warning("left out %d clips for which the original writes the same words over and over", dropped)
+
+
+def _alike(clips: Iterator[Clip], size: int) -> Iterator[list[Clip]]:
+    """Groups of `size` clips of about the same length, the groups in no order: the last ones may be held out."""
+    generator = torch.Generator().manual_seed(0)
+    while ahead := list(itertools.islice(clips, AHEAD * size)):
+        ahead.sort(key=lambda clip: clip.seconds)
+        groups = [ahead[i : i + size] for i in range(0, len(ahead), size)]
+        for i in torch.randperm(len(groups), generator=generator).tolist():
+            yield groups[i]
 
 
 def _altered(teacher: Teacher, groups: list[_Group], copies: int, progress: Progress) -> Iterator[_Group]:
@@ -114,7 +141,7 @@ def _altered(teacher: Teacher, groups: list[_Group], copies: int, progress: Prog
     with progress.phase("alter and transcribe", len(groups) * copies) as bar:
         for group in groups:
             for clips in zip(*(list(altered(clip, copies, teacher.seconds)) for clip in group.clips)):
-                found = _group(teacher, list(clips), keep)
+                found = _group(teacher, clips, keep, group.clips)
                 bar.advance(tokens=sum(map(len, found.sequences)))
                 yield found
 
@@ -164,27 +191,26 @@ def finetune_examples(recipe: Recipe, progress: Progress) -> list[dict[str, Any]
     groups = list(_heard(teacher, clips, section.batch_size, progress, enough))
     examples: list[dict[str, Any]] = []
     for group in groups:
-        examples += _examples(teacher, group, group.sequences, group)
+        examples += _examples(teacher, group, group.sequences)
         for number in range(section.variants):
             sequences = _sampled(teacher, group, number, section.variants)
-            examples += _examples(teacher, group, sequences, group)
+            examples += _examples(teacher, group, sequences)
     if section.augment:
-        copies = _altered(teacher, groups, section.augment, progress)
-        for number, group in enumerate(copies):
-            examples += _examples(teacher, group, group.sequences, groups[number // section.augment])
+        for group in _altered(teacher, groups, section.augment, progress):
+            examples += _examples(teacher, group, group.sequences)
     return examples
 
 
-def _examples(teacher: Teacher, group: _Group, sequences: list[list[int]], originals: _Group) -> list[dict[str, Any]]:
+def _examples(teacher: Teacher, group: _Group, sequences: list[list[int]]) -> list[dict[str, Any]]:
     """Every clip of a group as an example, under the name of the clip it was made of."""
     return [
         {
             "encoder_outputs": (states,),
             "decoder_input_ids": torch.tensor(sequence[:-1]),
             "labels": torch.tensor(teacher.tokens.labels(sequence, language)),
-            "source": original.digest,
+            "source": source,
         }
-        for states, sequence, language, original in zip(
-            group.heard.states, sequences, group.heard.languages, originals.clips
+        for states, sequence, language, source in zip(
+            group.heard.states, sequences, group.heard.languages, group.sources
         )
     ]

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lillama import Recipe
 
 TEMPERATURES = (0.7, 1.5)  # of sampled transcripts: from nearly what was said to words of all kinds
+LOOP = 2.4  # times its compressed size
 NEW_TOKENS = 224  # of a transcript: what 30 seconds of fast speech need, and where a loop is cut
 
 
@@ -34,6 +36,19 @@ class Heard:
     states: Tensor
     texts: list[str]
     languages: list[int | None]
+
+    def only(self, chosen: Sequence[int]) -> Heard:
+        """The same of the chosen clips."""
+        return Heard(self.states[list(chosen)], [self.texts[i] for i in chosen], [self.languages[i] for i in chosen])
+
+
+def loops(text: str) -> bool:
+    """Whether a transcript says the same over and over: zlib makes it less than 1/2.4 of its size.
+
+    The threshold by which Whisper itself discards what it wrote (arXiv 2212.04356, 4.5). A student would learn to loop.
+    """
+    said = text.encode()
+    return len(said) > LOOP * len(zlib.compress(said))
 
 
 class Teacher:
