@@ -9,7 +9,7 @@ import pytest
 from conftest import CONFIGS, tiny
 
 from lillama.pretrained.predictions import LOGITS
-from lillama.run import estimate, prepare
+from lillama.run import duration, estimate, prepare
 from lillama.testing import recipe_for
 
 # (memory, disk, seconds) of tiny models on a CPU whose products run at 10^9 operations a second.
@@ -38,7 +38,7 @@ ESTIMATES: dict[str, tuple[str, dict[str, Any], tuple[int, int, float | None]]] 
     "measured": (
         "qwen3",
         {"compress.strategy": "fisher", "compress.init": "fisher"},
-        (609_603_456, 8_416_896, 3.824418816),
+        (609_603_456, 8_416_896, 3.896672256),
     ),
     "in files": ("mistral", {"run.stream_memory": 1e-6}, (605_895_168, 9_655_808, 1.409286144)),
     "fine-tuned": (
@@ -54,7 +54,7 @@ ESTIMATES: dict[str, tuple[str, dict[str, Any], tuple[int, int, float | None]]] 
 def test_the_estimates_of_a_few_recipes(name, tmp_path, monkeypatch):
     model, changes, expected = ESTIMATES[name]
     tiny(model).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(estimate, "_throughput", lambda device, tokens: 1e9)
+    monkeypatch.setattr(duration, "throughput", lambda device, tokens: 1e9)
     settings = recipe_for(tmp_path / "model", tmp_path / "run").model_dump(mode="json")
     for key, value in {"calibration.tokens": 4096, "run.stream_memory": 1.0, **changes}.items():
         section, _, option = key.partition(".")
@@ -78,3 +78,26 @@ def test_the_logits_of_a_wide_vocabulary_are_estimated_as_they_are_made(tmp_path
     table, logits = 4 * 262_144 * 32, 4 * LOGITS
     assert table + 3 * logits < needed[262_144] - estimate.PROCESS_BYTES < 2 * table + 5 * logits
     assert needed[97] < estimate.PROCESS_BYTES + 100_000_000
+
+
+def test_the_time_of_perplexity_and_of_speed_is_that_of_every_model_that_comes_out(tmp_path, monkeypatch):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    (text := tmp_path / "text.txt").write_text("to be read")
+    read = {"perplexity": {"dataset": str(text), "tokens": 1000}}
+    monkeypatch.setattr(duration, "throughput", lambda device, tokens: 1e9)
+    settings = recipe_for(tmp_path / "model", tmp_path / "run").model_dump(mode="json")
+    settings["calibration"]["tokens"] = 4096
+
+    def of(evaluate, finetune=None):
+        prepared = prepare.prepare(prepare.Recipe.parse(settings | {"evaluate": evaluate, "finetune": finetune}))
+        found = estimate.estimate(prepared.source, prepared.plan, prepared.recipe, prepared.device)
+        return found.seconds, prepared.plan
+
+    nothing, plan = of({})
+    perplexity, _ = of(read)
+    assert perplexity - nothing == pytest.approx(2 * 1000 * (plan.before + plan.after) / 1e9)
+    speed, _ = of({"speed": {"new_tokens": 10, "repeats": 4}})
+    assert speed - nothing == pytest.approx(4 * (plan.before + plan.after) * 5 * 10 / duration.READING["cpu"])
+    learning = {"teacher": 1.0, "steps": 3, "batch_size": 1}
+    more = of(read, learning)[0] - of({}, learning)[0]
+    assert more == pytest.approx(2 * 1000 * (plan.before + 2 * plan.after) / 1e9)

@@ -276,7 +276,7 @@ def test_what_cannot_be_written_is_told_when_a_run_is_planned(model_dir, tmp_pat
 
 
 def test_an_estimate_has_the_writing_in_it(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("lillama.run.estimate._throughput", lambda *_, **__: 1e6)
+    monkeypatch.setattr("lillama.run.duration.throughput", lambda *_, **__: 1e6)
     seconds = []
     for tokens in (240, 480):
         calibration = {"generate": GENERATE | {"tokens": tokens}, "sequence_length": 16, "tokens": 160}

@@ -94,8 +94,11 @@ def gather(model: Any, wanted: Sequence[Wanted], reading: Reading) -> Iterator[t
                 bar.advance(len(batches[number : number + ranks.world()]))
         ranks.sum_(part for one in sums.values() for part in (one.inputs, one.outputs, one.counted))
         tokens = round(ranks.summed([tokens])[0])
-        for one in some:
-            yield one, sums.pop(one.name).moments(tokens, reading.device.device)
+        with reading.progress.phase("round", len(some)) as bar:
+            for one in some:
+                bar.describe(one.name)
+                yield one, sums.pop(one.name).moments(tokens, reading.device.device)
+                bar.advance()  # by now, whoever asked for it is done with it
 
 
 def _place_of(some: Sequence[Wanted], device: torch.device) -> torch.device:

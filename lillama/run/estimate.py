@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from lillama.base.device import Device
 from lillama.contract import Weight
@@ -18,11 +15,10 @@ from lillama.plan.plan import Plan, factor_numbers, observable
 from lillama.pretrained.predictions import LOGITS, READ
 from lillama.pretrained.source import Source
 from lillama.recipe.schema import Recipe
-from lillama.run import disk, fewbits
+from lillama.run import disk, duration, fewbits
 from lillama.run.counts import Counts
 from lillama.run.prepare import Prepared
 
-SINGLE = 3  # times that a product in float32 takes longer than one in the compute type, about
 PROCESS_BYTES = 600_000_000  # Python, torch, transformers and datasets themselves, on a CPU
 TRAINER_BYTES = 100_000_000  # what fine-tuning imports besides
 NORMS = 2  # of a block
@@ -66,9 +62,7 @@ def estimate(source: Source, plan: Plan, recipe: Recipe, device: Device) -> Esti
     memory = max(memory, _evaluation_bytes(run), _finetuning_bytes(run), _quantising_bytes(run))
     if device.device.type == "cpu":
         memory += PROCESS_BYTES
-    tokens = recipe.calibration.known_tokens
-    seconds = _operations(run, tokens) / _throughput(device, run.batch) + _writing(run) if tokens else None
-    return Estimate(int(memory), disk.needed(run), seconds, tokens)
+    return Estimate(int(memory), disk.needed(run), duration.seconds(run), recipe.calibration.known_tokens)
 
 
 def _students(run: Counts) -> dict[str, int]:
@@ -103,43 +97,6 @@ def _all_at_once(run: Counts) -> int:
     outside = run.source.outside(layer.name for layer in run.plan.layers)
     around = sum(run.source.model.get_parameter(name).numel() for name in outside)
     return held + sum(_students(run).values()) + sum(_step(run)) + run.source.working.itemsize * around
-
-
-def _operations(run: Counts, tokens: int) -> float:
-    """Floating-point operations of the run on so many tokens of calibration."""
-    compress, epochs = run.recipe.compress, run.recipe.distill.epochs
-    seen = tokens if epochs else min(tokens, compress.gram_tokens) if run.grams else 0
-    once = sum(2 * count for count in run.numbers.values())
-    train = sum(6 * (run.rest[name] + run.factors[name]) for name in run.factors)
-    # The teacher, and the student stream moving on.
-    flops = seen * (2 * once + train * len(run.streams) * epochs)
-    sums = 4 * factor_numbers(run.plan.layers) * SINGLE  # of both factors, in float32
-    if run.foretold:
-        sums += 2 * sum(kept_numbers(w) for layer in run.plan.layers for w in observable(layer)) * SINGLE
-    flops += min(tokens, compress.fisher_tokens) * (3 * once + sums) * run.measured
-    flops += disk.inputs_alone(run.recipe, tokens) * (once + sums // 2) * run.measured
-    return flops + _finetuning(run.source, run.plan, run.recipe) + fewbits.operations(run)
-
-
-def _finetuning(source: Source, plan: Plan, recipe: Recipe) -> float:
-    """Operations of fine-tuning on text: 6 per parameter and token, and 2 where the original predicts as well."""
-    section = recipe.finetune
-    if section is None or source.config.is_encoder_decoder:
-        return 0.0
-    tokens = section.tokens or recipe.calibration.known_tokens or 0
-    if section.steps:
-        updates = section.steps * section.batch_size * section.gradient_accumulation * section.sequence_length
-    else:
-        updates = tokens * section.epochs
-    return float(updates) * (6 * plan.after + 2 * plan.before * (section.teacher > 0))
-
-
-def _writing(run: Counts) -> float:
-    """Seconds in which the model writes its own text, a token of every text of a round at a time."""
-    section, written = run.recipe.calibration.generate, run.recipe.calibration.written
-    if section is None:
-        return 0.0
-    return 2 * run.plan.before * written / _throughput(run.device, section.batch, least=1)
 
 
 def _writing_bytes(run: Counts) -> int:
@@ -265,17 +222,3 @@ def _gram_bytes(weights: Sequence[Weight], wanted: Iterable[str]) -> int:
         key = weight.name if output else weight.group or weight.name
         sizes[key] = 4 * weight.copies * weight.shape[0 if output else 1] ** 2
     return sum(sizes.values())
-
-
-def _throughput(device: Device, tokens: int, least: int = 64) -> float:
-    """Floating-point operations per second of a matrix product as a layer makes them for a batch of tokens."""
-    n = 1024 if device.device.type == "cpu" else 4096
-    a = torch.randn(min(max(tokens, least), n), n, device=device.device, dtype=device.compute)
-    b = torch.randn(n, n, device=device.device, dtype=device.compute)
-    best = 0.0
-    for _ in range(4):
-        start = time.perf_counter()
-        _ = float((a @ b)[0, 0])  # reading a number waits for the device
-        best = max(best, 2 * len(a) * n**2 / (time.perf_counter() - start))
-    # Attention, normalisation, optimiser and memory take longer again: of SmolLM2-135M on two cores a third was left.
-    return best / 3
