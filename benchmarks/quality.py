@@ -7,10 +7,13 @@ text: the files shuffled together, --tokens of them. Results are kept in --out, 
 stopped.
 
   svd      plain SVD, uniform ranks, no distillation
-  paper    plain SVD, bottom layers first, teacher+student, 8.6e-4, concurrent, one pass (min_rank scaled to the width)
+  asvd     the same of columns weighed by the size of their inputs
   svd-llm  closed form on the inputs' statistics, uniform ranks, two factors, no distillation
+  paper    plain SVD, bottom layers first, teacher+student, 8.6e-4, concurrent, one pass (min_rank scaled to the width)
   fisher   the quickstart's ranks and starting factors, no training
   ours     the same, then the whole model learns the original's predictions (--steps updates)
+
+The first four are recipes/peers/, the others the quickstart.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +41,23 @@ from lillama.errors import LillamaError
 from lillama.evaluate.context import Context
 from lillama.evaluate.perplexity import perplexity
 
-QUICKSTART = lillama.Recipe.load(Path(__file__).parents[1] / "recipes" / "quickstart.yaml").model_dump()
-OURS = {name: QUICKSTART["compress"][name] for name in ("of", "strategy", "init", "storage")}
-UNIFORM = {"strategy": "uniform", "of": "model", "storage": "factors"}
+RECIPES = Path(__file__).parents[1] / "recipes"
 CLOSED = {"epochs": 0, "schedule": "sequential", "loss": "teacher", "batch_size": 2, "holdout": 0}
+
+
+def sections(name: str, wanted: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
+    """What a shipped recipe says of itself in the `wanted` sections, sizes and amounts of data left out."""
+    given = lillama.Recipe.load(RECIPES / f"{name}.yaml").model_dump(exclude_unset=True)
+    return {part: {k: v for k, v in given[part].items() if k not in less} for part, less in wanted.items()}
+
+
+SIZES = {"compress": {"reduction", "gram_tokens", "fisher_tokens", "fisher_inputs", "min_rank"}}
+OURS = sections("quickstart", SIZES) | {"distill": CLOSED}
+PEERS = {"svd": "svd", "asvd": "asvd", "svd-llm": "svd_llm", "paper": "paper"}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
-    "svd": {"compress": {**UNIFORM, "init": "svd"}, "distill": CLOSED},
-    "paper": {
-        "compress": {**UNIFORM, "strategy": "bottom", "init": "svd", "rank_step": 16},
-        "distill": {
-            "loss": "teacher+student",
-            "objective": "l1_logcos",
-            "schedule": "concurrent",
-            "train": "factors",
-            "lr_schedule": "constant",
-            "warmup": 0.0,
-            "clip_norm": None,
-        },
-    },
-    "svd-llm": {"compress": {**UNIFORM, "init": "whitened"}, "distill": CLOSED},
-    "fisher": {"compress": OURS, "distill": CLOSED},
-    "ours": {"compress": OURS, "distill": CLOSED},
+    **{name: sections(f"peers/{file}", SIZES | {"distill": set()}) for name, file in PEERS.items()},
+    "fisher": OURS,
+    "ours": OURS,
 }
 
 
@@ -83,7 +83,7 @@ def recipe(arguments: argparse.Namespace, method: str, reduction: float, mix: Pa
         "fisher_inputs": max(arguments.tokens - arguments.fisher_tokens, 0) or None,
         **chosen["compress"],
     }
-    distill = {"batch_size": 8, **chosen["distill"]}
+    distill = chosen["distill"]
     finish = None
     if method == "ours":
         finish = {
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="of ours")
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="of ours")
     parser.add_argument("--vector-learning-rate", type=float, default=1e-3, help="of norms, of ours")
-    parser.add_argument("--min-rank", type=int, default=256, help="of the paper's recipe; halved where it is too large")
+    parser.add_argument("--min-rank", type=int, default=128, help="of the paper's recipe; halved where it is too large")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     arguments = parser.parse_args()
     quiet.quiet_libraries()
