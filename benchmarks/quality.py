@@ -89,7 +89,7 @@ def recipe(arguments: argparse.Namespace, method: str, reduction: float, mix: Pa
         finish = {
             "teacher": 1.0,
             "steps": arguments.steps,
-            "sequence_length": arguments.length,
+            "sequence_length": arguments.length // arguments.batch_size,
             "batch_size": arguments.batch_size,
             "learning_rate": arguments.learning_rate,
             "vector_learning_rate": arguments.vector_learning_rate,
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--fisher-tokens", type=int, default=32_768, help="of fisher and ours")
     parser.add_argument("--steps", type=int, default=160, help="updates of the whole model, of ours")
-    parser.add_argument("--batch-size", type=int, default=1, help="of ours")
+    parser.add_argument("--batch-size", type=int, default=2, help="pieces that a sequence is learned in, of ours")
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="of ours")
     parser.add_argument("--vector-learning-rate", type=float, default=1e-3, help="of norms, of ours")
     parser.add_argument("--min-rank", type=int, default=128, help="of the paper's recipe; halved where it is too large")
