@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--fisher-tokens", type=int, default=32_768, help="of fisher and ours")
     parser.add_argument("--steps", type=int, default=160, help="updates of the whole model, of ours")
-    parser.add_argument("--batch-size", type=int, default=2, help="pieces that a sequence is learned in, of ours")
+    parser.add_argument("--batch-size", type=int, default=4, help="pieces that a sequence is learned in, of ours")
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="of ours")
     parser.add_argument("--vector-learning-rate", type=float, default=1e-3, help="of norms, of ours")
     parser.add_argument("--min-rank", type=int, default=128, help="of the paper's recipe; halved where it is too large")

@@ -59,8 +59,8 @@ def recipe_of(asked: Asked, parameters: int, embedding: bool = False) -> dict[st
         settings["finetune"] = {
             "teacher": 1.0,
             "steps": max(10, min(120, tokens // 1024)),
-            "sequence_length": 256,
-            "batch_size": 2,
+            "sequence_length": 128,
+            "batch_size": 4,
             "learning_rate": 2e-5,
             "vector_learning_rate": 1e-3,
             "lr_schedule": "cosine",
