@@ -247,7 +247,7 @@ INITIALISERS: Registry[Callable[..., Any]] = Registry(
         "random": "lillama.factorise.initialisers:random",
         "whitened": "lillama.factorise.initialisers:whitened",
         "compensated": "lillama.factorise.initialisers:compensated",
-        "scaled": "lillama.factorise.initialisers:scaled",
+        "asvd": "lillama.factorise.initialisers:asvd",
         "fisher": "lillama.factorise.initialisers:fisher",
     },
     # W, rank

@@ -46,7 +46,7 @@ CASES = [
     (n, k)
     for n in INITIALISERS
     for k in ("linear", "embedding", "experts")
-    if k != "embedding" or n not in ("compensated", "scaled")
+    if k != "embedding" or n not in ("compensated", "asvd")
 ]
 
 

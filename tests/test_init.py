@@ -49,22 +49,22 @@ def test_whitened_survives_fewer_inputs_than_dimensions_and_no_inputs_at_all():
 
 
 @pytest.mark.parametrize("shape", [(12, 9), (9, 12)])
-def test_scaled_is_the_truncated_svd_of_weighed_columns(shape):
+def test_asvd_is_the_truncated_svd_of_weighed_columns(shape):
     W, X = problem(*shape)
     X[2] *= 30
     size = X.square().sum(1)
     S = (size + init.RIDGE * size.mean()) ** 0.25
     U, values, V = torch.linalg.svd(W * S, full_matrices=False)
-    A, B = init.scaled(W, 4, X @ X.T)
+    A, B = init.asvd(W, 4, X @ X.T)
     torch.testing.assert_close(A @ B, U[:, :4] * values[:4] @ V[:4] / S)
     torch.testing.assert_close(A.norm(dim=0), B.norm(dim=1))
-    assert torch.isfinite(torch.cat([part.flatten() for part in init.scaled(W, 4, torch.zeros(len(X), len(X)))])).all()
+    assert torch.isfinite(torch.cat([part.flatten() for part in init.asvd(W, 4, torch.zeros(len(X), len(X)))])).all()
 
 
 def test_full_rank_is_exact():
     for shape in ((12, 9), (9, 12)):
         W, X = problem(*shape)
-        for A, B in (init.svd(W, 9), init.whitened(W, 9, X @ X.T), init.scaled(W, 9, X @ X.T)):
+        for A, B in (init.svd(W, 9), init.whitened(W, 9, X @ X.T), init.asvd(W, 9, X @ X.T)):
             torch.testing.assert_close(A @ B, W)
 
 

@@ -77,7 +77,7 @@ def whitened(W: Tensor, rank: int, gram: Tensor | None = None, output_gram: Tens
     return balanced(U, U.T @ W)
 
 
-def scaled(W: Tensor, rank: int, gram: Tensor) -> Factors:
+def asvd(W: Tensor, rank: int, gram: Tensor) -> Factors:
     """Truncated SVD of W with every input times the square root of its usual size (ASVD, arXiv 2312.05821, alpha 0.5).
 
     With S = diag(H)^(1/4), `svd` of W S = A B, and B S^-1: what an input of large numbers needs is kept before others.

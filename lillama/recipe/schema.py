@@ -78,7 +78,7 @@ class Compress(Section):
     )
     init: str = Field(
         "fisher",
-        description="Starting factors: svd, random, scaled (svd that weighs columns by their inputs' sizes), whitened "
+        description="Starting factors: svd, random, asvd (svd that weighs columns by their inputs' sizes), whitened "
         "(best for the calibration inputs), compensated (for the student's inputs, making up for earlier losses), "
         "fisher (best for the predictions on the calibration data), or a plugin's.",
     )
