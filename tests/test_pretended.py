@@ -43,8 +43,8 @@ BY_HAND = (
     "lillama/dense/",  # small probes of how a module computes
     "lillama/lowrank/pivoted.py",  # which rows are pivots is scipy's to say; and a model is loaded on the host
     "lillama/lowrank/factors.py",
-    "lillama/lowrank/arithmetic.py:122 product_pivoted",  # transformers' Mamba scales what it loads, on the host
-    "plugins/lillama_whisper/teacher.py:82 hear",  # what is heard becomes features in transformers' extractor
+    "lillama/lowrank/arithmetic.py product_pivoted",  # transformers' Mamba scales what it loads, on the host
+    "plugins/lillama_whisper/teacher.py hear",  # what is heard becomes features in transformers' extractor
     "lillama/evaluate/speech.py",
 )
 # On Apple's, which has no float64, factors are found on the host as well.
@@ -97,7 +97,8 @@ def run(home: Path, name: str, device: str, changes: dict[str, Any] | None = Non
 def check(pretended: Pretended, allowed: tuple[str, ...] = BY_HAND) -> None:
     """Assert that all was done on the card that was asked for."""
     assert set(pretended.devices) == {str(pretended.asked)}, pretended.strays
-    assert not [place for place in pretended.by_hand if not place.startswith(allowed)]
+    places = (re.sub(r":\d+ ", " ", place, count=1) for place in pretended.by_hand)  # lines move
+    assert not [place for place in places if not place.startswith(allowed)]
 
 
 @pytest.fixture(autouse=True)
