@@ -26,7 +26,8 @@ class Weight:
     `name` is the dotted name of its module in the whole model, that of the layer where the layer is itself one weight
     (an embedding, a head); `shape` is (d_out, d_in), of an embedding (vocabulary, width); `copies` is how many such
     matrices are stacked (experts); weights of one `group` see the same input and share one Gram matrix; `tied` names
-    the embedding's weight that this one, a head's, is the same as: one pair of factors serves both.
+    the embedding's weight that this one, a head's, is the same as: one pair of factors serves both. `whole` is the
+    shape in the original, where some neurons of an MLP are gone: `shape` is what is left.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Weight:
     kind: WeightKind = "linear"
     group: str | None = None
     tied: str | None = None
+    whole: tuple[int, int] | None = None
 
     @property
     def parameters(self) -> int:
@@ -42,6 +44,30 @@ class Weight:
         if self.tied:
             return 0
         return self.shape[0] * self.shape[1] * self.copies
+
+    @property
+    def original_parameters(self) -> int:
+        """The same of the original, all neurons counted."""
+        return self.parameters if self.whole is None else self.whole[0] * self.whole[1] * self.copies
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """An MLP inside a layer: its `entries` give every neuron a number each, its `exit` reads one of every neuron.
+
+    They are names of the layer's weights. What exit reads of a neuron depends on what entries put out for this neuron
+    alone, so that a row of every entry and a column of exit can be removed together. An MLP without a gate has one
+    entry. `biases` are the entries with a bias, of which a number goes with every neuron.
+    """
+
+    entries: tuple[str, ...]
+    exit: str
+    biases: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of all of them."""
+        return (*self.entries, self.exit)
 
 
 @dataclass(frozen=True)
@@ -56,14 +82,19 @@ class Layer:
     name: str
     weights: tuple[Weight, ...] = ()
     kind: LayerKind = "block"
+    neurons: tuple[Neurons, ...] = ()
 
     @classmethod
-    def of_linears(cls, model: nn.Module, name: str, groups: Sequence[Sequence[str]]) -> Layer:
+    def of_linears(
+        cls, model: nn.Module, name: str, groups: Sequence[Sequence[str]], neurons: Sequence[str] = ()
+    ) -> Layer:
         """The block `name` of `model`, its linears (`nn.Linear`, Conv1D) grouped by common input.
 
         `groups` lists module names relative to the block, e.g. (("attn.q", "attn.k"), ("attn.o",)); names
         the block lacks are passed over, so one table can serve relatives of a family. A linear whose class computes
         something else than W x + b (a router that picks, a grouped product) is left out, with a warning that names it.
+        `neurons` names the linears of an MLP, the one that ends it last, e.g. ("mlp.gate", "mlp.up", "mlp.down"): see
+        `Neurons`. Where the block lacks one of them, or they do not fit together, it is passed over.
         """
         from torch import nn
 
@@ -81,7 +112,7 @@ class Layer:
                 elif isinstance(linear, nn.Linear):
                     log.warning("%s.%s stays dense: %s has a forward of its own", name, relative, _class(linear))
         _check_groups(name, groups, [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_linear(m)])
-        return cls(name, tuple(weights))
+        return cls(name, tuple(weights), neurons=_find_neurons(block, name, weights, neurons))
 
     @classmethod
     def of_experts(cls, model: nn.Module, name: str) -> tuple[Weight, ...]:
@@ -141,6 +172,21 @@ class Layer:
         tied = _find(model, "get_input_embeddings", nn.Module) if inputs.weight is head.weight else None
         weight = Weight(name, (head.out_features, head.in_features), tied=tied)
         return cls(name, (weight,), kind="head")
+
+
+def _find_neurons(block: nn.Module, name: str, weights: Sequence[Weight], named: Sequence[str]) -> tuple[Neurons, ...]:
+    """The MLP of these linears of a block, the last its exit; none where one is missing or they do not fit."""
+    from torch import nn
+
+    shapes = {weight.name: weight.shape for weight in weights}
+    *entries, last = (f"{name}.{one}" for one in named) if named else ("",)
+    if not entries or not {*entries, last} <= shapes.keys():
+        return ()
+    width, plain = shapes[last][1], all(type(block.get_submodule(one)) is nn.Linear for one in named)
+    # Statistics are of the smaller side of a weight: that of the hidden states.
+    wide = all(shapes[one][0] == width >= shapes[one][1] for one in entries) and width >= shapes[last][0]
+    biases = (one for one in entries if plain and block.get_submodule(one.removeprefix(f"{name}.")).bias is not None)
+    return (Neurons(tuple(entries), last, tuple(biases)),) if plain and wide else ()
 
 
 def _check_groups(block: str, groups: Sequence[Sequence[str]], linears: Sequence[str]) -> None:

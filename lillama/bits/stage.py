@@ -83,7 +83,7 @@ def quantise_model(
     check_finite(model)
     known = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     modules = dict(getattr(known, "modules", {})) | described(done)
-    describe_(model, modules, getattr(known, "shared", []))
+    describe_(model, modules, getattr(known, "shared", []), getattr(known, "shapes", {}))
     return done
 
 

@@ -50,6 +50,15 @@ def check_modules(modules: Any, shared: Any) -> None:
             raise _wrong(f"a group names a module twice, or one inside another: {group!r}", "shared")
 
 
+def check_shapes(shapes: Any) -> None:
+    """LillamaError unless these are shapes of linears that lost neurons, by their names."""
+    if not isinstance(shapes, Mapping):
+        raise _wrong(f"the shapes are a {type(shapes).__name__}, not an object", "shapes")
+    for name, shape in shapes.items():
+        if not (isinstance(shape, Sequence) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+            raise _wrong(f"a shape is {shape!r}, not two whole numbers above 0", name)
+
+
 def _check_storage(storage: str, name: Any) -> None:
     """LillamaError for bits that this version does not know. Whether the format is there the host knows, later."""
     try:

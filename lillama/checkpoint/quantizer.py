@@ -7,8 +7,9 @@ sharding, device_map, dtypes, generate, Trainer and pipeline see an ordinary mod
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lillama.errors import LillamaError
 from lillama.factorise.initialisers import svd
 from lillama.lowrank import swap as factors
 from lillama.lowrank.linear import LowRankLinear
+from lillama.lowrank.narrow import Shapes, narrow, widened
 from lillama.lowrank.storage import Factors
 from lillama.plan.plan import Plan
 from lillama.pretrained import sharing
@@ -35,14 +37,16 @@ from lillama.pretrained.headers import check_size
 
 Modules = Mapping[str, Mapping[str, Any]]  # name -> kind, storage, rank, and tied where it is
 METHOD = "lillama"
-VERSION = 2
+VERSION = 3
 FIRST_WITH = {":": 2}  # what the names of storages have that earlier versions cannot read, and since when
+FIRST_WITH_SHAPES = 3
 
 
 class LillamaConfig(QuantizationConfigMixin):
     """Which modules are factorised, {name: {"kind", "storage", "rank"}}, and which are one (lists of names).
 
-    A head whose factors are those of an embedding has the embedding's name as "tied".
+    A head whose factors are those of an embedding has the embedding's name as "tied". `shapes` are those of linears
+    that lost neurons, factorised or not: {name: [d_out, d_in]}.
     """
 
     def __init__(
@@ -50,20 +54,26 @@ class LillamaConfig(QuantizationConfigMixin):
         modules: dict[str, dict[str, Any]] | None = None,
         version: int | None = None,
         shared: list[list[str]] | None = None,
+        shapes: dict[str, list[int]] | None = None,
         **ignored: Any,
     ):
         if version is not None:
             described.check_version(version, VERSION)
         described.check_modules({} if modules is None else modules, shared)
+        described.check_shapes({} if shapes is None else shapes)
         self.quant_method = METHOD
-        self.version = version_of(modules or {})
+        self.version = version_of(modules or {}, shapes)
         self.modules = modules or {}
         if shared:
             self.shared = shared
+        if shapes:
+            self.shapes = shapes
 
 
-def version_of(modules: Modules) -> int:
+def version_of(modules: Modules, shapes: Shapes | None = None) -> int:
     """The version of the format that these modules need: earlier readers go on reading what they can."""
+    if shapes:
+        return FIRST_WITH_SHAPES
     names = {how["storage"] for how in modules.values()}
     return max((since for sign, since in FIRST_WITH.items() if any(sign in name for name in names)), default=1)
 
@@ -97,7 +107,7 @@ class LillamaQuantizer(HfQuantizer):
         gone = [dense for name, how in here.items() for dense in factors.dense_names(name, how["kind"])]
         ignored = {rf"(^|\.){re.escape(dense)}$" for dense in [*gone, *renamed(model, gone)]}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
-        place_factors(model, here)
+        place_factors(model, here, local_shapes(model, self.quantization_config))
         files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
         if files:
             check_size(model, map(TensorFile, files), str(files[0].parent))
@@ -126,6 +136,7 @@ class LillamaQuantizer(HfQuantizer):
         for name, module in list(factors.factor_modules(model)):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, factors.to_dense(module))
+        _widen(model, local_shapes(model, self.quantization_config))
         sharing.unshare(model, local_groups(model, self.quantization_config))
         sharing.untell(model)
         model.tie_weights()
@@ -143,8 +154,13 @@ class LillamaQuantizer(HfQuantizer):
         return True
 
 
-def place_factors(model: Any, modules: Modules) -> Any:
-    """Put empty factor modules into `model` where `modules` (names as the model has them) says; what is tied is one."""
+def place_factors(model: Any, modules: Modules, shapes: Shapes | None = None) -> Any:
+    """Put empty factor modules into `model` where `modules` (names as the model has them) says; what is tied is one.
+
+    Before that linears lose the neurons that `shapes` say.
+    """
+    for name, shape in (shapes or {}).items():
+        narrow(model, name, shape)
     described.check_places(model, modules)
     if any(how["kind"] == "linear" for how in modules.values()):
         # It has children, and whoever spreads a model over devices would part one factor from the other.
@@ -171,6 +187,11 @@ def factorise_(
     LillamaError where the model has no such module, or one of another kind.
     """
     modules = plan.modules() if isinstance(plan, Plan) else plan
+    if isinstance(plan, Plan) and (shapes := plan.shapes()):
+        hint = "Run the recipe: `lillama.compress` removes them by what was measured."
+        raise LillamaError(
+            "the plan removes neurons, which no initialiser chooses", where=next(iter(shapes)), hint=hint
+        )
     for name, how in modules.items():
         if local_name(model, factors.module_of(name, how["kind"])) is None:
             raise LillamaError("the model has no such module", where=name, hint="The plan is of another model.")
@@ -191,10 +212,14 @@ def factorise_(
     return describe_(model, modules, shared)
 
 
-def describe_(model: Any, modules: Modules, shared: sharing.Groups = ()) -> Any:
+def describe_(model: Any, modules: Modules, shared: sharing.Groups = (), shapes: Shapes | None = None) -> Any:
     """Let `model`, which has these factor modules, save itself as a checkpoint; returns the model."""
     model.hf_quantizer = LillamaQuantizer(
-        LillamaConfig({name: dict(how) for name, how in modules.items()}, shared=[list(group) for group in shared])
+        LillamaConfig(
+            {name: dict(how) for name, how in modules.items()},
+            shared=[list(group) for group in shared],
+            shapes={name: list(shape) for name, shape in (shapes or {}).items()},
+        )
     )
     return model.hf_quantizer.postprocess_model(model)
 
@@ -226,9 +251,28 @@ def local_modules(model: Any, modules: Modules) -> dict[str, dict[str, Any]]:
     return found
 
 
+def local_shapes(model: Any, config: LillamaConfig) -> dict[str, Sequence[int]]:
+    """The shapes of linears that lost neurons, as `model` calls them."""
+    named = ((local_name(model, name), shape) for name, shape in getattr(config, "shapes", {}).items())
+    return {name: shape for name, shape in named if name is not None}
+
+
+def _widen(model: Any, shapes: Shapes) -> None:
+    """Let dense linears that lost neurons have the original's shape again, zeros in their place."""
+    if not shapes:
+        return
+    with torch.device("meta"):
+        whole = type(model)(copy.deepcopy(model.config))
+    for name in shapes:
+        parent, _, child = name.rpartition(".")
+        wide = tuple(whole.get_submodule(name).weight.shape)
+        setattr(model.get_submodule(parent), child, widened(model.get_submodule(name), wide))
+
+
 def missing_modules(model: Any, config: LillamaConfig) -> list[str]:
     """The modules that a checkpoint speaks of and `model` lacks."""
     names = [factors.module_of(name, how["kind"]) for name, how in config.modules.items()]
+    names += getattr(config, "shapes", {})
     named = [*names, *(name for group in getattr(config, "shared", []) for name in group)]
     return [name for name in named if local_name(model, name) is None]
 

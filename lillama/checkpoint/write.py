@@ -35,7 +35,7 @@ def write(source: Source, plan: Plan, run: RunDirectory, layer_files: list[str],
     config = copy.deepcopy(source.config)
     config.dtype = source.dtype
     config.architectures = [type(source.model).__name__]
-    config.quantization_config = quantizer.LillamaConfig(plan.modules(), shared=source.shared)
+    config.quantization_config = quantizer.LillamaConfig(plan.modules(), shared=source.shared, shapes=plan.shapes())
     config.save_pretrained(target)
     assert source.directory is not None
     copy_beside(source.directory, target)

@@ -42,7 +42,7 @@ def plan(prepared: Prepared) -> RenderableType:
         sizes = f"with {tied}" if tied else f"{millions(before)} -> {millions(after)}"
         table.add_row(name, shape, ranks, sizes)
     e = estimate(prepared.source, p, recipe, prepared.device)
-    layers = sum(1 for layer in p.layers if p.planned(layer))
+    layers = sum(1 for layer in p.layers if p.changes(layer))
     compute = str(prepared.device.compute).removeprefix("torch.")
     lines = [
         f"{recipe.model.id}: {type(prepared.source.model).__name__}, plugin {prepared.plugin}",

@@ -41,7 +41,7 @@ def stand_apart(job: Job) -> bool:
 @torch.no_grad()
 def finish_apart(job: Job) -> None:
     """Factorise and store every planned block that is not stored yet; all processes call it."""
-    wanted = [x for x in job.layers if x.kind == "block" and job.plan.planned(x) and not job.is_stored(x)]
+    wanted = [x for x in job.layers if x.kind == "block" and job.plan.changes(x) and not job.is_stored(x)]
     with job.progress.phase("factorise", len(wanted)) as bar:
         for start in range(0, len(wanted), ranks.world()):
             some = wanted[start : start + ranks.world()]
@@ -69,7 +69,7 @@ def _make(job: Job, layer: Layer) -> _Made:
         names = [weight.name for weight in job.plan.planned(layer) if weight.name in job.initialise.refused]
         made = _Made({name: job.initialise.refused.pop(name) for name in names})
         plan = job.plan.keep_dense(made.refused)
-        if not plan.planned(layer):
+        if not plan.changes(layer):
             return made
 
         def tell(kind: str, line: str, **data: Any) -> None:
@@ -79,7 +79,8 @@ def _make(job: Job, layer: Layer) -> _Made:
         found = student.finish()
         made.dense, made.tensors = found.dense, found.tensors
         if found.dense:
-            _, made.tensors = without(layer, teacher, plan.keep_dense(found.dense), found.module, student.trained)
+            kept, left = plan.keep_dense(found.dense), job.left_of(layer)
+            _, made.tensors = without(layer, teacher, kept, found.module, student.trained, left)
         made.tensors = {name: tensor.cpu() for name, tensor in made.tensors.items()}
     return made
 
@@ -91,5 +92,5 @@ def _store(job: Job, layer: Layer, made: _Made, tensors: dict[str, Tensor]) -> N
     if made.refused:
         job.keep_dense(layer, made.refused)
     job.put_finished({layer: tensors}, {layer: made.dense} if made.dense else {})
-    if job.plan.planned(layer):
+    if job.plan.changes(layer):
         job.directory.event("layer", layer=layer.name, steps=0, initial_loss=math.nan, loss=None)

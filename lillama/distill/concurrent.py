@@ -83,7 +83,7 @@ def _build_students(job: Job, teachers: Teachers, init: dict[str, str]) -> Stude
     """The students by position, with their starting factors."""
     found: Students = {}
     for position, layer in enumerate(job.layers):
-        if job.plan.planned(layer):
+        if job.plan.changes(layer):
             start: dict[str, Factors] = {}
             if layer.name in init:
                 tensors = job.directory.tensors(init[layer.name])
@@ -155,9 +155,9 @@ def _begin(job: Job, teachers: Teachers, students: Students, capture: Capture) -
     for position, loss in losses.items():
         student = students[position]
         leader = student.owner or student
-        if job.plan.planned(leader.layer) and job.keep_unless_finite(leader.layer, loss):
+        if job.plan.changes(leader.layer) and job.keep_unless_finite(leader.layer, loss):
             leader.discard()
-    for position in [p for p, student in students.items() if not job.plan.planned(student.layer)]:
+    for position in [p for p, student in students.items() if not job.plan.changes(student.layer)]:
         del students[position]
     if students and len(students) < len(losses):
         losses = _measure(job, teachers, students, capture)  # what is dense hands on something else

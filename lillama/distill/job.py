@@ -18,10 +18,11 @@ from lillama.base.progress import Progress
 from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
 from lillama.distill import kept
-from lillama.distill.build import without
+from lillama.distill.build import Left, without
 from lillama.distill.student import Student, Training
+from lillama.errors import LillamaError
 from lillama.factorise.start import Initialiser, Needs, find_needs
-from lillama.factorise.statistics import Statistics
+from lillama.factorise.statistics import Statistics, read_narrow
 from lillama.plan.plan import Plan
 from lillama.pretrained.calls import Batches, RawBatch
 from lillama.pretrained.source import Source
@@ -79,7 +80,7 @@ class Job:
         self.statistics = Statistics(plan, self.directory, self.device, self.train, self.needs.fisher, floor)
         self.training = Training(
             plan, recipe.distill, floor, self.device, self.total_steps, spare,
-            self.source.dtype, bool(self.held), self.walk.originals, self.tell,
+            self.source.dtype, bool(self.held), self.walk.originals, self.tell, self.left_of,
         )  # fmt: skip
         self.initialise = Initialiser.of(recipe, self.source.dtype)
 
@@ -97,6 +98,10 @@ class Job:
         """The numbers, in `ordered`, of the batches on which layers are measured before they learn."""
         n = len(self.train)
         return range(n, len(self.batches)) if self.held else range(min(n, 1))
+
+    def left_of(self, layer: Layer) -> Left:
+        """What is left of the layer's weights that lose neurons."""
+        return read_narrow(self.directory, layer)
 
     def read_stored(self, layer: Layer) -> dict[str, Tensor]:
         """The tensors of a finished layer, on the device; those of a tied head with the embedding's factors."""
@@ -124,7 +129,7 @@ class Job:
     @property
     def is_done(self) -> bool:
         """Whether every planned layer is finished."""
-        return all(self.is_stored(layer) for layer in self.layers if self.plan.planned(layer))
+        return all(self.is_stored(layer) for layer in self.layers if self.plan.changes(layer))
 
     def check_steps(self) -> set[int]:
         """After which steps the held-out loss is measured: evenly spaced, the last step included."""
@@ -174,6 +179,9 @@ class Job:
         if math.isfinite(loss):
             return False
         reason = f"with starting factors the layer's loss is {loss}"
+        if self.plan.narrowed(layer):  # the original's weights are no way back
+            hint = "Set compress.neurons: null, or run.compute: float32."
+            raise LillamaError(f"neurons of its MLP were removed, and {reason}", where=layer.name, hint=hint)
         self.keep_dense(layer, {weight.name: reason for weight in self.plan.planned(layer)})
         return True
 
@@ -205,12 +213,12 @@ class Job:
             layer, module, tensors = student.layer, found.module, found.tensors
             if plan.planned(layer) != self.plan.planned(layer):
                 with self.original(layer) as teacher:
-                    module, tensors = without(layer, teacher, plan, module, student.trained)
+                    module, tensors = without(layer, teacher, plan, module, student.trained, self.left_of(layer))
             modules.append(module)
             finished[layer] = tensors
         self.put_finished(finished, {student.layer: found.dense for student, found in done if found.dense})
         for student in students:
-            if self.plan.planned(student.layer):
+            if self.plan.changes(student.layer):
                 self._tell_learned(student)
         return modules
 
@@ -220,7 +228,7 @@ class Job:
         """Store finished layers, and what is kept dense of them, at once; go on with the plan that this makes."""
         reasons = {name: reason for dense in decided.values() for name, reason in dense.items()}
         plan = self.plan.keep_dense(reasons) if reasons else self.plan
-        files = {self.file(layer): tensors for layer, tensors in finished.items() if plan.planned(layer)}
+        files = {self.file(layer): tensors for layer, tensors in finished.items() if plan.changes(layer)}
         said = {kept.next_file(self.plan, layer, self.directory): reasons for layer, reasons in decided.items()}
         self.directory.put_files(files, said)
         if reasons:

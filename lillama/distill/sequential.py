@@ -42,7 +42,7 @@ def sequential(job: Job, watch: Watch | None = None) -> None:
     if watch and start == 0:
         watch.after_layer(job, 0)
     per_layer = job.total_steps or 1
-    planned = [bool(job.plan.planned(layer)) for layer in job.layers]
+    planned = [job.plan.changes(layer) for layer in job.layers]
     with job.progress.phase("distil", per_layer * sum(planned)) as bar, torch.no_grad():
         bar.unit = "tokens/s in this layer"
         bar.skip(per_layer * sum(planned[:start]))
@@ -72,7 +72,7 @@ def _resume(job: Job, shelf: Shelf) -> tuple[int, Streams]:
     found = shelf.marked() if shelf.place == "file" else None
     if found is not None:
         position, streams = found
-        done = (layer for layer in job.layers[:position] if job.plan.planned(layer))
+        done = (layer for layer in job.layers[:position] if job.plan.changes(layer))
         whole = all(len(stream) == len(job.batches) for stream in streams.values())
         if not whole or not all(job.is_stored(layer) for layer in done):
             found = None
@@ -106,8 +106,8 @@ class _Step:
 
     def _work(self, at: LayerPass) -> Streams:
         job, layer = self.job, self.layer
-        planned = job.plan.planned(layer)
-        stored = bool(planned) and job.is_stored(layer)
+        planned = job.plan.changes(layer)
+        stored = planned and job.is_stored(layer)
         if self.is_last and (stored or not planned):  # the last is planned, unless it was kept dense just now
             self._skip()
             return {}
@@ -123,7 +123,7 @@ class _Step:
             self._skip()
             student = None
             if needs_student:
-                student = restore_layer(layer, at.teacher, job.plan, job.read_stored(layer))
+                student = restore_layer(layer, at.teacher, job.plan, job.read_stored(layer), job.left_of(layer))
         elif planned:
             head = job.tied_head(layer)
             trained = self._distill(at) if head is None else self._distill_with(at, head)
@@ -167,7 +167,7 @@ class _Step:
         """Initialise, train and store the layer; returns it, finished, or the original where that is kept."""
         job = self.job
         init = start_layer(job, at)
-        if not job.plan.planned(self.layer):
+        if not job.plan.changes(self.layer):
             self._skip()
             return at.teacher
         student = Student(at, job.training, init, job.best_file(self.position))

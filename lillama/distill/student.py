@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lillama.base import ranks
 from lillama.base.device import Device
 from lillama.base.finite import is_finite
-from lillama.contract import relative
+from lillama.contract import Layer, relative
 from lillama.distill.best import Best
-from lillama.distill.build import build_layer, find_unfit, tensors_of
+from lillama.distill.build import Left, build_layer, find_unfit, tensors_of
 from lillama.distill.embedding import VocabularyLoss
 from lillama.distill.heads import head_distances
 from lillama.distill.losses import of_all_rows, token_mean
@@ -46,13 +46,18 @@ def _say_nothing(kind: str, line: str, **data: Any) -> None:
     pass
 
 
+def _nothing(layer: Layer) -> Left:
+    return {}
+
+
 @dataclass(frozen=True)
 class Training:
     """How layers learn: the plan, the recipe's `distill:`, and for how many steps.
 
     `floor` is what every token of an embedding counts for at least; with `spare_device` originals wait on the host.
     `dtype` is the type of the checkpoint; `holdout` says whether batches are held out; `originals` watches what the
-    original puts out; `tell` takes an event (its kind, a line for the user, and more).
+    original puts out; `tell` takes an event (its kind, a line for the user, and more); `left_of` gives what is left of
+    a layer's weights that lose neurons.
     """
 
     plan: Plan
@@ -65,6 +70,7 @@ class Training:
     holdout: bool = False
     originals: Originals = field(default_factory=Originals)
     tell: Callable[..., None] = _say_nothing
+    left_of: Callable[[Layer], Left] = _nothing
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step `step` (from 0): linear warm-up, then constant or cosine to 0."""
@@ -117,7 +123,8 @@ class Student:
         """
         self.layer, self.position, self.training = at.layer, at.position, training
         self.plan, self.device, self.distill = training.plan, training.device, training.distill
-        self.module = build_layer(at.layer, at.teacher, self.plan, self._storage_that_learns())
+        left = training.left_of(at.layer)
+        self.module = build_layer(at.layer, at.teacher, self.plan, self._storage_that_learns(), left)
         self.owner = owner
         self.follower: Student | None = None
         for weight in self.plan.planned(at.layer):

@@ -22,9 +22,17 @@ from lillama.pretrained.walk import Walk
 class MoreInputs:
     """The sums over inputs of every block, kept until the gradients come to it."""
 
-    def __init__(self, walk: Walk, shelf: Shelf, batches: Sequence[Batch], entered: Stream, rounding: int) -> None:
-        """`batches` are the last of those whose first input is in `entered`; `rounding` as Listener has it."""
-        self.walk, self.shelf, self.batches, self.rounding = walk, shelf, batches, rounding
+    def __init__(
+        self,
+        walk: Walk,
+        shelf: Shelf,
+        batches: Sequence[Batch],
+        entered: Stream,
+        rounding: int = 0,
+        neurons: bool = False,
+    ) -> None:
+        """`batches` are the last of those whose first input is in `entered`; `rounding`, `neurons` as Listener has."""
+        self.walk, self.shelf, self.batches, self.rounding, self.neurons = walk, shelf, batches, rounding, neurons
         self.found: dict[int, Stream] = {}
         self.stream = shelf.new("0000-inputs")
         for index in range(len(entered) - len(batches), len(entered)):
@@ -35,7 +43,7 @@ class MoreInputs:
         if not self.batches:
             return
         walk, layer = self.walk, self.walk.layers[position]
-        listener = Listener(layer, module, walk.device, rounding=self.rounding, inputs_alone=True)
+        listener = Listener(layer, module, walk.device, rounding=self.rounding, inputs_alone=True, neurons=self.neurons)
         passed = self.shelf.new(f"{position + 1:04d}-inputs")
         with torch.no_grad(), walk.device.autocast():
             for batch, hidden in zip(self.batches, self.stream):

@@ -26,6 +26,7 @@ from lillama.dense.plain import around, is_plain_embedding
 from lillama.factorise.grams import counted, kept_rows
 from lillama.factorise.initialisers import fisher_spectrum
 from lillama.factorise.known import FisherFactors, TokenSample, refuse_unless_finite
+from lillama.factorise.neurons import Whole, whole_of
 from lillama.factorise.sums import Sums
 from lillama.lowrank.swap import dense, module_of
 from lillama.plan.plan import observable
@@ -49,11 +50,13 @@ class Listener:
         floor: float = 0.0,
         rounding: int = 0,
         inputs_alone: bool = False,
+        neurons: bool = False,
     ) -> None:
         """`floor`: what every token of an embedding counts for at least (see embedding.py).
 
         `rounding`: find what few bits would cost as well, so many numbers to a scale, of all but embeddings.
-        `inputs_alone`: sum inputs while the layer runs forward, which is all it does.
+        `inputs_alone`: sum inputs while the layer runs forward, which is all it does. `neurons`: sum what is to be
+        known where neurons of the layer's MLPs may go.
         """
         self.layer, self.device, self.floor, self.inputs_alone = layer, device, floor, inputs_alone
         self.mask: Tensor | None = None  # of the tokens [B, T] that run, 1 where one counts, for `inputs_alone`
@@ -63,6 +66,8 @@ class Listener:
         self.called: set[str] = set()  # weights whose modules the forward pass calls
         self._summed = False
         stacks: dict[str, list[Weight]] = {}
+        in_mlps = {name for mlp in layer.neurons for name in mlp.weights} if neurons else set()
+        self.wholes: dict[str, Whole] = {}  # of the weights in MLPs, once `close` has made them
         for weight in layer.weights:
             name = relative(weight, layer)
             W = dense(module, name, weight.kind)
@@ -70,7 +75,11 @@ class Listener:
                 self.sums[weight.name] = [Sums(one, rounding=rounding) for one in W]
                 stacks.setdefault(module_of(name, weight.kind), []).append(weight)
                 continue
-            sums = Sums(W.T, True) if weight.kind == "embedding" else Sums(W, rounding=rounding)
+            sums = (
+                Sums(W.T, True)
+                if weight.kind == "embedding"
+                else Sums(W, rounding=rounding, both=weight.name in in_mlps)
+            )
             self.sums[weight.name] = [sums]
             hook = (self._embedding if sums.embedding else self._one)(weight.name, sums)
             self.hooks.append(module.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
@@ -188,6 +197,10 @@ class Listener:
                 sums[0].count_every_token(self.floor)
             factors[weight.name] = [one.factors(tokens, (tied or {}).get(weight.name)) for one in sums]
             refuse_unless_finite(weight.name, *(matrix for both in factors[weight.name] for matrix in both))
+            if len(sums[0].larger):
+                larger = sums[0].larger_factor(tokens)
+                refuse_unless_finite(weight.name, larger)
+                self.wholes[weight.name] = whole_of(sums[0].W, factors[weight.name][0], larger)
             problems[weight.name] = [(one.W, *both) for one, both in zip(sums, factors[weight.name])]
             costs = [one.cost(tokens) for one in sums if one.rounding]
             rounding[weight.name] = torch.tensor([sum(costs)]) if costs else None

@@ -24,7 +24,8 @@ class WeightStatistics:
 
     `gram` (d_in x d_in), `output_gram` (d_out x d_out) and `cross` are those of initialisers.py; `input_fisher` and
     `output_fisher` those of sensitivity.py; of an embedding `counts` says how often each token occurs, at least the
-    floor, and `head_gram` is the Gram of a head that is tied to it.
+    floor, and `head_gram` is the Gram of a head that is tied to it. `left` is what is left of the weight itself, where
+    it loses neurons: the others are of that.
     """
 
     gram: Tensor | None = None
@@ -34,6 +35,7 @@ class WeightStatistics:
     output_fisher: Tensor | None = None
     counts: Tensor | None = None
     head_gram: Tensor | None = None
+    left: Tensor | None = None
 
     def known(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """What was measured, of `names` alone if given."""

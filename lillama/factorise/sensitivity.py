@@ -28,9 +28,10 @@ from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
 from lillama.factorise.inputs import MoreInputs, kept_bytes, split
 from lillama.factorise.kfac import Listener
+from lillama.factorise.neurons import neurons_file, read_narrowings, write_neurons
 from lillama.factorise.statistics import FISHER, fisher_file, read_fisher, write_fisher
 from lillama.plan.budget import Measured
-from lillama.plan.plan import observable
+from lillama.plan.plan import observable, rank_multiple
 from lillama.pretrained.calls import Batch, Batches, arguments, run_model, stand_in
 from lillama.pretrained.order import drawn_order
 from lillama.pretrained.players import end_with, main_output, predicts_classes
@@ -43,18 +44,22 @@ from lillama.recipe.schema import Recipe
 def measure_spectra(walk: Walk, directory: RunDirectory, raw: Batches, recipe: Recipe) -> Measured:
     """The spectrum of every observed weight (see `fisher_spectrum`), measured unless that was done before.
 
-    With what few bits would cost it, where ranks and bits share one budget.
+    With what few bits would cost it, where ranks and bits share one budget, and how narrow MLPs may be, where neurons
+    may go.
 
     `walk` lists the layers of the whole model. The factors that belong to the spectra are left in the run directory,
     where `Statistics` finds them, until `forget`.
     """
     layers = [layer for layer in walk.every if observable(layer)]
-    if not all(directory.has(fisher_file(layer)) for layer in layers):
+    in_mlps = [layer for layer in layers if layer.neurons] if recipe.compress.neurons else []
+    wanted = [fisher_file(layer) for layer in layers] + [neurons_file(layer) for layer in in_mlps]
+    if not all(directory.has(file) for file in wanted):
         _Measurement.of(walk, directory, raw, recipe).run()
     found = {name: factors for layer in layers for name, factors in read_fisher(directory, layer).items()}
     return Measured(
         {name: factors.spectrum.tolist() for name, factors in found.items()},
         {name: float(factors.rounding) for name, factors in found.items() if factors.rounding is not None},
+        {name: ways for layer in in_mlps for name, ways in read_narrowings(directory, layer).items()},
     )
 
 
@@ -101,6 +106,11 @@ class _Measurement:
         section = self.recipe.quantize
         return 0 if section is None or self.recipe.compress.size is None else section.group_size
 
+    @property
+    def neurons(self) -> bool:
+        """Whether neurons may go, so that it is to be known what that would cost."""
+        return self.recipe.compress.neurons is not None
+
     def run(self) -> None:
         """Leave what is found of every layer in the run directory."""
         progress, blocks = self.walk.progress, self.walk.layers
@@ -130,7 +140,7 @@ class _Measurement:
             self.raw, streams[0], compress.fisher_tokens + (compress.fisher_inputs or 0), whole=True
         )
         batches, behind = split(every, compress.fisher_tokens)
-        more = MoreInputs(walk, self.shelf, behind, streams[0], self.rounding)
+        more = MoreInputs(walk, self.shelf, behind, streams[0], self.rounding, self.neurons)
         with walk.progress.phase("the original's activations", len(walk.layers)) as bar:
             for position, layer in enumerate(walk.layers):
                 with walk.open_layer(layer) as module:
@@ -196,7 +206,7 @@ class _Measurement:
         )
         with self.walk.open_layer(layer) as module:
             module.requires_grad_(False)
-            listener = Listener(layer, module, device, rounding=self.rounding)
+            listener = Listener(layer, module, device, rounding=self.rounding, neurons=self.neurons)
             for batch, x, gradient in zip(batches, *streams):
                 leaf = x.detach().requires_grad_(True)
                 with torch.enable_grad(), device.autocast():
@@ -205,7 +215,12 @@ class _Measurement:
                 before.append(_gradient_of(leaf))
             if observable(layer):
                 more.hand_over(position, listener)
-                write_fisher(self.directory, layer, listener.close(tokens))
+                found = listener.close(tokens)
+                if self.neurons and layer.neurons:
+                    compress = self.recipe.compress
+                    multiple = rank_multiple(self.walk.every, compress)
+                    write_neurons(self.directory, layer, listener.wholes, compress.neurons or 0.0, multiple)
+                write_fisher(self.directory, layer, found)
         for stream in streams:
             stream.drop()
         return before

@@ -122,7 +122,8 @@ def initial_factors(
         about = None if known is None else known.get(weight.name)
         if initialise.lacks(weight, about) or owner != ranks.rank():
             continue
-        W = swap.dense(at.teacher, relative(weight, at.layer), weight.kind)
+        left = None if about is None else about.left
+        W = swap.dense(at.teacher, relative(weight, at.layer), weight.kind) if left is None else left
         both = initialise(weight, W, plan.ranks[weight.name], about)
         if initialise.usable(weight, both, plan.storage):
             found[weight.name] = both

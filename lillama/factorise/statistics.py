@@ -24,6 +24,21 @@ def fisher_file(layer: Layer) -> str:
     return f"{FISHER}/{layer.name}.safetensors"
 
 
+def narrow_file(layer: Layer) -> str:
+    """Where what is left of weights that lose neurons is kept while a run needs it."""
+    return f"{FISHER}/{layer.name}.narrow.safetensors"
+
+
+def read_narrow(directory: RunDirectory, layer: Layer) -> dict[str, dict[str, Tensor]]:
+    """What neurons.py left of a layer: by weight its `matrix`, `input`, `output` and `bias`; nothing where all stay."""
+    found: dict[str, dict[str, Tensor]] = {}
+    if any(weight.whole for weight in layer.weights):
+        for key, tensor in directory.tensors(narrow_file(layer)).items():
+            name, _, part = key.rpartition(".")
+            found.setdefault(name, {})[part] = tensor
+    return found
+
+
 def write_fisher(directory: RunDirectory, layer: Layer, found: Mapping[str, FisherFactors]) -> None:
     """Store what was found of a layer's weights, as `<weight>.input`, `<weight>.output`, `<weight>.spectrum`, ..."""
     every = {f"{name}.{part}": t for name, factors in found.items() for part, t in factors._asdict().items()}
@@ -81,10 +96,12 @@ class Statistics:
         return completed
 
     def _read_fisher(self, layer: Layer) -> dict[str, dict[str, Tensor]]:
-        stored = read_fisher(self.directory, layer)
+        stored, narrow = read_fisher(self.directory, layer), read_narrow(self.directory, layer)
         found: dict[str, dict[str, Tensor]] = {}
         for weight in self.plan.planned(layer):
-            factors = stored.get(weight.name)
+            factors, left = stored.get(weight.name), narrow.get(weight.name)
             given = {} if factors is None else {"input_fisher": factors.input, "output_fisher": factors.output}
-            found[weight.name] = {n: t.to(self.device.device) for n, t in given.items() if n in self.wanted}
+            if left is not None:
+                given = {"input_fisher": left["input"], "output_fisher": left["output"], "left": left["matrix"]}
+            found[weight.name] = {n: t.to(self.device.device) for n, t in given.items() if n in {*self.wanted, "left"}}
         return found

@@ -21,8 +21,10 @@ class Sums:
     Directions in which nothing was seen are told apart by no more than rounding, and with them ranks.
     """
 
-    def __init__(self, W: Tensor, embedding: bool = False, rounding: int = 0) -> None:
+    def __init__(self, W: Tensor, embedding: bool = False, rounding: int = 0, both: bool = False) -> None:
         """`embedding`: W is the transpose of a table, and what is given for x are the vectors looked up.
+
+        `both`: the factor on the larger side is kept as well, in `larger`: inputs of a wide W, gradients of a tall one.
 
         `rounding`: numbers to a scale, where what `dense_cost` asks for is kept of the larger side, too.
         """
@@ -35,6 +37,8 @@ class Sums:
         self.calls = 0
         self.rounding = rounding
         self.lengths = torch.zeros(W.shape[0], device=W.device)  # G's diagonal, where G itself is not kept
+        wider = max(W.shape) if both else 0
+        self.larger = torch.zeros(wider, wider, device=W.device, dtype=exact)
         runs = cuts(W.shape[1]) if rounding and self.wide else []
         self.runs = [(run, torch.zeros(run.stop - run.start, run.stop - run.start, device=W.device)) for run in runs]
 
@@ -51,6 +55,10 @@ class Sums:
         counts = length / (length + length.mean().clamp_min(TINY))
         if self.rounding and not self.wide:
             self.lengths += g.float().square().sum(0)
+        if len(self.larger) and not self.wide:
+            gradient = g.float()
+            with torch.autocast(g.device.type, enabled=False):
+                self.larger += gradient.T @ gradient
         if not self.wide:
             g = F.linear(g.to(self.W.dtype), self.W.T)
         self._inputs(x, counts, Wx)
@@ -64,6 +72,10 @@ class Sums:
             some = x[:, run].float()
             with torch.autocast(x.device.type, enabled=False):
                 gram.addmm_((some * counts).T, some)
+        if len(self.larger) and self.wide:
+            entering = x.float()
+            with torch.autocast(x.device.type, enabled=False):
+                self.larger += (entering * counts).T @ entering
         if self.wide and not self.embedding:
             x = F.linear(x.to(self.W.dtype), self.W) if Wx is None else Wx
         x = x.float()
@@ -90,12 +102,13 @@ class Sums:
     @property
     def of_inputs(self) -> list[Tensor]:
         """What is summed over inputs alone."""
-        return [self.inputs, self.counted, *(gram for _, gram in self.runs)]
+        larger = [self.larger] if self.wide and len(self.larger) else []
+        return [self.inputs, self.counted, *larger, *(gram for _, gram in self.runs)]
 
     @property
     def matrices(self) -> list[Tensor]:
         """What is summed in matrices and vectors."""
-        return [self.inputs, self.outputs, self.lengths, *(gram for _, gram in self.runs)]
+        return [self.inputs, self.outputs, self.lengths, self.larger, *(gram for _, gram in self.runs)]
 
     @property
     def numbers(self) -> list[float]:
@@ -111,6 +124,10 @@ class Sums:
         """(H, G) per token predicted, on the smaller side; `more` is added to G."""
         inputs, outputs = self.inputs / max(self.counted.item(), TINY), self.outputs / tokens
         return inputs.float(), (outputs if more is None else outputs + more).float()
+
+    def larger_factor(self, tokens: int) -> Tensor:
+        """The factor on the larger side, per token predicted: H of a wide W, G of a tall one."""
+        return self.larger / (max(self.counted.item(), TINY) if self.wide else tokens)
 
     def cost(self, tokens: int) -> float:
         """What W would lose in 4 bits, in nats per token (rounding.py)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lillama.contract import Weight
@@ -39,15 +39,29 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Narrowing:
+    """An MLP with so many of its neurons left, and the spectra of its weights then, by name.
+
+    `loss` is what the neurons that are gone cost, in nats per token, once the others make up for them.
+    """
+
+    left: int
+    loss: float
+    spectra: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
 class Measured:
     """What is known of every weight before ranks are chosen, by name, for one copy or the sum of all.
 
     `spectra`: what each component costs (twice, in nats per token); `rounding`: what the dense weight loses in 4 bits,
-    in nats per token, where that was asked for (factorise/rounding.py).
+    in nats per token, where that was asked for (factorise/rounding.py); `narrowings`: of an MLP, by its exit, what is
+    to be had where neurons may be removed, all of them left first.
     """
 
-    spectra: Mapping[str, list[float]]
+    spectra: Mapping[str, Sequence[float]]
     rounding: Mapping[str, float] = field(default_factory=dict)
+    narrowings: Mapping[str, Sequence[Narrowing]] = field(default_factory=dict)
 
 
 def is_even(weight: Weight, rank: int | None, form: str) -> bool:

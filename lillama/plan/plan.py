@@ -10,12 +10,12 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
-from lillama.contract import Layer, Weight
+from lillama.contract import Layer, Neurons, Weight
 from lillama.errors import LillamaError, did_you_mean
 from lillama.lowrank.counts import stored
 from lillama.lowrank.whole import NAME as DENSE
@@ -55,10 +55,19 @@ class Plan:
     @property
     def removed(self) -> int:
         """Parameters the plan removes."""
-        return sum(
-            self.weights[name].parameters - stored(self.weights[name], rank, self.storage)
-            for name, rank in self.ranks.items()
-        )
+        weights = sum(w.original_parameters - self._left(w) for w in self.weights.values())
+        return weights + sum(len(mlp.biases) * gone for mlp, gone in self._gone())
+
+    def _gone(self) -> Iterator[tuple[Neurons, int]]:
+        """Every MLP, and how many of its neurons go."""
+        for mlp in (one for layer in self.layers for one in layer.neurons):
+            last = self.weights[mlp.exit]
+            yield mlp, (last.whole or last.shape)[1] - last.shape[1]
+
+    def _left(self, weight: Weight) -> int:
+        """How many numbers a weight holds in the end."""
+        rank = self.ranks.get(weight.name)
+        return weight.parameters if rank is None else stored(weight, rank, self.storage)
 
     @property
     def after(self) -> int:
@@ -88,6 +97,14 @@ class Plan:
         """The weights of `layer` that become low-rank."""
         return tuple(w for w in layer.weights if w.name in self.ranks)
 
+    def narrowed(self, layer: Layer) -> tuple[Weight, ...]:
+        """The weights of `layer` that lose neurons, low-rank or dense."""
+        return tuple(w for w in layer.weights if w.whole)
+
+    def changes(self, layer: Layer) -> bool:
+        """Whether another layer stands for `layer` in the end."""
+        return bool(self.planned(layer) or self.narrowed(layer))
+
     def chosen(self, layer: Layer) -> tuple[Weight, ...]:
         """Those that became low-rank or were to, before they were kept dense."""
         return tuple(w for w in layer.weights if w.name in self.ranks or w.name in self.kept)
@@ -107,8 +124,8 @@ class Plan:
 
     @property
     def work(self) -> list[Layer]:
-        """The layers of the stream up to the last planned one: nothing above it is loaded or run."""
-        last = max((i for i, layer in enumerate(self.layers) if self.planned(layer)), default=-1)
+        """The layers of the stream up to the last that changes: nothing above it is loaded or run."""
+        last = max((i for i, layer in enumerate(self.layers) if self.changes(layer)), default=-1)
         return list(self.layers[: last + 1])
 
     def summary(self) -> str:
@@ -124,12 +141,26 @@ class Plan:
                 0,
                 f"bytes {self.budget.before:,} -> {self.bytes:,} of at most {self.budget.most:,}{_counted(self.forms)}",
             )
+        if line := self._neurons():
+            lines.append(line)
         for kind, all_ranks in kinds.items():
             ranks = [rank for rank in all_ranks if rank is not None]
             parts = [f"{min(ranks)} to {max(ranks)}"] if ranks else []
             parts += [f"{len(all_ranks) - len(ranks)} dense"] if len(ranks) < len(all_ranks) else []
             lines.append(f"  {kind}  {', '.join(parts)}")
         return "\n".join(lines)
+
+    def _neurons(self) -> str:
+        """How many neurons go, in a line; empty where none do."""
+        gone = {mlp.exit: count for mlp, count in self._gone()}
+        if not any(gone.values()):
+            return ""
+        every = sum((self.weights[name].whole or self.weights[name].shape)[1] for name in gone)
+        return f"  neurons  {sum(gone.values()):,} of {every:,} removed, {min(gone.values())} to {max(gone.values())} of an MLP"
+
+    def shapes(self) -> dict[str, list[int]]:
+        """What config.json says of every weight that loses neurons: the shape that is left of it."""
+        return {name: list(w.shape) for name, w in self.weights.items() if w.whole}
 
     def modules(self) -> dict[str, dict[str, Any]]:
         """What config.json says of every replaced module."""
@@ -150,14 +181,15 @@ class Plan:
         weights = []
         for layer in self.layers:
             for w in layer.weights:
-                rank = self.ranks.get(w.name)
-                after = w.parameters if rank is None else stored(w, rank, self.storage)
-                row = {"layer": layer.name, "weight": w.name, "shape": list(w.shape), "copies": w.copies}
+                row: dict[str, Any] = {"layer": layer.name, "weight": w.name}
+                row |= {"shape": list(w.whole or w.shape), "copies": w.copies}
+                row |= {"left": list(w.shape)} if w.whole else {}
                 row |= {"tied": w.tied} if w.tied else {}
                 row |= {"kept_dense": self.kept[w.name]} if w.name in self.kept else {}
                 form = self.forms.get(w.name)
                 row |= {"form": form, "bits": bits_of(form)} if form else {}
-                weights.append(row | {"rank": rank, "parameters": w.parameters, "after": after})
+                counts = {"parameters": w.original_parameters, "after": self._left(w)}
+                weights.append(row | {"rank": self.ranks.get(w.name)} | counts)
         return {
             "strategy": self.strategy,
             "storage": self.storage,
@@ -208,11 +240,9 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spect
     offered = [Layer(layer.name, tuple(w for w in layer.weights if w.name not in stay), layer.kind) for layer in layers]
     compress = compress.model_copy(update={"rank_multiple": rank_multiple(layers, compress)})
     wanting = wants_spectra(compress)
-    total = sum(w.parameters for layer in layers for w in layer.weights)
-    base = before if compress.of == "model" else total
-    if compress.reduction is None:
-        raise LillamaError("no share to remove is given", where="compress.reduction")
-    remove = -int(-compress.reduction * base // 1)  # rounded up
+    base = before if compress.of == "model" else sum(w.original_parameters for one in layers for w in one.weights)
+    narrowed = sum(w.original_parameters - w.parameters for one in layers for w in one.weights)
+    remove = to_remove(base, compress) - narrowed
     left: dict[str, str] = {}
     try:
         ranks = _ranks(offered, remove, compress, spectra)
@@ -224,9 +254,10 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spect
         if not hasattr(error, "most"):
             raise
         lower = f"{error.hint}, or compress.keep_dense_below" if left else error.hint
+        most = int((error.most + narrowed) / base * 1e4) / 1e4
         raise LillamaError(
             f"no ranks reach a reduction of {compress.reduction:g} of the {compress.of}: "
-            f"the largest possible is {int(error.most / base * 1e4) / 1e4:g} with strategy {compress.strategy}",
+            f"the largest possible is {most:g} with strategy {compress.strategy}",
             where="compress.reduction",
             hint=f"{lower}, ask for less, or skip fewer weights.",
         ) from error
@@ -237,6 +268,13 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spect
     unseen = () if spectra is None else (w.name for one in offered for w in one.weights if w.name not in ranks)
     left |= {name: UNUSED for name in unseen if name not in (spectra or {})}
     return plan.keep_dense(left) if left else plan
+
+
+def to_remove(base: int, compress: Compress) -> int:
+    """How many of `base` parameters the recipe wants removed."""
+    if compress.reduction is None:
+        raise LillamaError("no share to remove is given", where="compress.reduction")
+    return -int(-compress.reduction * base // 1)  # rounded up
 
 
 def rank_multiple(layers: Iterable[Layer], compress: Compress) -> int:

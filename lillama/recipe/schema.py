@@ -87,6 +87,14 @@ class Compress(Section):
         description="How rank r is kept: factors (two of them), pivoted (pivot rows and coefficients, r^2 numbers "
         "fewer), or a plugin's.",
     )
+    neurons: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Largest share of the neurons of an MLP that may be removed, in one budget with the ranks "
+        "(fisher): rows of its first matrices and columns of its last, which costs no second product. For models whose "
+        "plugin names their MLPs, and not for vLLM. null: none.",
+    )
     gram_tokens: int = Field(
         65536, ge=1, description="Calibration tokens that input statistics are taken over (whitened)."
     )

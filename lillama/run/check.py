@@ -14,7 +14,8 @@ from lillama.base.rundir import OWN_TEXT
 from lillama.contract import Layer
 from lillama.data.files import missing
 from lillama.errors import LillamaError, did_you_mean
-from lillama.plan.plan import Plan
+from lillama.factorise.start import find_needs
+from lillama.plan.plan import Plan, wants_spectra
 from lillama.pretrained.source import Source
 from lillama.recipe.schema import Calibration, Finetune, Generate, Recipe
 from lillama.registry import EVALUATORS, INITIALISERS
@@ -112,6 +113,27 @@ def check_initialiser(recipe: Recipe, plan: Plan) -> None:
             where="compress.init",
             hint="One that names output_gram serves, such as whitened; or list the embedding under compress.skip.",
         )
+
+
+def check_neurons(recipe: Recipe, layers: Sequence[Layer]) -> None:
+    """LillamaError where `compress.neurons` could remove none, or nothing would know which."""
+    compress, where = recipe.compress, "compress.neurons"
+    if compress.neurons is None:
+        return
+    if compress.size is not None:
+        hint = "Give compress.reduction in place of size, or leave neurons out."
+        raise LillamaError("neurons are removed for a number of parameters, not of bytes", where=where, hint=hint)
+    if not wants_spectra(compress):
+        hint = "Use compress.strategy: fisher, or leave neurons out."
+        raise LillamaError(f"strategy {compress.strategy} measures nothing that says which", where=where, hint=hint)
+    needs = find_needs(recipe)
+    if needs.grams or not needs.fisher:
+        hint = "Use compress.init: fisher, or leave neurons out."
+        said = f"init {compress.init} starts from what is known of all neurons"
+        raise LillamaError(said, where=where, hint=hint)
+    if not any(layer.neurons for layer in layers):
+        hint = "Leave neurons out. A plugin names them: Layer.of_linears(..., neurons=...)."
+        raise LillamaError("no MLP of this model is known whose neurons could go", where=where, hint=hint)
 
 
 def check_data(recipe: Recipe) -> None:

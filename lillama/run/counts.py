@@ -25,7 +25,7 @@ class Counts:
     def __post_init__(self) -> None:
         plan, recipe, text = self.plan, self.recipe, self.source.config.get_text_config()
         self.layers = plan.work
-        self.planned = [layer for layer in plan.work if plan.planned(layer)]
+        self.planned = [layer for layer in plan.work if plan.changes(layer)]
         widest = max((w.shape[1] for layer in plan.work for w in layer.weights), default=0)
         self.width: int = getattr(text, "hidden_size", widest)
         self.batch = recipe.distill.batch_size * recipe.calibration.sequence_length  # tokens

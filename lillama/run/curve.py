@@ -68,7 +68,7 @@ class Curve:
         """A point of the sequential schedule, where one is due with the first `done` layers finished."""
         count = len(job.layers)
         if done in {round(count * i / self.points) for i in range(self.points + 1)}:
-            finished = sum(1 for layer in job.layers[:done] if job.plan.planned(layer) and job.is_stored(layer))
+            finished = sum(1 for layer in job.layers[:done] if job.plan.changes(layer) and job.is_stored(layer))
             tokens = finished * job.recipe.distill.epochs * sum(batch["input_ids"].numel() for batch in job.train)
             self._point(
                 job, lambda position: job.walk.open_layer(job.plan.layers[position]), {}, tokens=tokens, layers=done
@@ -116,8 +116,8 @@ def _play_students(job: Job, open_at: OpenAt, trained: Mapping[int, nn.Module], 
             context = job.walk.open_layer(layer) if beyond else open_at(position)
             # A copy of the layer that is made here (a student's) would carry this forward along, and call itself.
             with play_by(modules[position], before[position]), context as module:
-                if not original and job.plan.planned(layer) and job.is_stored(layer):
-                    module = restore_layer(layer, module, job.plan, job.read_stored(layer))
+                if not original and job.plan.changes(layer) and job.is_stored(layer):
+                    module = restore_layer(layer, module, job.plan, job.read_stored(layer), job.left_of(layer))
                 return module(*args, **kwargs)
 
         return forward

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from lillama.base.rundir import MODEL, RunDirectory
 from lillama.errors import LillamaError
+from lillama.plan.neurons import narrow_layers
 from lillama.plan.plan import Plan
 
 PLAN = "plan.json"
@@ -29,12 +30,16 @@ def apply(plan: Plan, directory: RunDirectory) -> Plan:
         if held.get("provisional"):
             return plan
         ranks = {row["weight"]: row["rank"] for row in held["weights"] if row["rank"] is not None}
+        left = {row["weight"]: row["left"] for row in held["weights"] if "left" in row}
         kept = {row["weight"]: row["kept_dense"] for row in held["weights"] if "kept_dense" in row}
     elif directory.has(f"{MODEL}/config.json"):  # the plan was damaged since: the checkpoint knows its ranks
-        modules = directory.json(f"{MODEL}/config.json")["quantization_config"]["modules"]
-        ranks = {name: how["rank"] for name, how in modules.items()}
+        said = directory.json(f"{MODEL}/config.json")["quantization_config"]
+        ranks = {name: how["rank"] for name, how in said["modules"].items()}
+        left = said.get("shapes", {})
     else:
         return plan
+    layers = tuple(narrow_layers(plan.layers, {name: (shape[0], shape[1]) for name, shape in left.items()}))
+    plan = replace(plan, layers=layers)
     if plan.budget is None:
         return replace(plan, ranks=ranks, kept=kept, provisional=False)
     return replace(plan, ranks=ranks, kept=kept, forms=_forms(directory), provisional=False)

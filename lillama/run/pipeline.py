@@ -28,6 +28,7 @@ from lillama.distill.job import EMBEDDING, Job
 from lillama.errors import LillamaError
 from lillama.evaluate import in_turn, measure
 from lillama.factorise import sensitivity
+from lillama.factorise.neurons import remove_neurons
 from lillama.finetune import train as finetune
 from lillama.plan.budget import Measured
 from lillama.plan.plan import Plan
@@ -165,6 +166,8 @@ class Run:
         job = Job(self.recipe, self.plan, self.source, device, self.directory, progress, batches)
         if job.needs.fisher and not job.is_done:
             sensitivity.measure_spectra(walk, self.directory, batches, self.recipe)  # unless that was just done
+        if not job.is_done:
+            remove_neurons(walk, self.directory, job.plan.layers)
         distill(job, points if ranks.is_first() else None)
         self.plan = job.plan  # less what was kept dense
         self.directory.put_json(PLAN, self.plan.to_dict())
@@ -288,7 +291,7 @@ class Run:
 
     def write(self, job: Job) -> None:
         """Write the checkpoint from the finished layers."""
-        files = [job.file(layer) for layer in job.layers if self.plan.planned(layer)]
+        files = [job.file(layer) for layer in job.layers if self.plan.changes(layer)]
 
         def put() -> None:
             with self.directory.put_directory(MODEL, seal) as target:

@@ -14,6 +14,7 @@ from lillama.errors import LillamaError
 from lillama.factorise import refit
 from lillama.lowrank import swap
 from lillama.plan.budget import Measured
+from lillama.plan.neurons import choose_neurons
 from lillama.plan.plan import Plan, choose_ranks
 from lillama.plan.within import choose_within
 from lillama.pretrained import locate
@@ -57,6 +58,7 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
     plan = _plan(recipe, layers, source)
     refit.check_refits(plan, recipe)
     check.check_initialiser(recipe, plan)
+    check.check_neurons(recipe, layers)
     fewbits.check_quantize(recipe, plan, source.model)
     _check_layers(layers, source)
     return Prepared(recipe, source, plugin, layers, plan, chosen)
@@ -66,6 +68,8 @@ def settle(plan: Plan, recipe: Recipe, layers: list[Layer], measured: Measured) 
     """The plan that a provisional one becomes, once it was `measured` what ranks depend on."""
     if plan.budget is not None:
         return choose_within(layers, plan.before, recipe.compress, plan.budget, measured)
+    if recipe.compress.neurons is not None:
+        layers, measured = choose_neurons(layers, plan.before, recipe.compress, measured)
     return choose_ranks(layers, plan.before, recipe.compress, measured.spectra)
 
 

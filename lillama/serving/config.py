@@ -48,6 +48,12 @@ class LowRankConfig(QuantizationConfig):
         version, modules, shared = config.get("version", VERSION), config.get("modules") or {}, config.get("shared")
         described.check_version(version, VERSION)
         described.check_modules(modules, shared)
+        if shapes := config.get("shapes"):
+            raise LillamaError(
+                "vLLM has MLPs of one width, and this checkpoint has fewer neurons in some layers",
+                where=f"{WHERE}: {next(iter(shapes))}",
+                hint="Use transformers, or `lillama export --dense`. With compress.neurons: null vLLM serves it.",
+            )
         for name, how in modules.items():
             try:
                 check_storage(how["storage"])

@@ -24,6 +24,11 @@ FAMILIES = {
     "phi": ((*ATTENTION, "mlp.fc1"), ("self_attn.dense",), ("mlp.fc2",)),
     "phi3": (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
 }
+# The linears of an MLP whose neurons may be removed, the one that ends it last. Phi-3's gate and up are one matrix.
+NEURONS = {
+    "phi": ("mlp.fc1", "mlp.fc2"),
+    "phi3": (),
+}
 
 
 @hookimpl
@@ -31,4 +36,6 @@ def enumerate_layers(model: PreTrainedModel) -> list[Layer] | None:
     groups = FAMILIES.get(model.config.model_type)
     if groups is None:
         return None
-    return [Layer.of_linears(model, f"model.layers.{i}", groups) for i in range(model.config.num_hidden_layers)]
+    neurons = NEURONS.get(model.config.model_type, ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
+    blocks = range(model.config.num_hidden_layers)
+    return [Layer.of_linears(model, f"model.layers.{i}", groups, neurons) for i in blocks]

@@ -1,0 +1,205 @@
+"""Which neurons of an MLP can go, what that costs the predictions, and what is left of its weights then.
+
+A neuron j of an MLP goes with column w_j of the weight W that ends it. By the Fisher information of W (sensitivity.py),
+with H of what it reads and G of its outputs, the best that the columns left can do about it is Optimal Brain Surgeon's
+(Hassibi and Stork, 1993): W loses w_j P_j / P_jj, with P = H^-1, and that costs 1/2 w_j^T G w_j / P_jj nats per token.
+Neurons go in blocks, the cheapest first; after a block P is that of the neurons left, so that what the gone ones shared
+with others counts. For any set of neurons that stay the best W is then W H_:S H_SS^-1, in closed form.
+
+The rows of the entries that gave those neurons their numbers just go. What is left is factorised as any weight is: its
+factors are those of the neurons that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lillama.base import ranks
+from lillama.base.device import factorising
+from lillama.base.rundir import RunDirectory
+from lillama.contract import Layer, Neurons, relative
+from lillama.factorise.initialisers import INPUT_RIDGE, OUTPUT_RIDGE, fisher_spectrum, regularised
+from lillama.factorise.statistics import FISHER, narrow_file, read_fisher
+from lillama.lowrank.swap import dense
+from lillama.plan.budget import Narrowing
+from lillama.pretrained.walk import Walk
+
+STEPS = 8  # widths that are tried, besides the whole one
+BLOCKS = 96  # neurons go so many times, of all there are
+LEAST_BLOCK = 16
+
+
+class Whole(NamedTuple):
+    """A weight W (d_out x d_in) and both factors of its Fisher information, each on its own side."""
+
+    W: Tensor
+    input: Tensor  # d_in x d_in
+    output: Tensor  # d_out x d_out
+
+
+def widths(neurons: int, share: float, multiple: int) -> list[int]:
+    """How many of so many neurons may be left, falling: all, and down to all but `share`, in even steps."""
+    found = [neurons]
+    for step in range(1, STEPS + 1):
+        left = -int(-(neurons * (1 - share * step / STEPS)) // multiple) * multiple  # rounded up
+        if 0 < left < found[-1]:
+            found.append(left)
+    return found
+
+
+def order_neurons(last: Whole, left: Sequence[int]) -> tuple[Tensor, list[float]]:
+    """(the neurons in the order in which they go, what it costs in all until so many are `left`).
+
+    `last` is the weight that ends the MLP; `left` falls, the first is all of them.
+    """
+    P = torch.linalg.inv(regularised(last.input, INPUT_RIDGE))
+    W = torch.linalg.cholesky(regularised(last.output, OUTPUT_RIDGE), upper=True) @ last.W.double()
+    count = W.shape[1]
+    block = max(count // BLOCKS, LEAST_BLOCK)
+    gone: list[Tensor] = []
+    there = torch.ones(count, dtype=torch.bool, device=W.device)
+    total, costs, removed = 0.0, [0.0], 0
+    for aim in left[1:]:
+        while removed < count - aim:
+            cost = (W.square().sum(0) / P.diagonal()).masked_fill(~there, torch.inf)
+            chosen = cost.argsort(stable=True)[: min(block, count - aim - removed)]
+            columns, rows = W[:, chosen], P[chosen]
+            undone = torch.linalg.solve(rows[:, chosen], rows)  # what each column left takes of those that go
+            total += 0.5 * float((columns.T @ columns * torch.linalg.inv(rows[:, chosen])).sum())
+            W -= columns @ undone
+            P -= rows.T @ undone
+            there[chosen] = False
+            P[chosen, chosen] = 1.0  # divided by, and not looked at
+            removed += len(chosen)
+            gone.append(chosen)
+        costs.append(total)
+    return torch.cat(gone) if gone else torch.zeros(0, dtype=torch.int64), costs
+
+
+def stay(order: Tensor, neurons: int, left: int) -> Tensor:
+    """The numbers of the neurons that are left, rising."""
+    there = torch.ones(neurons, dtype=torch.bool)
+    there[order[: neurons - left].cpu()] = False
+    return there.nonzero().flatten().to(order.device)
+
+
+def without(weight: Whole, kept: Tensor, is_exit: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(the matrix that is left, its H and G as `initialisers.fisher` wants them: on its smaller side), in float64."""
+    if is_exit:
+        H = regularised(weight.input, INPUT_RIDGE)
+        W = torch.linalg.solve(H[kept][:, kept], H[kept] @ weight.W.double().T).T
+        inner, outer = weight.input.double()[kept][:, kept], weight.output.double()
+    else:
+        W = weight.W.double()[kept]
+        inner, outer = weight.input.double(), weight.output.double()[kept][:, kept]
+    if W.shape[0] <= W.shape[1]:
+        return W, W @ inner @ W.T, outer
+    return W, inner, W.T @ outer @ W
+
+
+def narrowings(
+    mlp: Neurons, weights: Mapping[str, Whole], share: float, multiple: int
+) -> tuple[Tensor, list[Narrowing]]:
+    """(the neurons in the order in which they go, the widths that an MLP may have, the whole one first)."""
+    place = factorising(weights[mlp.exit].W.device)
+    here = {name: Whole(*(tensor.to(place) for tensor in one)) for name, one in weights.items()}
+    count = here[mlp.exit].W.shape[1]
+    left = widths(count, share, multiple)
+    order, costs = order_neurons(here[mlp.exit], left)
+    tasks = [(one, name) for one in left for name in mlp.weights]
+    spectra = {task: torch.zeros(min(here[task[1]].W.shape), dtype=torch.float64, device=place) for task in tasks}
+    # The processes of the run share them out.
+    for owner, (one, name) in zip(ranks.owners([1.0] * len(tasks)), tasks):
+        if owner == ranks.rank():
+            found = fisher_spectrum(*without(here[name], stay(order, count, one), name == mlp.exit))
+            spectra[one, name][: len(found)] = found
+    ranks.sum_(spectra.values())
+    return order, [
+        Narrowing(one, cost, {name: spectra[one, name].tolist() for name in mlp.weights})
+        for one, cost in zip(left, costs)
+    ]
+
+
+def neurons_file(layer: Layer) -> str:
+    """Where what is found of the neurons of a layer is kept while a run needs it."""
+    return f"{FISHER}/{layer.name}.neurons.safetensors"
+
+
+def write_neurons(
+    directory: RunDirectory, layer: Layer, weights: Mapping[str, Whole], share: float, multiple: int
+) -> None:
+    """Find and store the widths of every MLP of a layer of which `weights` are known, and their larger factors."""
+    tensors: dict[str, Tensor] = {}
+    for mlp in layer.neurons:
+        if not weights.keys() >= {*mlp.weights}:  # some prediction depends on no gradient of it
+            continue
+        name = mlp.exit
+        order, ways = narrowings(mlp, weights, share, multiple)
+        tensors |= {f"{one}.larger": _larger(weights[one]).float() for one in mlp.weights}
+        tensors[f"{name}.order"] = order
+        tensors[f"{name}.left"] = torch.tensor([way.left for way in ways])
+        tensors[f"{name}.costs"] = torch.tensor([way.loss for way in ways], dtype=torch.float64)
+        for one in mlp.weights:
+            tensors[f"{one}.spectra"] = torch.tensor([way.spectra[one] for way in ways], dtype=torch.float64)
+    directory.put_tensors(neurons_file(layer), tensors)
+
+
+def read_narrowings(directory: RunDirectory, layer: Layer) -> dict[str, list[Narrowing]]:
+    """The widths that the MLPs of a layer may have, by their exits."""
+    tensors = directory.tensors(neurons_file(layer))
+    found = {}
+    for mlp in layer.neurons:
+        if f"{mlp.exit}.order" not in tensors:
+            continue
+        lists = {name: tensors[f"{name}.spectra"].tolist() for name in mlp.weights}
+        each = zip(tensors[f"{mlp.exit}.left"].tolist(), tensors[f"{mlp.exit}.costs"].tolist())
+        found[mlp.exit] = [
+            Narrowing(left, cost, {name: rows[i] for name, rows in lists.items()})
+            for i, (left, cost) in enumerate(each)
+        ]
+    return found
+
+
+@torch.no_grad()
+def remove_neurons(walk: Walk, directory: RunDirectory, layers: Sequence[Layer]) -> None:
+    """Store what is left of the weights of `layers` that lose neurons, where that was not done before.
+
+    Of each its matrix, its bias, and the factors of its Fisher information, as `statistics.read_narrow` reads them.
+    """
+    for layer in layers:
+        if any(w.whole for w in layer.weights) and not directory.has(narrow_file(layer)):
+            with walk.open_layer(layer) as module:
+                directory.put_tensors(narrow_file(layer), _left_of(layer, module, directory, walk.device.device))
+
+
+def _left_of(layer: Layer, module: nn.Module, directory: RunDirectory, device: torch.device) -> dict[str, Tensor]:
+    known, tensors = read_fisher(directory, layer), directory.tensors(neurons_file(layer))
+    weights = {weight.name: weight for weight in layer.weights}
+    place, found = factorising(device), dict[str, Tensor]()
+    for mlp in layer.neurons:
+        if (whole := weights[mlp.exit].whole) is None:
+            continue
+        kept = stay(tensors[f"{mlp.exit}.order"], whole[1], weights[mlp.exit].shape[1]).to(place)
+        for name in mlp.weights:
+            is_exit, linear = name == mlp.exit, cast(nn.Linear, module.get_submodule(relative(weights[name], layer)))
+            W = dense(module, relative(weights[name], layer), weights[name].kind)
+            one = whole_of(W, (known[name].input, known[name].output), tensors[f"{name}.larger"])
+            one = Whole(*(tensor.to(place) for tensor in one))
+            parts = dict(zip(("matrix", "input", "output"), without(one, kept, is_exit)))
+            if (bias := linear.bias) is not None:
+                parts["bias"] = bias.detach() if is_exit else bias.detach().to(place)[kept]
+            found |= {f"{name}.{part}": tensor.float().cpu() for part, tensor in parts.items()}
+    return found
+
+
+def _larger(one: Whole) -> Tensor:
+    return one.input if one.W.shape[0] <= one.W.shape[1] else one.output
+
+
+def whole_of(W: Tensor, factors: tuple[Tensor, Tensor], larger: Tensor) -> Whole:
+    """A weight with `factors` (H, G) on its smaller side, and the other one on its `larger`."""
+    return Whole(W, larger, factors[1]) if W.shape[0] <= W.shape[1] else Whole(W, factors[0], larger)
