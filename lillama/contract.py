@@ -112,7 +112,8 @@ class Layer:
                 elif isinstance(linear, nn.Linear):
                     log.warning("%s.%s stays dense: %s has a forward of its own", name, relative, _class(linear))
         _check_groups(name, groups, [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_linear(m)])
-        return cls(name, tuple(weights), neurons=_find_neurons(block, name, weights, neurons))
+        listed = {weight.name for weight in weights} >= {f"{name}.{one}" for one in neurons}
+        return cls(name, tuple(weights), neurons=find_neurons(block, name, neurons) if listed else ())
 
     @classmethod
     def of_experts(cls, model: nn.Module, name: str) -> tuple[Weight, ...]:
@@ -174,19 +175,22 @@ class Layer:
         return cls(name, (weight,), kind="head")
 
 
-def _find_neurons(block: nn.Module, name: str, weights: Sequence[Weight], named: Sequence[str]) -> tuple[Neurons, ...]:
-    """The MLP of these linears of a block, the last its exit; none where one is missing or they do not fit."""
+def find_neurons(block: nn.Module, name: str, linears: Sequence[str]) -> tuple[Neurons, ...]:
+    """The MLP of these linears of the block called `name`, the last its exit; none where they do not fit together."""
     from torch import nn
 
-    shapes = {weight.name: weight.shape for weight in weights}
-    *entries, last = (f"{name}.{one}" for one in named) if named else ("",)
-    if not entries or not {*entries, last} <= shapes.keys():
+    modules = dict(block.named_modules())
+    found: list[Any] = [modules.get(one) for one in linears]
+    if len(found) < 2 or any(type(one) is not nn.Linear for one in found):
         return ()
-    width, plain = shapes[last][1], all(type(block.get_submodule(one)) is nn.Linear for one in named)
+    *entries, last = found
+    width = last.in_features
     # Statistics are of the smaller side of a weight: that of the hidden states.
-    wide = all(shapes[one][0] == width >= shapes[one][1] for one in entries) and width >= shapes[last][0]
-    biases = (one for one in entries if plain and block.get_submodule(one.removeprefix(f"{name}.")).bias is not None)
-    return (Neurons(tuple(entries), last, tuple(biases)),) if plain and wide else ()
+    if width < last.out_features or any(one.out_features != width or width < one.in_features for one in entries):
+        return ()
+    names = [f"{name}.{one}" for one in linears]
+    biases = tuple(one for one, module in zip(names, entries) if module.bias is not None)
+    return (Neurons(tuple(names[:-1]), names[-1], biases),)
 
 
 def _check_groups(block: str, groups: Sequence[Sequence[str]], linears: Sequence[str]) -> None:

@@ -138,6 +138,10 @@ class LowRankModel:
         for first, *others in said.get("shared", ()):
             for name in others:
                 put(model, name, model.get_submodule(first))
+        for name, (d_out, d_in) in said.get("shapes", {}).items():
+            old = model.get_submodule(name)
+            options = {"device": old.weight.device, "dtype": old.weight.dtype}
+            put(model, name, nn.Linear(d_in, d_out, old.bias is not None, **options))
         for name, how in said["modules"].items():
             put(model, name, KINDS[how["kind"]](model.get_submodule(name), how))  # type: ignore[call-arg]
         for name, how in said["modules"].items():

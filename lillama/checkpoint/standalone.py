@@ -97,9 +97,9 @@ def _described(path: Path, config: dict[str, Any], trust: bool) -> dict[str, Any
     for name, module in factor_modules(model):
         found[name] = _of_module(name, module, known.modules)
         marks |= {key: list(tensor.shape) for key, tensor in markers(name, module.kind).items()}
-    shared = {"shared": known.shared} if getattr(known, "shared", None) else {}
+    more = {key: getattr(known, key) for key in ("shared", "shapes") if getattr(known, key, None)}
     ignored = sorted({*marks, *renamed(model, list(marks))})
-    return {"lillama": __version__, "modules": found, "markers": marks, "ignored": ignored, **shared}
+    return {"lillama": __version__, "modules": found, "markers": marks, "ignored": ignored, **more}
 
 
 def _of_module(name: str, module: Any, said: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lillama.contract import Layer
 from lillama.factorise.kfac import Listener
-from lillama.plan.plan import factor_numbers, observable
+from lillama.plan.plan import factor_numbers, larger_numbers, observable
 from lillama.pretrained.calls import Batch
 from lillama.pretrained.streams import Shelf, Stream
 from lillama.pretrained.walk import Walk
@@ -70,9 +70,10 @@ class MoreInputs:
         self.stream.drop()
 
 
-def kept_bytes(layers: Iterable[Layer]) -> int:
-    """Bytes of the sums over inputs of all layers, which `MoreInputs` keeps."""
-    return 8 * factor_numbers(layers)
+def kept_bytes(layers: Iterable[Layer], neurons: bool = False) -> int:
+    """Bytes of the sums over inputs of all layers, which `MoreInputs` keeps; `neurons` as it has them."""
+    layers = list(layers)
+    return 8 * (factor_numbers(layers) + (larger_numbers(layers, entries=False) if neurons else 0))
 
 
 def split(batches: Sequence[Batch], tokens: int) -> tuple[list[Batch], list[Batch]]:

@@ -92,7 +92,7 @@ class _Measurement:
         first = 0 if below else next((i for i, layer in enumerate(blocks) if layer.weights), len(blocks))
         # Every stream is kept until the gradients come back to it.
         room = budgets(recipe.run.stream_device_memory, recipe.run.stream_memory, walk.device.device)
-        beside = kept_bytes(blocks) if recipe.compress.fisher_inputs else 0
+        beside = kept_bytes(blocks, recipe.compress.neurons is not None) if recipe.compress.fisher_inputs else 0
         place = inner.choose_place(raw, len(blocks) + 2, room, beside)
         shelf = Shelf(directory.path / FISHER / "streams", walk.device.device, place)
         # Neighbours in a text are alike: a few tokens are to be of all of it.

@@ -156,7 +156,8 @@ class Plan:
         if not any(gone.values()):
             return ""
         every = sum((self.weights[name].whole or self.weights[name].shape)[1] for name in gone)
-        return f"  neurons  {sum(gone.values()):,} of {every:,} removed, {min(gone.values())} to {max(gone.values())} of an MLP"
+        least, most = min(gone.values()), max(gone.values())
+        return f"  neurons  {sum(gone.values()):,} of {every:,} removed, {least} to {most} of an MLP"
 
     def shapes(self) -> dict[str, list[int]]:
         """What config.json says of every weight that loses neurons: the shape that is left of it."""
@@ -268,6 +269,18 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spect
     unseen = () if spectra is None else (w.name for one in offered for w in one.weights if w.name not in ranks)
     left |= {name: UNUSED for name in unseen if name not in (spectra or {})}
     return plan.keep_dense(left) if left else plan
+
+
+def larger_numbers(layers: Iterable[Layer], entries: bool = True) -> int:
+    """Numbers of the factors on the larger sides of the weights of MLPs, wanted where neurons may go.
+
+    Without `entries` those of the exits alone, which are of inputs.
+    """
+    found = 0
+    for layer in layers:
+        sides = {w.name: max(w.whole or w.shape) ** 2 for w in layer.weights}
+        found += sum(sides[name] for mlp in layer.neurons for name in (mlp.weights if entries else (mlp.exit,)))
+    return found
 
 
 def to_remove(base: int, compress: Compress) -> int:

@@ -24,6 +24,8 @@ from lillama.pretrained.calls import Capture, digest, run_model
 from lillama.pretrained.driven import check_calls
 from lillama.pretrained.examples import arguments_to_try, copies
 from lillama.pretrained.forms import Leaf, Record, find_forms
+from lillama.pretrained.neurons import with_neurons
+from lillama.pretrained.players import main_output
 
 log = logging.getLogger(__name__)
 NO_LINEAR = "none of them holds a linear layer, or experts, of a kind that can be factorised"
@@ -68,7 +70,11 @@ def trace(model: Any) -> list[Layer]:
             f"the blocks of {type(model).__name__} cannot be run one by one: {reasons[0] if reasons else NO_LINEAR}",
             where="plugin",
         )
-    return _Weights(model, run, names).layers()
+    layers = _Weights(model, run, names).layers()
+    if other is None:  # no numbers to try anything on
+        return layers
+    tried = [name for name in names if name in run.records]
+    return with_neurons(model, layers, run.model, tried, lambda one: main_output(run_model(one, run.given)))
 
 
 def watch_passes(model: Any) -> tuple[Run, Run | None]:

@@ -58,6 +58,11 @@ class Counts:
         return wants_spectra(self.recipe.compress) or bool(self.fisher)
 
     @property
+    def narrows(self) -> bool:
+        """Whether neurons of MLPs may go, so that it is measured what each is worth."""
+        return self.recipe.compress.neurons is not None
+
+    @property
     def foretold(self) -> bool:
         """Whether what few bits would cost is measured with it."""
         return self.plan.budget is not None and self.recipe.quantize is not None

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 
 from lillama.errors import LillamaError
+from lillama.factorise.inputs import kept_bytes
 from lillama.lowrank.counts import stored
-from lillama.plan.plan import factor_numbers
+from lillama.plan.plan import factor_numbers, larger_numbers
 from lillama.pretrained.streams import Place, budgets, choose
 from lillama.recipe.schema import Finetune, Recipe
 from lillama.report.words import size
@@ -33,9 +34,8 @@ def measured_streams(counts: Counts, blocks: int) -> tuple[Place, int]:
     known = counts.recipe.calibration.known_tokens or 0
     behind = inputs_alone(counts.recipe, known)
     # Those of inputs alone are there for one block, before and behind it, and what enters the first is there twice.
-    beside = 3 * counts.source.working.itemsize * counts.width * behind + (
-        8 * factor_numbers(counts.plan.layers) if behind else 0
-    )
+    kept = kept_bytes(counts.plan.layers, counts.narrows) if behind else 0
+    beside = 3 * counts.source.working.itemsize * counts.width * behind + kept
     return streams(counts, blocks + 2, min(known, counts.recipe.compress.fisher_tokens), beside)
 
 
@@ -51,7 +51,7 @@ def needed(counts: Counts) -> int:
     """What the run directory holds at its peak. What is written anew stands beside the old until it is whole."""
     source, plan = counts.source, counts.plan
     unpacked = source.dtype.itemsize * plan.before if source.gguf else 0
-    fisher = 2 * SINGLE * factor_numbers(counts.plan.layers) if counts.measured else 0
+    fisher = SINGLE * (2 * factor_numbers(plan.layers) + _of_neurons(counts)) if counts.measured else 0
     layers, model = SINGLE * sum(counts.kept.values()), source.dtype.itemsize * plan.after
     distilling = _one_by_one(counts, layers) if counts.sequential else _all_at_once(counts, layers)
     peaks = (
@@ -62,6 +62,15 @@ def needed(counts: Counts) -> int:
         layers + model * (2 if counts.recipe.finetune else 1) + quantised(counts),
     )
     return BESIDE + unpacked + max(peaks)
+
+
+def _of_neurons(counts: Counts) -> int:
+    """Numbers that tell which neurons can go, and those of the weights of MLPs without them, with their factors."""
+    if not counts.narrows:
+        return 0
+    mlps = {name for layer in counts.plan.layers for mlp in layer.neurons for name in mlp.weights}
+    left = sum(w.parameters + 2 * min(w.shape) ** 2 for name, w in counts.plan.weights.items() if name in mlps)
+    return larger_numbers(counts.plan.layers) + left
 
 
 def _measuring(counts: Counts, fisher: int) -> int:

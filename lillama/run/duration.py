@@ -9,7 +9,7 @@ import torch
 from lillama.base.device import Device
 from lillama.evaluate.context import chosen_evaluators
 from lillama.factorise.rounding import kept_numbers
-from lillama.plan.plan import Plan, factor_numbers, observable
+from lillama.plan.plan import Plan, factor_numbers, larger_numbers, observable
 from lillama.pretrained.source import Source
 from lillama.recipe.schema import Recipe
 from lillama.run import disk, fewbits
@@ -19,6 +19,7 @@ SINGLE = 3  # times that a product in float32 takes longer than one in the compu
 # Of a weight of N x n, n <= N, in products of the compute type: the eigenvectors of both factors and the spectrum, in
 # float64, for N n^2. Measured of SmolLM2-135M: 31 seconds for 210 weights.
 FACTORISING = 70
+NARROWING = 200  # the same where a weight is tried in several widths, for n N^2
 UNPACKED = 8e6  # numbers of a GGUF file per second
 # Bytes per second at which a model's weights are read for one new token, by the kind of device: on two CPU cores as
 # measured; others are guessed, and next to nothing.
@@ -46,8 +47,12 @@ def operations(run: Counts, tokens: int) -> float:
     sums = 4 * factor_numbers(run.plan.layers) * SINGLE  # of both factors, in float32
     if run.foretold:
         sums += 2 * sum(kept_numbers(w) for layer in run.plan.layers for w in observable(layer)) * SINGLE
+    alone = sums // 2
+    if run.narrows:
+        sums += 2 * larger_numbers(run.plan.layers) * SINGLE
+        alone += 2 * larger_numbers(run.plan.layers, entries=False) * SINGLE
     flops += min(tokens, compress.fisher_tokens) * (3 * once + sums) * run.measured
-    flops += disk.inputs_alone(run.recipe, tokens) * (once + sums // 2) * run.measured
+    flops += disk.inputs_alone(run.recipe, tokens) * (once + alone) * run.measured
     return flops + _finetuning(run.source, run.plan, run.recipe) + fewbits.operations(run)
 
 
@@ -77,7 +82,18 @@ def _factorising(run: Counts) -> float:
     if not run.measured:
         return 0.0
     weights = [weight for layer in run.planned for weight in observable(layer)]
-    return float(FACTORISING * sum(w.copies * min(w.shape) ** 2 * max(w.shape) for w in weights))
+    found = float(FACTORISING * sum(w.copies * min(w.shape) ** 2 * max(w.shape) for w in weights))
+    return found + (_narrowing(run) if run.narrows else 0.0)
+
+
+def _narrowing(run: Counts) -> float:
+    """Operations in which MLPs are tried in several widths: the spectra of their weights, and which neurons go."""
+    found = 0.0
+    for layer in run.plan.layers:
+        for name in (name for mlp in layer.neurons for name in mlp.weights):
+            small, large = sorted(run.plan.weights[name].shape)
+            found += NARROWING * small * large**2
+    return found
 
 
 def _predicted(run: Counts) -> float:

@@ -11,7 +11,7 @@ from lillama.contract import Weight
 from lillama.evaluate.in_turn import divided
 from lillama.factorise.grams import choose_gram
 from lillama.factorise.rounding import kept_numbers
-from lillama.plan.plan import Plan, factor_numbers, observable
+from lillama.plan.plan import Plan, factor_numbers, larger_numbers, observable
 from lillama.pretrained.predictions import LOGITS, READ
 from lillama.pretrained.source import Source
 from lillama.recipe.schema import Recipe
@@ -172,6 +172,8 @@ def _measuring_bytes(run: Counts) -> int:
     logits = run.device.compute.itemsize * LOGITS_HELD * min(run.batch * _vocabulary(source), LOGITS)
     block = max((item * run.numbers.get(layer.name, 0) for layer in blocks), default=0)
     squares = max((factor_numbers([layer]) for layer in blocks), default=0)
+    if run.narrows:
+        squares += max((larger_numbers([layer]) for layer in blocks), default=0)
     place, streams = disk.measured_streams(run, len(blocks))
     own = place == ("host" if run.device.device.type == "cpu" else "device")
     if run.foretold:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from lillama.checkpoint.open import open_model
 from lillama.lowrank.counts import largest_rank, stored
 from lillama.pretrained import sharing
 from lillama.pretrained.calls import arguments
+from lillama.pretrained.neurons import largest_change
 from lillama.recipe.schema import Quantize
 from lillama.run import pipeline, prepare
 from lillama.testing.batches import Batches, example_batches
@@ -31,6 +33,7 @@ from lillama.testing.recipes import default_recipe, full_rank_plan, recipe_for
 from lillama.testing.streams import check_streams
 
 BITS = (4, 8)
+NARROW = "fewer-neurons"
 FAR = {
     4: 0.4,
     8: 0.05,
@@ -50,7 +53,7 @@ class Subject:
     storages: Sequence[str]
     fresh: Fresh
     device: str = "cpu"  # where runs work; what they leave is looked at on the CPU
-    trained: dict[str, pipeline.Result] = field(default_factory=dict)  # by storage
+    trained: dict[str, pipeline.Result] = field(default_factory=dict)  # by storage, or NARROW
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -61,6 +64,11 @@ class Subject:
     def combinations(self) -> list[tuple[str, ...]]:
         """Schedules, losses and storages so that every two of them meet."""
         return pairwise(list(registry.SCHEDULES), list(registry.LOSSES), self.storages)
+
+    @functools.cached_property
+    def narrows(self) -> bool:
+        """Whether the plugin names MLPs whose neurons may be removed."""
+        return any(layer.neurons for layer in self.prepared("neurons").layers)
 
     def prepared(self, out: str, changes: dict[str, Any] | None = None) -> prepare.Prepared:
         """The original, opened for a small run to `out`."""
@@ -101,6 +109,7 @@ def check_architecture(
     - full rank reproduces the logits to 1e-5 in every storage;
     - every loss, schedule and storage runs, and planned parameters equal the actual ones exactly;
     - the default recipe runs;
+    - half of the neurons of every MLP that the plugin names can go, and a run that may remove them does;
     - in 4 and 8 bits every storage goes on working, and loads bit-equal in a fresh process;
     - a saved checkpoint loads bit-equal in a fresh process, and once more after `save_pretrained`, with what is tied
       or shared still so.
@@ -217,6 +226,23 @@ def _check_runs(subject: Subject, step: Step) -> None:
         step()
 
 
+def _check_neurons(subject: Subject, step: Step) -> None:
+    if not subject.narrows:
+        return
+    prepared = subject.prepared("neurons")
+    auto = prepared.source.auto_class
+    model = open_model(subject.original, torch.float32, auto)
+    mlps = [mlp for layer in prepared.layers for mlp in layer.neurons]
+    worst = largest_change(model, mlps, lambda model: first_output(model, subject.inputs))
+    assert worst <= 1, f"neurons depend on each other: without half of them outputs are {worst:.2g} times too far off"
+    step()
+    prepared = default_recipe(subject.original, subject.directory / NARROW, subject.plugin, subject.device, neurons=0.5)
+    result = _run(subject, prepared)
+    _loaded(result, "with fewer neurons")
+    subject.trained[NARROW] = result
+    step()
+
+
 def _check_defaults(subject: Subject, step: Step) -> None:
     prepared = default_recipe(subject.original, subject.directory / "defaults", subject.plugin, subject.device)
     result = pipeline.Run(prepared, Progress(), batches=subject.batches).execute()
@@ -317,6 +343,13 @@ CHECKS = (
         lambda subject: len(subject.combinations),
     ),
     Check(
+        "fewer neurons",
+        _check_neurons,
+        "What Layer.neurons names must be the linears of one MLP, the one that ends it last, with nothing between them "
+        "that looks at more than one neuron.",
+        lambda subject: 2 * subject.narrows,
+    ),
+    Check(
         "default recipe",
         _check_defaults,
         "It measures gradients: every listed weight must take part in the forward pass. Leave out those that do not.",
@@ -326,12 +359,12 @@ CHECKS = (
         _check_saved,
         "The model's class must save and load what it holds; where modules are one and the same, the hook "
         "shared_modules must say so.",
-        lambda subject: len(subject.storages),
+        lambda subject: len(subject.storages) + subject.narrows,
     ),
     Check(
         "few bits",
         _check_few_bits,
         "The model's class must load what it saves of modules that are no nn.Linear any more.",
-        lambda subject: len(subject.storages) * len(BITS),
+        lambda subject: (len(subject.storages) + subject.narrows) * len(BITS),
     ),
 )

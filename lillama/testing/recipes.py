@@ -50,22 +50,29 @@ def recipe_for(model: Path, out: Path, plugin: str = "auto", changes: dict[str, 
     return Recipe.parse(settings)
 
 
-def default_recipe(model: Path, out: Path, plugin: str, device: str = "auto") -> prepare.Prepared:
+def default_recipe(
+    model: Path, out: Path, plugin: str, device: str = "auto", neurons: float | None = None
+) -> prepare.Prepared:
     """A model prepared by a recipe of defaults alone, the first of some shares removed that leave it room.
+
+    With `neurons`, that share of them may be removed, in float32 as everything else is that is counted on afterwards.
 
     A model whose matrices are too small for the default ranks, multiples of 8, gets finer ones. Raises LillamaError
     where even so nothing can be removed.
     """
     for multiple in MULTIPLES:
         for reduction in REDUCTIONS:
-            finer = {} if multiple is None else {"rank_multiple": multiple}
-            settings = {
+            finer: dict[str, Any] = {} if multiple is None else {"rank_multiple": multiple}
+            finer |= {} if neurons is None else {"neurons": neurons}
+            settings: dict[str, Any] = {
                 "model": {"id": str(model)},
                 "plugin": plugin,
                 "compress": {"reduction": reduction, **finer},
                 "calibration": {"dataset": "given"},
                 "run": {"out": str(out), "device": device},
             }
+            if neurons is not None:
+                settings["model"]["dtype"] = settings["run"]["compute"] = "float32"
             try:
                 return prepare.prepare(Recipe.parse(settings))
             except LillamaError as error:

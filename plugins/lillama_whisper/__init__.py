@@ -30,6 +30,7 @@ GROUPS = (
     ("fc1",),
     ("fc2",),
 )
+NEURONS = ("fc1", "fc2")  # the MLP, whose neurons may be removed
 
 
 @hookimpl
@@ -46,7 +47,8 @@ def auto_class(config: PreTrainedConfig) -> Any | None:
 def enumerate_layers(model: PreTrainedModel) -> list[Layer] | None:
     if model.config.model_type != MODEL_TYPE or type(model).__name__ != ARCHITECTURE:
         return None
-    return [Layer.of_linears(model, f"model.decoder.layers.{i}", GROUPS) for i in range(model.config.decoder_layers)]
+    blocks = range(model.config.decoder_layers)
+    return [Layer.of_linears(model, f"model.decoder.layers.{i}", GROUPS, NEURONS) for i in blocks]
 
 
 @hookimpl
