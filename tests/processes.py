@@ -55,6 +55,19 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
             "quantize": FEW,
         },
     ),
+    # Neurons go: the widths of MLPs are tried apart, and what is left of a weight is made by all.
+    # Queries and keys stay dense: gradients of theirs are so small here that the optimiser makes much of rounding.
+    "llama-neurons": (
+        "llama",
+        2,
+        {
+            **SEQUENTIAL,
+            **FISHER,
+            "compress.neurons": 0.5,
+            "compress.reduction": 0.4,
+            "compress.skip": ["*q_proj", "*k_proj"],
+        },
+    ),
     "mixtral": ("mixtral", 2, {**SEQUENTIAL, "distill.loss": "student", "finetune": TUNED}),
     "mixtral-concurrent": ("mixtral", 1, {**CONCURRENT, **FISHER}),  # a batch has fewer rows than there are processes
     "mamba": ("mamba", 2, {**SEQUENTIAL, **FISHER, "finetune": {**TUNED, "batch_size": 2, "gradient_accumulation": 2}}),

@@ -28,7 +28,7 @@ import kill_processes
 
 # Each of the four families, both schedules, Fisher information and Grams, fine-tuning; the others of processes.CASES
 # are run by hand.
-TRIED = ("llama", "llama-apart", "mixtral-concurrent", "mamba-concurrent", "whisper")
+TRIED = ("llama", "llama-apart", "llama-neurons", "mixtral-concurrent", "mamba-concurrent", "whisper")
 CLOSE = 1e-5  # of a tensor's largest number
 
 
