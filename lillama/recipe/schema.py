@@ -93,7 +93,7 @@ class Compress(Section):
         lt=1,
         description="Largest share of the neurons of an MLP that may be removed, in one budget with the ranks "
         "(fisher): rows of its first matrices and columns of its last, which costs no second product. For models whose "
-        "plugin names their MLPs, and not for vLLM. null: none.",
+        "plugin names their MLPs, or of which tracing finds them. null: none.",
     )
     gram_tokens: int = Field(
         65536, ge=1, description="Calibration tokens that input statistics are taken over (whitened)."

@@ -34,13 +34,19 @@ class LowRankConfig(QuantizationConfig):
     tensors that come say the rest.
     """
 
-    def __init__(self, modules: Mapping[str, Mapping[str, Any]], shared: Sequence[Sequence[str]] = ()) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, Mapping[str, Any]],
+        shared: Sequence[Sequence[str]] = (),
+        shapes: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         super().__init__()
         self.modules, self.shared = modules, shared
         self.loaded = Loaded(modules, shared)
         self.names: dict[str, set[str]] = {}
         for name, how in modules.items():
             self.names.setdefault(how["kind"], set()).add(name.rpartition(".")[2])
+        self.narrow = {name.rpartition(".")[2] for name in shapes or ()}  # of linears that lost neurons somewhere
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LowRankConfig:
@@ -48,18 +54,13 @@ class LowRankConfig(QuantizationConfig):
         version, modules, shared = config.get("version", VERSION), config.get("modules") or {}, config.get("shared")
         described.check_version(version, VERSION)
         described.check_modules(modules, shared)
-        if shapes := config.get("shapes"):
-            raise LillamaError(
-                "vLLM has MLPs of one width, and this checkpoint has fewer neurons in some layers",
-                where=f"{WHERE}: {next(iter(shapes))}",
-                hint="Use transformers, or `lillama export --dense`. With compress.neurons: null vLLM serves it.",
-            )
+        described.check_shapes(config.get("shapes") or {})
         for name, how in modules.items():
             try:
                 check_storage(how["storage"])
             except LillamaError as error:
                 raise LillamaError(error.what, where=f"{WHERE}: {name}", hint=error.hint) from error
-        return cls(modules, shared or ())
+        return cls(modules, shared or (), config.get("shapes") or {})
 
     def get_name(self) -> Any:
         return METHOD
@@ -88,7 +89,9 @@ class LowRankConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary(layer, prefix)
         if isinstance(layer, LinearBase):
-            return LowRankLinearMethod(self.loaded, prefix) if self._takes(prefix) else UnquantizedLinearMethod()
+            if not self._takes(prefix):
+                return UnquantizedLinearMethod()
+            return LowRankLinearMethod(self.loaded, prefix, bool(self._parts(prefix) & self.narrow))
         return None
 
     def _experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
@@ -101,11 +104,14 @@ class LowRankConfig(QuantizationConfig):
 
     def _takes(self, prefix: str) -> bool:
         """Whether a matrix of the layer is of low rank, or may be one that other layers share."""
-        merged = [names for key, names in self.packed_modules_mapping.items() if f".{prefix}".endswith(f".{key}")]
-        taken = {name.rpartition(".")[2] for name in (merged[0] if merged else [prefix])}
-        taken &= self.names.get("linear", set())
+        taken = self._parts(prefix) & (self.names.get("linear", set()) | self.narrow)
         self.loaded.takers |= taken
         return bool(taken) or any(f"{prefix}.".startswith(f"{name}.") for group in self.shared for name in group)
+
+    def _parts(self, prefix: str) -> set[str]:
+        """The last parts of the names of the matrices that the engine has as one layer."""
+        merged = [names for key, names in self.packed_modules_mapping.items() if f".{prefix}".endswith(f".{key}")]
+        return {name.rpartition(".")[2] for name in (merged[0] if merged else [prefix])}
 
     def _vocabulary(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """That of an embedding, which some of the engine's models give no name, or of a head."""

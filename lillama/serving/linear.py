@@ -15,8 +15,9 @@ from lillama.serving.receiver import Receiver
 class LowRankLinearMethod(LinearMethodBase):
     """Matrices in any mixture of storages, ranks and dense ones: whatever the file has for the layer."""
 
-    def __init__(self, loaded: Loaded, name: str) -> None:
-        self.loaded, self.name = loaded, name
+    def __init__(self, loaded: Loaded, name: str, narrows: bool = False) -> None:
+        """`narrows`: the layer may be of an MLP that lost neurons."""
+        self.loaded, self.name, self.narrows = loaded, name, narrows
 
     def create_weights(
         self,
@@ -29,6 +30,7 @@ class LowRankLinearMethod(LinearMethodBase):
         **more: Any,
     ) -> None:
         layer.received = Receiver(layer, self.name, sum(output_partition_sizes), params_dtype)
+        layer.received.narrows = self.narrows
         self.loaded.add(layer.received)
 
     def process_weights_after_loading(self, layer: Any) -> None:

@@ -45,6 +45,7 @@ class Receiver:
         """`outputs`: how many the layer has in this process; `needed` of them (None: all) are not padding."""
         self.layer, self.name, self.outputs, self.dtype = layer, name, outputs, dtype
         self.needed = outputs if needed is None else needed
+        self.narrows = False  # whether matrices may have fewer outputs, or inputs, than the engine made the layer for
         self.tied_to: Receiver | None = None
         self.parts: dict[Any, Part] = {}
         self.low_rank = 0  # how many matrices of low rank or in few bits came
@@ -95,6 +96,8 @@ class Receiver:
     def _own(self, size: tuple[int, int], shard: Any) -> tuple[Tensor, Tensor | None]:
         """(1 + row of the matrix for each output of the layer, columns): the engine puts row numbers where rows go."""
         d_out, d_in = size
+        if self.narrows and (fewer := self._own_of_narrow(size, shard)) is not None:
+            return fewer, None
         shards = () if shard is None else (shard,)
         rows = _Probe(torch.zeros(self.outputs, dtype=torch.long, device="cpu"), requires_grad=False)
         rows.output_dim = 0
@@ -109,17 +112,45 @@ class Receiver:
         self._load(columns, torch.arange(d_in, device="cpu"))
         return rows.data, columns.data
 
+    def _own_of_narrow(self, size: tuple[int, int], shard: Any) -> Tensor | None:
+        """The rows of a matrix that lost neurons, each in its place among those of the layer; None: it lost none.
+
+        The layer then has fewer outputs than it was made for, which what comes behind it takes as they are.
+        """
+        sizes = list(getattr(self.layer, "output_sizes", None) or [self.layer.output_size])
+        number = shard or 0
+        if size == (sizes[number], self.layer.input_size):
+            return None
+        if getattr(self.layer, "tp_size", 1) > 1:
+            raise ValueError("neurons of this MLP were removed: it cannot be split between processes")
+        d_out, d_in = size
+        if d_out > sizes[number] or d_in > self.layer.input_size:
+            raise ValueError(f"the layer has {self.layer.input_size} inputs and {sizes[number]} outputs")
+        self.outputs = self.needed = d_out * len(sizes)
+        if any(len(part.source) != self.outputs for part in self.parts.values()):
+            raise ValueError("its neighbour has another number of neurons")
+        rows = torch.zeros(self.outputs, dtype=torch.long, device="cpu")
+        rows[number * d_out : (number + 1) * d_out] = torch.arange(1, d_out + 1, device="cpu")
+        return rows
+
     def _load_bias(self, parameter: Any, tensor: Tensor, shard: Any = None, **more: Any) -> Any:
         """The engine's own loader, for all but our tensors.
 
         An engine that makes a bias of zeros where the file has none measures it by the dense weight that is gone.
         """
         shards = () if shard is None else (shard,)
+        if self.narrows and tensor.dim() == 1 and self._is_short(tensor, shard):
+            hint = "`lillama export DIR OUT --dense` writes a model that any engine serves."
+            raise LillamaError("a bias of an MLP that lost neurons cannot be served", where=self.name, hint=hint)
         if tensor.numel() == 0 and parameter.numel():
             sizes = getattr(self.layer, "output_sizes", [self.layer.output_size])
             number = {"q": 0, "k": 1, "v": 2}.get(shard, shard or 0)
             tensor = tensor.new_zeros(sizes[number])
         return self._load(parameter, tensor, *shards, **more)
+
+    def _is_short(self, bias: Tensor, shard: Any) -> bool:
+        sizes = list(getattr(self.layer, "output_sizes", None) or [self.layer.output_size])
+        return 0 < len(bias) < sizes[shard or 0]
 
     def check(self) -> None:
         """LillamaError that names what did not come, unless every output of the layer has its matrix."""

@@ -10,6 +10,8 @@ import torch
 from models import linears, save, tiny
 
 import lillama
+from lillama.checkpoint.quantizer import describe_
+from lillama.lowrank.narrow import narrow
 from lillama.pretrained import sharing
 
 NEW = 16
@@ -131,7 +133,32 @@ def _bits_experts(directory: Path) -> Path:
     return save(model, modules, directory)
 
 
+def _narrow(family: str) -> Callable[[Path], Path]:
+    """MLPs that lost neurons, not as many in each block: dense, of low rank, and one in few bits."""
+
+    def build(directory: Path) -> Path:
+        model = tiny(family)
+        shapes = {}
+        for number, left in enumerate((80, 152)):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                linear = model.get_submodule(f"model.layers.{number}.mlp.{name}")
+                is_exit = name == "down_proj"
+                weight = linear.weight.detach()[:, :left] if is_exit else linear.weight.detach()[:left]
+                bias = linear.bias if linear.bias is None or is_exit else linear.bias.detach()[:left]
+                shapes[f"model.layers.{number}.mlp.{name}"] = list(weight.shape)
+                narrow(model, f"model.layers.{number}.mlp.{name}", weight.shape, weight.clone(), bias)
+        modules = linears(model, {"q_proj": ("pivoted", 64), "down_proj": ("pivoted", 56)})
+        modules["model.layers.0.mlp.gate_proj"] = {"kind": "linear", "storage": "pivoted", "rank": 48}
+        modules["model.layers.1.mlp.up_proj"] = {"kind": "linear", "storage": "dense:8:32", "rank": 128}
+        save(model, modules, directory)
+        describe_(model, modules, shapes=shapes).save_pretrained(directory)
+        return directory
+
+    return build
+
+
 MODELS = {
+    "narrow": _narrow("llama"),
     "mixed": _mixed("llama"),
     "biases": _mixed("llama-bias"),
     "qwen2": _mixed("qwen2"),

@@ -30,6 +30,7 @@ def test_a_compiled_model_says_the_same(made, engine):
     assert _served(engine, made["biases"], enforce_eager=False) == made["biases"].tokens
     assert _served(engine, made["experts-pivoted"], enforce_eager=False) == made["experts-pivoted"].tokens
     assert _served(engine, made["bits"], enforce_eager=False) == made["bits"].tokens
+    assert _served(engine, made["narrow"], enforce_eager=False) == made["narrow"].tokens
 
 
 @pytest.mark.parametrize("name, eager", [("mixed", True), ("bits", True), ("bits", False), ("bits-experts", True)])
@@ -45,7 +46,7 @@ def test_two_processes_share_the_rows_and_columns(name, made, engine, monkeypatc
     assert _served(engine, made[name], tensor_parallel_size=2) == made[name].tokens
 
 
-@pytest.mark.parametrize("name", ["biases", "fused", "embedding", "tied-pivoted", "shared", "bits"])
+@pytest.mark.parametrize("name", ["biases", "fused", "embedding", "tied-pivoted", "shared", "bits", "narrow"])
 def test_the_model_of_transformers_inside_vllm(name, made, engine):
     """Last: from here on the classes of transformers are vLLM's own."""
     assert _served(engine, made[name], model_impl="transformers") == made[name].tokens
