@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, BitNetConfig, OPTConfig
 import lillama
 from lillama import Layer, LillamaError, Weight
 from lillama.checkpoint.export import export_dense
+from lillama.cli.pluginfile import plugin_file
+from lillama.cli.trace import summary
 from lillama.contract import Neurons
 from lillama.factorise import neurons
 from lillama.factorise.initialisers import INPUT_RIDGE, OUTPUT_RIDGE, fisher_spectrum, regularised
@@ -402,3 +404,17 @@ def test_every_choice_of_an_mlp_is_of_the_width_it_is_for():
     weight = Weight("l.down", (4, 8), whole=(4, 16))
     assert weight.original_parameters == 64 and weight.parameters == 32
     assert [one.numbers for one in choices(weight, [1.0] * 4, section)][-1] == 32
+
+
+def test_the_plugin_that_tracing_writes_names_the_mlps(tmp_path):
+    config = OPTConfig(
+        vocab_size=97, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    layers = trace(model)
+    text = plugin_file(model, layers)
+    assert 'NEURONS = ("fc1", "fc2")' in text
+    scope: dict[str, Any] = {}
+    exec(compile(text, "plugin", "exec"), scope)
+    assert [layer.neurons for layer in scope["enumerate_layers"](model)] == [layer.neurons for layer in layers]
+    assert "neurons: model.decoder.layers.0.fc1 -> model.decoder.layers.0.fc2" in summary(layers)

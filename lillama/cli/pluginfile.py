@@ -76,6 +76,7 @@ class Writer:
         self.model, self.auto_class = model, auto_class
         self.tables: list[str] = []
         self.helpers: list[str] = []
+        self.mlps: list[tuple[str, ...]] = []  # the linears of MLPs whose neurons may be removed
         self.names = {"Layer"}
         self.shared: Signature = ()  # a table that serves every list of blocks
 
@@ -91,7 +92,9 @@ class Writer:
             hooks.append(_AUTO.format(kind=kind, auto=self.auto_class))
         imported = f"from lillama import {', '.join(sorted(self.names))}, hookimpl"
         head = f'"""{type(self.model).__name__} for lillama."""\n\n{imported}\n'
-        tables = "".join(f"\n{table}\n" for table in self.tables)
+        known = (("NEURONS" if n == 0 else f"NEURONS_{n + 1}", linears) for n, linears in enumerate(self.mlps))
+        mlps = [_filled(f"{own} = (", [_quoted(one) for one in linears], ")") for own, linears in known]
+        tables = "".join(f"\n{table}\n" for table in [*self.tables, *mlps])
         return head + tables + "".join(f"\n\n{part}\n" for part in [*self.helpers, *hooks])
 
     def one(self, layer: Layer) -> str:
@@ -130,7 +133,18 @@ class Writer:
         table = self.table(blocks, numbers)
         if any(experts(block) for block in blocks):
             return f'*({self.helper(blocks)}(model, f"{name}.{{i}}", {table}) for i in {over})'
-        return f'*(Layer.of_linears(model, f"{name}.{{i}}", {table}) for i in {over})'
+        return f'*(Layer.of_linears(model, f"{name}.{{i}}", {table}{self.neurons(blocks)}) for i in {over})'
+
+    def neurons(self, blocks: Sequence[Layer]) -> str:
+        """A further argument: the name of a table of the linears of an MLP, where one serves all blocks that have any."""
+        found = {tuple(name.removeprefix(f"{b.name}.") for name in mlp.weights) for b in blocks for mlp in b.neurons}
+        if len(found) != 1:
+            return ""
+        (linears,) = found
+        if linears not in self.mlps:
+            self.mlps.append(linears)
+        number = self.mlps.index(linears)
+        return f", NEURONS_{number + 1}" if number else ", NEURONS"
 
     def table(self, blocks: Sequence[Layer], numbers: Sequence[int]) -> str:
         """The name of a table of groups for all `blocks`, or an expression with `i` that finds a block's own."""

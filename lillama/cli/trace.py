@@ -41,6 +41,7 @@ def summary(layers: Sequence[Layer]) -> str:
             what = kind if name is None else f"{len(same)} {kind}{'' if len(same) == 1 else 's'}"
             lines.append(f"{where} ({what}{'' if same[0].weights else ', passed through'})")
             lines += [f"  {' + '.join(map(_said, group))}" for group in grouped(same[0])]
+            lines += [f"  neurons: {' + '.join(mlp.entries)} -> {mlp.exit}" for mlp in same[0].neurons]
     return "\n".join(lines)
 
 
