@@ -136,7 +136,7 @@ class Writer:
         return f'*(Layer.of_linears(model, f"{name}.{{i}}", {table}{self.neurons(blocks)}) for i in {over})'
 
     def neurons(self, blocks: Sequence[Layer]) -> str:
-        """A further argument: the name of a table of the linears of an MLP, where one serves all blocks that have any."""
+        """A further argument: the name of a table of an MLP's linears, where one serves all blocks that have any."""
         found = {tuple(name.removeprefix(f"{b.name}.") for name in mlp.weights) for b in blocks for mlp in b.neurons}
         if len(found) != 1:
             return ""
