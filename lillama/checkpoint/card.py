@@ -22,9 +22,12 @@ def model_card(recipe: Recipe, plan: Plan, auto_class: str, bits: Quantize | Non
         tags=["lillama", "low-rank", *(["quantized"] if bits else [])],
     )
     kept = ""
+    if plan.shapes():
+        gone, every = plan.neurons
+        kept = f"{gone:,} of the {every:,} neurons of its MLPs were removed, not as many from each.\n\n"
     if bits:
         widths = " or ".join(map(str, bits.widths))
-        kept = f"Weights are whole numbers of {widths} bits, with a scale for every {bits.group_size} of them.\n\n"
+        kept += f"Weights are whole numbers of {widths} bits, with a scale for every {bits.group_size} of them.\n\n"
     return (
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# {Path(original.removeprefix('package:')).name}, {plan.reduction:.0%} smaller\n\n"

@@ -59,6 +59,7 @@ def plan(prepared: Prepared) -> RenderableType:
             else []
         ),
         f"distillation {recipe.distill.schedule}, loss {recipe.distill.loss}, on {prepared.device.device} in {compute}",
+        *_neurons(prepared),
         *_few_bits(prepared),
         f"estimated: memory {size(e.memory)}, disk {size(e.disk)}, "
         + (f"about {clock(e.seconds)} for {e.tokens:,} tokens" if e.seconds else "time depends on calibration.tokens"),
@@ -69,6 +70,12 @@ def plan(prepared: Prepared) -> RenderableType:
         warning = f"not enough room: {error.what}"
     lines += [warning] if warning else []
     return Group(*(Text(line) for line in lines), Text(), table, Text())
+
+
+def _neurons(prepared: Prepared) -> list[str]:
+    """How many neurons may go, in a line."""
+    share, mlps = prepared.recipe.compress.neurons, sum(len(layer.neurons) for layer in prepared.plan.layers)
+    return [] if share is None else [f"neurons: up to {share:.0%} of those of each of {mlps} MLPs may go as well"]
 
 
 def _bytes(plan: Plan) -> list[str]:

@@ -150,14 +150,19 @@ class Plan:
             lines.append(f"  {kind}  {', '.join(parts)}")
         return "\n".join(lines)
 
+    @property
+    def neurons(self) -> tuple[int, int]:
+        """(how many neurons of MLPs go, how many there are)."""
+        exits = [self.weights[mlp.exit] for mlp, _ in self._gone()]
+        return sum(gone for _, gone in self._gone()), sum((w.whole or w.shape)[1] for w in exits)
+
     def _neurons(self) -> str:
         """How many neurons go, in a line; empty where none do."""
         gone = {mlp.exit: count for mlp, count in self._gone()}
         if not any(gone.values()):
             return ""
-        every = sum((self.weights[name].whole or self.weights[name].shape)[1] for name in gone)
         least, most = min(gone.values()), max(gone.values())
-        return f"  neurons  {sum(gone.values()):,} of {every:,} removed, {least} to {most} of an MLP"
+        return f"  neurons  {self.neurons[0]:,} of {self.neurons[1]:,} removed, {least} to {most} of an MLP"
 
     def shapes(self) -> dict[str, list[int]]:
         """What config.json says of every weight that loses neurons: the shape that is left of it."""
