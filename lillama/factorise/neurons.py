@@ -29,7 +29,7 @@ from lillama.plan.budget import Narrowing
 from lillama.pretrained.walk import Walk
 
 STEPS = 8  # widths that are tried, besides the whole one
-BLOCKS = 96  # neurons go so many times, of all there are
+BLOCKS = 32  # neurons go so many times, of all there are: one at a time costs the same to three digits
 LEAST_BLOCK = 16
 
 

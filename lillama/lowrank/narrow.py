@@ -23,8 +23,8 @@ def narrow(
 ) -> nn.Linear:
     """Put an `nn.Linear` of `shape` in place of the one called `name` below `root`, and return it.
 
-    It has the old one's type and place, and a bias where that has one. Without a `weight` it is empty, on the meta
-    device where numbers of the weight are none of it. Raises LillamaError where there is no larger `nn.Linear`.
+    It has a bias where that has one, and its numbers are of the same type. Those that are not given are not filled, and
+    on the device where the old ones are. Raises LillamaError where there is no `nn.Linear` of this size or a larger one.
     """
     old = root.get_submodule(name)
     check_larger(old, shape, name)
