@@ -24,7 +24,7 @@ def narrow(
     """Put an `nn.Linear` of `shape` in place of the one called `name` below `root`, and return it.
 
     It has a bias where that has one, and its numbers are of the same type. Those that are not given are not filled, and
-    on the device where the old ones are. Raises LillamaError where there is no `nn.Linear` of this size or a larger one.
+    on the device of the old ones. Raises LillamaError where there is no `nn.Linear` of this size or a larger one.
     """
     old = root.get_submodule(name)
     check_larger(old, shape, name)
