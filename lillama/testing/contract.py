@@ -228,6 +228,7 @@ def _check_runs(subject: Subject, step: Step) -> None:
 
 def _check_neurons(subject: Subject, step: Step) -> None:
     if not subject.narrows:
+        step()
         return
     prepared = subject.prepared("neurons")
     auto = prepared.source.auto_class
@@ -347,7 +348,7 @@ CHECKS = (
         _check_neurons,
         "What Layer.neurons names must be the linears of one MLP, the one that ends it last, with nothing between them "
         "that looks at more than one neuron.",
-        lambda subject: 2 * subject.narrows,
+        lambda subject: 2 if subject.narrows else 1,
     ),
     Check(
         "default recipe",
