@@ -270,8 +270,8 @@ CASES = {
 def test_the_file_lists_what_was_traced(case):
     model, layers = CASES[case]()
     text = pluginfile.plugin_file(model, layers, "AutoModelForSeq2SeqLM" if case == "t5" else "AutoModelForCausalLM")
-    code = [line for line in text.splitlines() if line and not line.startswith('"""')]
-    assert len(code) <= 20, text
+    code = [line for line in text.splitlines() if line and not line.startswith(('"""', "NEURONS"))]
+    assert len(code) <= 20, text  # and a line for the MLPs of each list of blocks
     scope = {}
     exec(text, scope)
     found = scope["enumerate_layers"](model)
