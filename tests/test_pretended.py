@@ -37,6 +37,7 @@ FAST = {"strategy": "uniform", "init": "svd"}
 TUNED = {"finetune": {"steps": 1, "batch_size": 2, "checks": 1}, "quantize": {"bits": 4, "what": "all"}}
 TAUGHT = {**TUNED, "finetune": {**TUNED["finetune"], "sequence_length": 16, "teacher": 0.5}}
 CONCURRENT = {"distill": {"schedule": "concurrent"}}
+NARROW = {"compress": {"neurons": 0.5, "reduction": 0.4, "skip": ["*q_proj"]}, "evaluate": None}
 
 # What the host itself computes with matrices while a card works, and why.
 BY_HAND = (
@@ -113,6 +114,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "speech, all at once": ("whisper", CONCURRENT),
     "tight": ("llama", {"distill": {"schedule": "concurrent"}, "run": {"low_memory": True}, "evaluate": None}),
     "embedding and head": ("llama", {"plugin": "inkuba", "compress": FAST, "evaluate": None}),
+    "fewer neurons": ("llama", NARROW),
     "refitted": ("llama", {"compress": {**FAST, "init": "compensated"}, "evaluate": None}),
 }
 
@@ -128,7 +130,7 @@ def test_a_run_in_bfloat16_is_on_the_card_that_was_asked_for(tmp_path: Path) -> 
     check(run(tmp_path, "llama", CARD, {"compress": FAST}, fast=True))
 
 
-@pytest.mark.parametrize(("name", "changes"), [("llama", TAUGHT), ("mixtral", CONCURRENT)])
+@pytest.mark.parametrize(("name", "changes"), [("llama", TAUGHT), ("mixtral", CONCURRENT), ("llama", NARROW)])
 @pytest.mark.slow
 def test_a_run_asks_apple_for_nothing_in_float64(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     check(run(tmp_path, name, "mps", changes), OF_APPLE)
