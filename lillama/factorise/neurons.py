@@ -28,7 +28,7 @@ from lillama.lowrank.swap import dense
 from lillama.plan.budget import Narrowing
 from lillama.pretrained.walk import Walk
 
-STEPS = 8  # widths that are tried, besides the whole one
+STEPS = 6  # widths that are tried, besides the whole one
 BLOCKS = 32  # neurons go so many times, of all there are: one at a time costs the same to three digits
 LEAST_BLOCK = 16
 
@@ -92,25 +92,28 @@ def without(weight: Whole, kept: Tensor, is_exit: bool) -> tuple[Tensor, Tensor,
     if is_exit:
         H = regularised(weight.input, INPUT_RIDGE)
         W = torch.linalg.solve(H[kept][:, kept], H[kept] @ weight.W.double().T).T
-        inner, outer = weight.input.double()[kept][:, kept], weight.output.double()
+        inner, outer = weight.input[kept][:, kept], weight.output.double()
     else:
         W = weight.W.double()[kept]
-        inner, outer = weight.input.double(), weight.output.double()[kept][:, kept]
+        inner, outer = weight.input.double(), weight.output[kept][:, kept]
+    # Products of squares in float32, in which they were summed up: they are most of the time.
     if W.shape[0] <= W.shape[1]:
-        return W, W @ inner @ W.T, outer
-    return W, inner, W.T @ outer @ W
+        return W, W @ (inner.float() @ W.T.float()).double(), outer
+    return W, inner, W.T @ (outer.float() @ W.float()).double()
 
 
 def narrowings(
-    mlp: Neurons, weights: Mapping[str, Whole], share: float, multiple: int
+    mlp: Neurons, weights: Mapping[str, Whole], known: Mapping[str, Tensor], left: Sequence[int]
 ) -> tuple[Tensor, list[Narrowing]]:
-    """(the neurons in the order in which they go, the widths that an MLP may have, the whole one first)."""
+    """(the neurons in the order in which they go, what the widths `left` of an MLP cost, the whole one first).
+
+    `known` are the spectra of its weights while all neurons are there.
+    """
     place = factorising(weights[mlp.exit].W.device)
     here = {name: Whole(*(tensor.to(place) for tensor in one)) for name, one in weights.items()}
     count = here[mlp.exit].W.shape[1]
-    left = widths(count, share, multiple)
     order, costs = order_neurons(here[mlp.exit], left)
-    tasks = [(one, name) for one in left for name in mlp.weights]
+    tasks = [(one, name) for one in left[1:] for name in mlp.weights]
     spectra = {task: torch.zeros(min(here[task[1]].W.shape), dtype=torch.float64, device=place) for task in tasks}
     # The processes of the run share them out.
     for owner, (one, name) in zip(ranks.owners([1.0] * len(tasks)), tasks):
@@ -118,6 +121,7 @@ def narrowings(
             found = fisher_spectrum(*without(here[name], stay(order, count, one), name == mlp.exit))
             spectra[one, name][: len(found)] = found
     ranks.sum_(spectra.values())
+    spectra |= {(count, name): known[name] for name in mlp.weights}
     return order, [
         Narrowing(one, cost, {name: spectra[one, name].tolist() for name in mlp.weights})
         for one, cost in zip(left, costs)
@@ -130,15 +134,24 @@ def neurons_file(layer: Layer) -> str:
 
 
 def write_neurons(
-    directory: RunDirectory, layer: Layer, weights: Mapping[str, Whole], share: float, multiple: int
+    directory: RunDirectory,
+    layer: Layer,
+    weights: Mapping[str, Whole],
+    known: Mapping[str, Tensor],
+    share: float,
+    multiple: int,
 ) -> None:
-    """Find and store the widths of every MLP of a layer of which `weights` are known, and their larger factors."""
+    """Find and store the widths of every MLP of a layer of which `weights` are known, and their larger factors.
+
+    `known` are spectra; of an MLP at most a `share` of the neurons goes, and a multiple of `multiple` stays.
+    """
     tensors: dict[str, Tensor] = {}
     for mlp in layer.neurons:
         if not weights.keys() >= {*mlp.weights}:  # some prediction depends on no gradient of it
             continue
         name = mlp.exit
-        order, ways = narrowings(mlp, weights, share, multiple)
+        left = widths(weights[name].W.shape[1], share, multiple)
+        order, ways = narrowings(mlp, weights, known, left)
         tensors |= {f"{one}.larger": _larger(weights[one]).float() for one in mlp.weights}
         tensors[f"{name}.order"] = order
         tensors[f"{name}.left"] = torch.tensor([way.left for way in ways])

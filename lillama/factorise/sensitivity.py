@@ -219,7 +219,9 @@ class _Measurement:
                 if self.neurons and layer.neurons:
                     compress = self.recipe.compress
                     multiple = rank_multiple(self.walk.every, compress)
-                    write_neurons(self.directory, layer, listener.wholes, compress.neurons or 0.0, multiple)
+                    spectra = {name: factors.spectrum for name, factors in found.items()}
+                    share = compress.neurons or 0.0
+                    write_neurons(self.directory, layer, listener.wholes, spectra, share, multiple)
                 write_fisher(self.directory, layer, found)
         for stream in streams:
             stream.drop()
