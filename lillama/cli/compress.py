@@ -53,16 +53,27 @@ def compress(args: argparse.Namespace) -> int:
 
 
 def _planned(asked: Any, overrides: list[str]) -> tuple[Any, Any]:
-    """The recipe for what is asked, and its plan: with the embedding in the budget where the model is mostly that."""
+    """The recipe for what is asked, and its plan.
+
+    The embedding is in the budget where the model is mostly that, neurons of MLPs where these are known.
+    """
     from lillama.pretrained.ends import KEY
     from lillama.recipe.schema import Recipe
     from lillama.run import oneline, prepare
 
     source = prepare.open_source(Recipe.parse(oneline.recipe_of(asked, 0), overrides))
 
-    def planned(embedding: bool) -> tuple[Any, Any]:
-        recipe = Recipe.parse(oneline.recipe_of(asked, source.parameters, embedding), overrides)
-        return recipe, prepare.prepare(recipe)
+    def planned(embedding: bool, neurons: bool = False) -> tuple[Any, Any]:
+        recipe = Recipe.parse(oneline.recipe_of(asked, source.parameters, embedding, neurons), overrides)
+        prepared = prepare.prepare(recipe)
+        if neurons or not oneline.wants_neurons(prepared.layers, source.parameters):
+            return recipe, prepared
+        try:
+            return planned(embedding, neurons=True)
+        except LillamaError as error:  # another strategy or initialiser was asked for, say
+            if error.where != "compress.neurons":
+                raise
+        return recipe, prepared
 
     try:
         return planned(oneline.is_mostly_table(source.model))

@@ -19,7 +19,7 @@ SINGLE = 3  # times that a product in float32 takes longer than one in the compu
 # Of a weight of N x n, n <= N, in products of the compute type: the eigenvectors of both factors and the spectrum, in
 # float64, for N n^2. Measured of SmolLM2-135M: 31 seconds for 210 weights.
 FACTORISING = 70
-NARROWING = 24  # the same where a weight is tried in several widths, for n N^2: 61 seconds for 90 weights
+NARROWING = 30  # the same where a weight is tried in several widths, for n N^2: 61 seconds for 90 weights
 UNPACKED = 8e6  # numbers of a GGUF file per second
 # Bytes per second at which a model's weights are read for one new token, by the kind of device: on two CPU cores as
 # measured; others are guessed, and next to nothing.
@@ -49,9 +49,9 @@ def operations(run: Counts, tokens: int) -> float:
         sums += 2 * sum(kept_numbers(w) for layer in run.plan.layers for w in observable(layer)) * SINGLE
     alone = sums // 2
     if run.narrows:
-        # Products as large as these take no longer than the one that is measured, of which a third is counted on.
-        sums += 2 * larger_numbers(run.plan.layers) // 3
-        alone += 2 * larger_numbers(run.plan.layers, entries=False) // 3
+        # Products as large as these go nearly as fast as the one that is measured, of which a third is counted on.
+        sums += larger_numbers(run.plan.layers)
+        alone += larger_numbers(run.plan.layers, entries=False)
     flops += min(tokens, compress.fisher_tokens) * (3 * once + sums) * run.measured
     flops += disk.inputs_alone(run.recipe, tokens) * (once + alone) * run.measured
     return flops + _finetuning(run.source, run.plan, run.recipe) + fewbits.operations(run)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lillama.base.rundir import OWN_TEXT
+from lillama.contract import Layer
 from lillama.recipe.schema import RUN_OUT
 
 # A model as small as this learns more as a whole than layer by layer; a larger one has no room for that
 # (docs/results/quality.md).
 LEARNS_WHOLE = 1_000_000_000
+NEURONS = 0.5  # the largest share of an MLP's neurons that may go (docs/results/quality.md)
 HELD_OUT = 0.1  # of the text, to measure on
 MOSTLY_TABLE = 1 / 3  # of the parameters: then the blocks alone would have to give too much (docs/results/gemma.md)
 
@@ -30,10 +33,10 @@ class Asked:
     tokens: int
 
 
-def recipe_of(asked: Asked, parameters: int, embedding: bool = False) -> dict[str, Any]:
+def recipe_of(asked: Asked, parameters: int, embedding: bool = False, neurons: bool = False) -> dict[str, Any]:
     """The settings of a recipe for a model of so many parameters; what they leave out has its default.
 
-    `embedding`: its table is in the budget.
+    `embedding`: its table is in the budget; `neurons`: those of MLPs are.
     """
     calibrated = round(100 * (1 - HELD_OUT))
     tokens = int(asked.tokens * (1 - HELD_OUT))
@@ -54,6 +57,8 @@ def recipe_of(asked: Asked, parameters: int, embedding: bool = False) -> dict[st
         },
         "run": {"out": asked.out},
     }
+    if neurons:
+        settings["compress"]["neurons"] = NEURONS
     if parameters <= LEARNS_WHOLE:
         settings["distill"] = {"epochs": 0, "batch_size": 2}
         settings["finetune"] = {
@@ -76,6 +81,11 @@ def _data(asked: Asked, split: str) -> dict[str, Any]:
     if asked.data is None:
         return {"generate": {"tokens": asked.tokens, "split": split}}
     return {"dataset": asked.data, "split": split}
+
+
+def wants_neurons(layers: Iterable[Layer], parameters: int) -> bool:
+    """Whether a model's neurons are in the budget: a large one has no room for what tells which of them may go."""
+    return parameters <= LEARNS_WHOLE and any(layer.neurons for layer in layers)
 
 
 def is_mostly_table(model: Any) -> bool:
