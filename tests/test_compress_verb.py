@@ -97,6 +97,16 @@ def test_a_plan_writes_nothing(model_dir, tmp_path, capsys):
     assert recipe.compress.reduction == 0.1 and recipe.finetune is not None
 
 
+@pytest.mark.parametrize(
+    ("asked", "neurons"),
+    [([], "0.5"), (["compress.neurons=0.25"], "0.25"), (["compress.strategy=uniform", "compress.init=svd"], "null")],
+)
+def test_neurons_are_in_the_budget_where_a_recipe_can_say_which_go(model_dir, asked, neurons, tmp_path, capsys):
+    changes = [part for one in asked for part in ("--set", one)]
+    assert call("compress", model_dir, "--plan", "--out", tmp_path / "run", *small(), *changes) == 0
+    assert f"neurons: {neurons}\n" in capsys.readouterr().out
+
+
 def test_a_large_model_learns_layer_by_layer():
     asked = oneline.Asked("a/b", 0.2, "data", "out", 65536)
     assert "finetune" in oneline.recipe_of(asked, 500_000_000)
