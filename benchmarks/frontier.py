@@ -198,7 +198,9 @@ def main() -> None:
     reading = original = None
     for reduction in map(float, args.reductions.split(",")):
         out = args.out / f"{reduction:.0%}"
-        recipe = lillama.Recipe.load(RECIPE, [*args.set, f"compress.reduction={reduction}", f"run.out={out}"])
+        recipe = lillama.Recipe.load(
+            RECIPE, ["compress.neurons=null", *args.set, f"compress.reduction={reduction}", f"run.out={out}"]
+        )
         recipe = recipe.model_copy(update={"evaluate": {}, "quantize": None})
         lillama.compress(recipe, progress=Progress())
         original = original or (out / "original" if (out / "original").is_dir() else Path(recipe.model.id))

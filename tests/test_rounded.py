@@ -192,8 +192,13 @@ def test_the_version_is_the_least_that_reads_what_is_there_and_a_newer_one_is_re
     assert LillamaConfig({name: how(storage="pivoted")}).version == 1
     assert LillamaConfig({name: how(storage="pivoted")}, version=1).to_dict()["version"] == 1
     assert LillamaConfig({name: how(), "other": how(storage="factors")}).version == 2
-    with pytest.raises(LillamaError, match="of format version 3, this lillama reads up to 2") as caught:
-        LillamaConfig({name: how()}, version=3)
+    assert (
+        LillamaConfig({}, shapes={name: [8, 4]}).version
+        == LillamaConfig({name: how()}, shapes={name: [8, 4]}).version
+        == 3
+    )
+    with pytest.raises(LillamaError, match="of format version 4, this lillama reads up to 3") as caught:
+        LillamaConfig({name: how()}, version=4)
     assert caught.value.hint == "Upgrade lillama."
     for wrong in (0, "2", True):
         with pytest.raises(LillamaError, match="not a whole number above 0"):
