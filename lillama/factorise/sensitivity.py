@@ -216,12 +216,11 @@ class _Measurement:
             if observable(layer):
                 more.hand_over(position, listener)
                 found = listener.close(tokens)
-                if self.neurons and layer.neurons:
-                    compress = self.recipe.compress
+                compress = self.recipe.compress
+                if compress.neurons is not None and layer.neurons:
                     multiple = rank_multiple(self.walk.every, compress)
                     spectra = {name: factors.spectrum for name, factors in found.items()}
-                    share = compress.neurons or 0.0
-                    write_neurons(self.directory, layer, listener.wholes, spectra, share, multiple)
+                    write_neurons(self.directory, layer, listener.wholes, spectra, compress.neurons, multiple)
                 write_fisher(self.directory, layer, found)
         for stream in streams:
             stream.drop()

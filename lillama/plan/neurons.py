@@ -117,17 +117,14 @@ def _narrow(weight: Weight, left: int, is_exit: bool) -> Weight:
 def _narrowed(
     layers: Sequence[Layer], measured: Measured, taken: Mapping[str, Narrowing]
 ) -> tuple[list[Layer], Measured]:
-    found, spectra = [], dict(measured.spectra)
-    for layer in layers:
-        fewer: dict[str, Weight] = {}
-        for mlp in layer.neurons:
-            if one := taken.get(mlp.exit):
-                fewer |= {
-                    w.name: _narrow(w, one.left, w.name == mlp.exit) for w in layer.weights if w.name in mlp.weights
-                }
-                spectra |= one.spectra
-        found.append(replace(layer, weights=tuple(fewer.get(w.name, w) for w in layer.weights)))
-    return found, replace(measured, spectra=spectra)
+    weights = {w.name: w for layer in layers for w in layer.weights}
+    left: dict[str, tuple[int, int]] = {}
+    spectra = dict(measured.spectra)
+    for mlp in (one for layer in layers for one in layer.neurons):
+        if one := taken.get(mlp.exit):
+            left |= {name: _narrow(weights[name], one.left, name == mlp.exit).shape for name in mlp.weights}
+            spectra |= one.spectra
+    return narrow_layers(layers, left), replace(measured, spectra=spectra)
 
 
 def narrow_layers(layers: Sequence[Layer], left: Mapping[str, tuple[int, int]]) -> list[Layer]:

@@ -117,8 +117,7 @@ class Receiver:
 
         The layer then has fewer outputs than it was made for, which what comes behind it takes as they are.
         """
-        sizes = list(getattr(self.layer, "output_sizes", None) or [self.layer.output_size])
-        number = shard or 0
+        sizes, number = self._sizes, shard or 0
         if size == (sizes[number], self.layer.input_size):
             return None
         if getattr(self.layer, "tp_size", 1) > 1:
@@ -143,14 +142,17 @@ class Receiver:
             hint = "`lillama export DIR OUT --dense` writes a model that any engine serves."
             raise LillamaError("a bias of an MLP that lost neurons cannot be served", where=self.name, hint=hint)
         if tensor.numel() == 0 and parameter.numel():
-            sizes = getattr(self.layer, "output_sizes", [self.layer.output_size])
             number = {"q": 0, "k": 1, "v": 2}.get(shard, shard or 0)
-            tensor = tensor.new_zeros(sizes[number])
+            tensor = tensor.new_zeros(self._sizes[number])
         return self._load(parameter, tensor, *shards, **more)
 
     def _is_short(self, bias: Tensor, shard: Any) -> bool:
-        sizes = list(getattr(self.layer, "output_sizes", None) or [self.layer.output_size])
-        return 0 < len(bias) < sizes[shard or 0]
+        return 0 < len(bias) < self._sizes[shard or 0]
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Outputs of each matrix of the layer, as the engine made it."""
+        return list(getattr(self.layer, "output_sizes", [self.layer.output_size]))
 
     def check(self) -> None:
         """LillamaError that names what did not come, unless every output of the layer has its matrix."""
