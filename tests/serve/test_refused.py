@@ -12,6 +12,7 @@ from models import linears, save, tiny
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
+from lillama.checkpoint.quantizer import VERSION
 from lillama.errors import LillamaError
 from lillama.serving.source import Source
 
@@ -119,8 +120,8 @@ def test_bits_and_groups_that_are_none_are_named(copied, engine):
 
 
 def test_a_newer_format_is_refused(copied, engine):
-    _config(copied, lambda said: said.update(version=3))
-    with pytest.raises(LillamaError, match="format version 3, this lillama reads up to 2"):
+    _config(copied, lambda said: said.update(version=VERSION + 1))
+    with pytest.raises(LillamaError, match=f"format version {VERSION + 1}, this lillama reads up to {VERSION}"):
         engine(copied)
 
 
