@@ -57,12 +57,12 @@ def loss(one: Whole, other: Tensor) -> Tensor:
 
 def test_the_first_neuron_to_go_is_the_one_whose_loss_the_others_make_up_for_best():
     one = exit_of()
-    order, costs = neurons.order_neurons(one, [20, 19])
+    going = neurons.order_neurons(one, [20, 19])
     each = []
     for gone in range(20):
         kept = torch.tensor([n for n in range(20) if n != gone])
         best = torch.zeros_like(one.W)
-        best[:, kept] = neurons.without(one, kept, True)[0]
+        best[:, kept] = neurons.best_left(one, kept)
         each.append(float(loss(one, best)))
         # It is the best: no other columns lose less.
         for seed in range(3):
@@ -70,20 +70,22 @@ def test_the_first_neuron_to_go_is_the_one_whose_loss_the_others_make_up_for_bes
             moved = torch.randn(tried[:, kept].shape, generator=torch.Generator().manual_seed(seed)).double()
             tried[:, kept] += 1e-3 * moved
             assert loss(one, tried) > loss(one, best)
-    assert order.tolist() == [min(range(20), key=each.__getitem__)]
-    assert costs[1] == pytest.approx(min(each), rel=1e-9)
+    assert going.order.tolist() == [min(range(20), key=each.__getitem__)]
+    assert going.costs[1] == pytest.approx(min(each), rel=1e-9)
 
 
 @pytest.mark.parametrize("width", [20, 60])  # one block, several
 def test_what_neurons_cost_is_what_the_matrix_that_is_left_loses(width):
     one = exit_of(width=width)
     left = [width, width - 10, width - 17, 3]
-    order, costs = neurons.order_neurons(one, left)
+    order, costs, exits = neurons.order_neurons(one, left)
+    assert torch.equal(exits[0], one.W)
     assert costs == sorted(costs) and costs[0] == 0 and len(set(order.tolist())) == width - 3
-    for some, cost in zip(left[1:], costs[1:]):
+    for some, cost, matrix in zip(left[1:], costs[1:], exits[1:], strict=True):
         kept = neurons.stay(order, width, some)
         whole = torch.zeros_like(one.W)
-        whole[:, kept] = neurons.without(one, kept, True)[0]
+        whole[:, kept] = neurons.best_left(one, kept)
+        assert torch.allclose(matrix, whole[:, kept], rtol=1e-8, atol=1e-10)
         assert float(loss(one, whole)) == pytest.approx(cost, rel=1e-8)
 
 
@@ -93,7 +95,7 @@ def test_what_is_left_of_a_weight_is_factorised_as_any_weight():
     entry = Whole(torch.randn(width, d).double(), spd(d, 1), spd(width, 2))
     for count in (8, 4):  # still taller than wide, and not
         kept = torch.arange(count)
-        W, H, G = neurons.without(entry, kept, False)
+        W, H, G = neurons.without(entry, kept)
         assert torch.equal(W, entry.W[:count]) and len(H) == len(G) == min(count, d)
         by_hand = (W, entry.input, W.T @ entry.output[:count, :count] @ W)
         if count < d:

@@ -51,33 +51,42 @@ def widths(neurons: int, share: float, multiple: int) -> list[int]:
     return found
 
 
-def order_neurons(last: Whole, left: Sequence[int]) -> tuple[Tensor, list[float]]:
-    """(the neurons in the order in which they go, what it costs in all until so many are `left`).
+class Going(NamedTuple):
+    """In which order the neurons of an MLP go, and what it is like at every width that is tried, all neurons first."""
 
-    `last` is the weight that ends the MLP; `left` falls, the first is all of them.
+    order: Tensor  # their numbers
+    costs: list[float]  # in nats per token
+    exits: list[Tensor]  # what is left of the weight that ends the MLP, columns rising, in float64
+
+
+def order_neurons(last: Whole, left: Sequence[int]) -> Going:
+    """The order in which neurons go until so many are `left`, which falls, the first being all of them.
+
+    `last` is the weight that ends the MLP.
     """
     P = torch.linalg.inv(regularised(last.input, INPUT_RIDGE))
-    W = torch.linalg.cholesky(regularised(last.output, OUTPUT_RIDGE), upper=True) @ last.W.double()
+    T = torch.linalg.cholesky(regularised(last.output, OUTPUT_RIDGE), upper=True)
+    W = T @ last.W.double()
     count = W.shape[1]
     block = max(count // BLOCKS, LEAST_BLOCK)
-    gone: list[Tensor] = []
-    there = torch.ones(count, dtype=torch.bool, device=W.device)
-    total, costs, removed = 0.0, [0.0], 0
+    there, gone = torch.arange(count, device=W.device), [torch.zeros(0, dtype=torch.int64, device=W.device)]
+    found = Going(there, [0.0], [last.W.double()])
     for aim in left[1:]:
-        while removed < count - aim:
-            cost = (W.square().sum(0) / P.diagonal()).masked_fill(~there, torch.inf)
-            chosen = cost.argsort(stable=True)[: min(block, count - aim - removed)]
-            columns, rows = W[:, chosen], P[chosen]
-            undone = torch.linalg.solve(rows[:, chosen], rows)  # what each column left takes of those that go
-            total += 0.5 * float((columns.T @ columns * torch.linalg.inv(rows[:, chosen])).sum())
-            W -= columns @ undone
-            P -= rows.T @ undone
-            there[chosen] = False
-            P[chosen, chosen] = 1.0  # divided by, and not looked at
-            removed += len(chosen)
-            gone.append(chosen)
-        costs.append(total)
-    return torch.cat(gone) if gone else torch.zeros(0, dtype=torch.int64), costs
+        total = found.costs[-1]
+        while len(there) > aim:
+            cost = W.square().sum(0) / P.diagonal()
+            chosen = cost.argsort(stable=True)[: min(block, len(there) - aim)]
+            stays = torch.ones_like(there, dtype=torch.bool).index_fill_(0, chosen, False)
+            columns, rows, among = W[:, chosen], P[chosen][:, stays], P[chosen][:, chosen]
+            undone = torch.linalg.solve(among, rows)  # what each column left takes of those that go
+            total += 0.5 * float((columns.T @ columns * torch.linalg.inv(among)).sum())
+            W = W[:, stays] - columns @ undone
+            P = P[stays][:, stays] - rows.T @ undone
+            gone.append(there[chosen])
+            there = there[stays]
+        found.costs.append(total)
+        found.exits.append(torch.linalg.solve_triangular(T, W, upper=True))
+    return found._replace(order=torch.cat(gone))
 
 
 def stay(order: Tensor, neurons: int, left: int) -> Tensor:
@@ -87,11 +96,19 @@ def stay(order: Tensor, neurons: int, left: int) -> Tensor:
     return there.nonzero().flatten().to(order.device)
 
 
-def without(weight: Whole, kept: Tensor, is_exit: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(the matrix that is left, its H and G as `initialisers.fisher` wants them: on its smaller side), in float64."""
-    if is_exit:
-        H = regularised(weight.input, INPUT_RIDGE)
-        W = torch.linalg.solve(H[kept][:, kept], H[kept] @ weight.W.double().T).T
+def best_left(weight: Whole, kept: Tensor) -> Tensor:
+    """The best columns `kept` of a weight that ends an MLP, once the others are gone, in float64: W H_:S H_SS^-1."""
+    H = regularised(weight.input, INPUT_RIDGE)
+    return torch.linalg.solve(H[kept][:, kept], H[kept] @ weight.W.double().T).T
+
+
+def without(weight: Whole, kept: Tensor, exit: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(the matrix that is left, its H and G as `initialisers.fisher` wants them: on its smaller side), in float64.
+
+    `exit` is that matrix already, of a weight that ends its MLP: without it the weight is one of the MLP's entries.
+    """
+    if exit is not None:
+        W = exit
         inner, outer = weight.input[kept][:, kept], weight.output.double()
     else:
         W = weight.W.double()[kept]
@@ -112,19 +129,21 @@ def narrowings(
     place = factorising(weights[mlp.exit].W.device)
     here = {name: Whole(*(tensor.to(place) for tensor in one)) for name, one in weights.items()}
     count = here[mlp.exit].W.shape[1]
-    order, costs = order_neurons(here[mlp.exit], left)
+    going = order_neurons(here[mlp.exit], left)
+    exits = dict(zip(left, going.exits))
     tasks = [(one, name) for one in left[1:] for name in mlp.weights]
     spectra = {task: torch.zeros(min(here[task[1]].W.shape), dtype=torch.float64, device=place) for task in tasks}
     # The processes of the run share them out.
     for owner, (one, name) in zip(ranks.owners([1.0] * len(tasks)), tasks):
         if owner == ranks.rank():
-            found = fisher_spectrum(*without(here[name], stay(order, count, one), name == mlp.exit))
+            kept = stay(going.order, count, one)
+            found = fisher_spectrum(*without(here[name], kept, exits[one] if name == mlp.exit else None))
             spectra[one, name][: len(found)] = found
     ranks.sum_(spectra.values())
     spectra |= {(count, name): known[name] for name in mlp.weights}
-    return order, [
+    return going.order, [
         Narrowing(one, cost, {name: spectra[one, name].tolist() for name in mlp.weights})
-        for one, cost in zip(left, costs)
+        for one, cost in zip(left, going.costs)
     ]
 
 
@@ -202,7 +221,9 @@ def _left_of(layer: Layer, module: nn.Module, directory: RunDirectory, device: t
             W = dense(module, relative(weights[name], layer), weights[name].kind)
             one = whole_of(W, (known[name].input, known[name].output), tensors[f"{name}.larger"])
             one = Whole(*(tensor.to(place) for tensor in one))
-            parts = dict(zip(("matrix", "input", "output"), without(one, kept, is_exit)))
+            parts = dict(
+                zip(("matrix", "input", "output"), without(one, kept, best_left(one, kept) if is_exit else None))
+            )
             if (bias := linear.bias) is not None:
                 parts["bias"] = bias.detach() if is_exit else bias.detach().to(place)[kept]
             found |= {f"{name}.{part}": tensor.float().cpu() for part, tensor in parts.items()}
