@@ -17,7 +17,7 @@ from lillama.base.stop import Stopped
 from lillama.cli import main as cli
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Generate, Recipe
-from lillama.run import owntext, pipeline, prepare, sweep, sweepfile, writing
+from lillama.run import openings, owntext, pipeline, prepare, sweep, sweepfile, writing
 from lillama.run.estimate import estimate
 
 TEMPLATE = "{% for m in messages %}</s> the {{ m.content }} mat{% endfor %}"
@@ -133,6 +133,19 @@ def test_texts_begin_with_prompts(model_dir, tmp_path):
     assert len(set(texts)) > 10
     mixed = rows(own(model_dir, tmp_path / "mixed", prompts=str(tmp_path / "prompts.txt")).path())
     assert [row["begin"] for row in mixed[:6]] == ["user", "start", "prompts"] * 2
+
+
+def test_texts_begin_with_openings_of_which_the_tokenizer_has_all_words(model_dir, tmp_path, monkeypatch):
+    assert len(set(openings.OPENINGS)) == len(openings.OPENINGS) and all(map(str.strip, openings.OPENINGS))
+    monkeypatch.setattr(writing, "OPENINGS", ("a mat", "the zebra", "sat", "ran and ran and ran and ran and ran"))
+    found = rows(own(model_dir, tmp_path).path())
+    assert [row["begin"] for row in found[:6]] == ["user", "start", "openings"] * 2
+    begun = [row["text"] for row in found if row["begin"] == "openings"]
+    assert all(any(text.startswith(one) for text in begun) for one in ("a mat", "sat", "ran and ran and ran"))
+    assert not any(text.startswith("the zebra") for text in begun)
+    ways = {str(writing.beginnings(tokenizer(), Generate(seed=seed))["openings"]) for seed in range(8)}
+    assert len(ways) > 2  # in an order of the seed
+    assert "openings" not in writing.beginnings(tokenizer(), Generate(begin=["user", "start"]))
 
 
 def test_what_stands_before_a_shorter_prompt_is_not_of_its_text(model_dir):

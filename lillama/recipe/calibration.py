@@ -16,8 +16,8 @@ OF_ONE = ("config", "split", "column", "filter", "rows")  # what belongs to the 
 REFUSED = "refused"  # the type of a complaint about keys that do not go together
 
 
-Beginning = Literal["user", "start"]
-BEGINNINGS: tuple[Beginning, ...] = ("user", "start")
+Beginning = Literal["user", "start", "openings"]
+BEGINNINGS: tuple[Beginning, ...] = ("user", "start", "openings")
 
 
 class OneDataSet(Section):
@@ -55,7 +55,9 @@ class Generate(Section):
     begin: list[Beginning] = Field(
         default_factory=lambda: list(BEGINNINGS),
         description="How texts begin, of each kind as many: user (as the chat template begins a user's turn, where "
-        "there is a template), start (with the token that any text begins with).",
+        "there is a template), start (with the token that any text begins with), openings (with first words of texts "
+        "of many kinds, in English: code, manuals, science, news, letters; leave them out for a model of one other "
+        "language).",
     )
     prompts: str | None = Field(
         None,

@@ -1,8 +1,8 @@
 """How a model writes text: what texts begin with, in which rounds they are written, and the sampling itself.
 
-Sampled from the original's own predictions; of each kind of beginning as many, so that one half begins as the chat
-template begins a user's turn and one half as any text does. It covers what the model knows rather than the domain of
-one collection.
+Sampled from the original's own predictions; of each kind of beginning as many, so that a third begins as the chat
+template begins a user's turn, a third as any text does, and a third with first words of texts of many kinds. It covers
+what the model knows rather than the domain of one collection.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lillama.base.files import checksum
 from lillama.data.special import find_around
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Generate
+from lillama.run.openings import OPENINGS
 
 WHERE = "calibration.generate"
 MARK = "lillama-begins-here"  # stands for what a user says, to find what a template puts before it
@@ -102,10 +103,10 @@ def beginnings(tokenizer: Any, section: Generate, prompts: Sequence[str] = (), l
     before = list(find_around(tokenizer, "auto").before)
     if "start" in section.begin and (start := before or _token(tokenizer)):
         found["start"] = [start]
-    if prompts:
-        most = max(1, length // 2 - len(before))
-        encoded = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
-        found[PROMPTS] = [before + list(ids)[:most] for ids in encoded if before or len(ids)]
+    most = max(1, length // 2 - len(before))
+    openings = _openings(tokenizer, section.seed) if "openings" in section.begin else []
+    for kind, texts in (("openings", openings), (PROMPTS, prompts)):
+        found[kind] = [before + ids[:most] for ids in _encoded(tokenizer, texts) if before or ids]
     found = {kind: ids for kind, ids in found.items() if ids}
     if not found:
         raise LillamaError(
@@ -114,6 +115,19 @@ def beginnings(tokenizer: Any, section: Generate, prompts: Sequence[str] = (), l
             hint="Give calibration.generate.prompts, or data: calibration.dataset.",
         )
     return found
+
+
+def _openings(tokenizer: Any, seed: int) -> list[str]:
+    """The openings in an order of the seed, without those of which the tokenizer lacks a word."""
+    order = torch.randperm(len(OPENINGS), generator=torch.Generator().manual_seed(seed)).tolist()
+    encoded = _encoded(tokenizer, OPENINGS)
+    return [OPENINGS[n] for n in order if encoded[n] and tokenizer.unk_token_id not in encoded[n]]
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def interleave(texts: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
