@@ -4,7 +4,8 @@
     lillama.compress(lillama.Recipe.load("recipes/quickstart.yaml"))
     model = lillama.load("runs/quickstart/model")
 
-Importing it also teaches transformers to load and save the checkpoints, without importing torch here.
+Importing it also teaches transformers to load and save the checkpoints, without importing torch here, and has a CPU's
+kernels for their many shapes kept.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lillama._register import when_transformers_quantizers_load
+from lillama.base.memory import keep_kernels
 from lillama.contract import Layer, Weight
 from lillama.errors import LillamaError
 from lillama.hookspecs import hookimpl
@@ -57,4 +59,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+keep_kernels()
 when_transformers_quantizers_load("lillama.checkpoint.quantizer")
