@@ -137,6 +137,7 @@ def test_texts_begin_with_prompts(model_dir, tmp_path):
 
 def test_texts_begin_with_openings_of_which_the_tokenizer_has_all_words(model_dir, tmp_path, monkeypatch):
     assert len(set(openings.OPENINGS)) == len(openings.OPENINGS) and all(map(str.strip, openings.OPENINGS))
+    assert not any(one.endswith(" ") for one in openings.OPENINGS)
     monkeypatch.setattr(writing, "OPENINGS", ("a mat", "the zebra", "sat", "ran and ran and ran and ran and ran"))
     found = rows(own(model_dir, tmp_path).path())
     assert [row["begin"] for row in found[:6]] == ["user", "start", "openings"] * 2

@@ -53,10 +53,10 @@ def keep_large_blocks() -> None:
 def keep_kernels() -> None:
     """Have oneDNN keep as many of the kernels that it makes as a model of many shapes needs; before its first product.
 
-    It makes one for every shape of a product in bfloat16 and keeps 1024, two a shape. A compressed model has a
-    rank of its own in every weight, and every length of input has kernels of its own: where more are needed than are
-    kept each is made again for every product, which took half of the time of a forward pass (docs/results/speed.md). A
-    kernel for AMX takes 0.7 MB, so not many more are kept. The user's own setting stands.
+    It makes one for every shape of a product in bfloat16 and keeps 1024, two a shape. A compressed model has a rank of
+    its own in every weight, and every length of input has kernels of its own: where more are needed than are kept, each
+    is made again for every product, which took half of the time of a forward pass (docs/results/speed.md). A kernel for
+    AMX takes 0.7 MB, so not many more are kept. The user's own setting stands.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
