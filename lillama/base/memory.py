@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import gc
 import os
@@ -24,6 +23,8 @@ def _libc() -> Any:
     """The C library where it is glibc, else None."""
     if sys.platform != "linux":
         return None
+    import ctypes  # not where lillama is only imported
+
     library = ctypes.CDLL(None)
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 

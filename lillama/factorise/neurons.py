@@ -70,9 +70,9 @@ def order_neurons(last: Whole, left: Sequence[int]) -> Going:
     count = W.shape[1]
     block = max(count // BLOCKS, LEAST_BLOCK)
     there, gone = torch.arange(count, device=W.device), [torch.zeros(0, dtype=torch.int64, device=W.device)]
-    found = Going(there, [0.0], [last.W.double()])
+    costs, exits = [0.0], [last.W.double()]
     for aim in left[1:]:
-        total = found.costs[-1]
+        total = costs[-1]
         while len(there) > aim:
             cost = W.square().sum(0) / P.diagonal()
             chosen = cost.argsort(stable=True)[: min(block, len(there) - aim)]
@@ -84,9 +84,9 @@ def order_neurons(last: Whole, left: Sequence[int]) -> Going:
             P = P[stays][:, stays] - rows.T @ undone
             gone.append(there[chosen])
             there = there[stays]
-        found.costs.append(total)
-        found.exits.append(torch.linalg.solve_triangular(T, W, upper=True))
-    return found._replace(order=torch.cat(gone))
+        costs.append(total)
+        exits.append(torch.linalg.solve_triangular(T, W, upper=True))
+    return Going(torch.cat(gone), costs, exits)
 
 
 def stay(order: Tensor, neurons: int, left: int) -> Tensor:

@@ -105,8 +105,8 @@ def beginnings(tokenizer: Any, section: Generate, prompts: Sequence[str] = (), l
         found["start"] = [start]
     most = max(1, length // 2 - len(before))
     openings = _openings(tokenizer, section.seed) if "openings" in section.begin else []
-    for kind, texts in (("openings", openings), (PROMPTS, prompts)):
-        found[kind] = [before + ids[:most] for ids in _encoded(tokenizer, texts) if before or ids]
+    for kind, encoded in (("openings", openings), (PROMPTS, _encoded(tokenizer, prompts))):
+        found[kind] = [before + ids[:most] for ids in encoded if before or ids]
     found = {kind: ids for kind, ids in found.items() if ids}
     if not found:
         raise LillamaError(
@@ -117,11 +117,11 @@ def beginnings(tokenizer: Any, section: Generate, prompts: Sequence[str] = (), l
     return found
 
 
-def _openings(tokenizer: Any, seed: int) -> list[str]:
-    """The openings in an order of the seed, without those of which the tokenizer lacks a word."""
-    order = torch.randperm(len(OPENINGS), generator=torch.Generator().manual_seed(seed)).tolist()
+def _openings(tokenizer: Any, seed: int) -> list[list[int]]:
+    """The openings' token ids in an order of the seed, without those of which the tokenizer lacks a word."""
     encoded = _encoded(tokenizer, OPENINGS)
-    return [OPENINGS[n] for n in order if encoded[n] and tokenizer.unk_token_id not in encoded[n]]
+    order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [encoded[n] for n in order if encoded[n] and tokenizer.unk_token_id not in encoded[n]]
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
