@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lillama.base import ranks
 from lillama.base.device import Device, factorising
+from lillama.base.threads import side_by_side
 from lillama.contract import Layer, Weight, relative
 from lillama.dense.experts import layout_of
 from lillama.dense.plain import around, is_plain_embedding
@@ -218,9 +219,14 @@ def _spectra(problems: Mapping[str, list[Problem]], place: torch.device) -> dict
     spectra = {
         name: torch.zeros(min(each[0][0].shape), dtype=torch.float64, device=place) for name, each in problems.items()
     }
-    for owner, (name, problem) in zip(ranks.owners([min(one[0].shape) ** 3 for _, one in tasks]), tasks):
-        if owner == ranks.rank():
-            spectra[name] += fisher_spectrum(*(tensor.to(place) for tensor in problem))
+    owners = ranks.owners([min(one[0].shape) ** 3 for _, one in tasks])
+    own = [task for owner, task in zip(owners, tasks) if owner == ranks.rank()]
+
+    def find(task: tuple[str, Problem]) -> Tensor:
+        return fisher_spectrum(*(tensor.to(place) for tensor in task[1]))
+
+    for (name, _), found in zip(own, side_by_side(find, own, place, max(map(len, spectra.values()), default=0))):
+        spectra[name] += found
     ranks.sum_(spectra.values())
     return spectra
 

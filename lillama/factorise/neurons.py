@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lillama.base import ranks
 from lillama.base.device import factorising
 from lillama.base.rundir import RunDirectory
+from lillama.base.threads import side_by_side
 from lillama.contract import Layer, Neurons, relative
 from lillama.factorise.initialisers import INPUT_RIDGE, OUTPUT_RIDGE, fisher_spectrum, regularised
 from lillama.factorise.statistics import FISHER, narrow_file, read_fisher
@@ -133,12 +134,16 @@ def narrowings(
     exits = dict(zip(left, going.exits))
     tasks = [(one, name) for one in left[1:] for name in mlp.weights]
     spectra = {task: torch.zeros(min(here[task[1]].W.shape), dtype=torch.float64, device=place) for task in tasks}
+
+    def find(task: tuple[int, str]) -> Tensor:
+        one, name = task
+        kept = stay(going.order, count, one)
+        return fisher_spectrum(*without(here[name], kept, exits[one] if name == mlp.exit else None))
+
     # The processes of the run share them out.
-    for owner, (one, name) in zip(ranks.owners([1.0] * len(tasks)), tasks):
-        if owner == ranks.rank():
-            kept = stay(going.order, count, one)
-            found = fisher_spectrum(*without(here[name], kept, exits[one] if name == mlp.exit else None))
-            spectra[one, name][: len(found)] = found
+    own = [task for owner, task in zip(ranks.owners([1.0] * len(tasks)), tasks) if owner == ranks.rank()]
+    for task, found in zip(own, side_by_side(find, own, place, max(map(len, spectra.values()), default=0))):
+        spectra[task][: len(found)] = found
     ranks.sum_(spectra.values())
     spectra |= {(count, name): known[name] for name in mlp.weights}
     return going.order, [

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from lillama.base import ranks
 from lillama.base.device import factorising
 from lillama.base.finite import is_finite
+from lillama.base.threads import side_by_side
 from lillama.contract import Weight, relative
 from lillama.factorise import embedding
 from lillama.factorise.grams import GRAMS
@@ -116,20 +117,24 @@ def initial_factors(
     finite, or would not be in the checkpoint, are left out (`Initialiser.refused`).
     """
     wanted = [weight for weight in (plan.planned(at.layer) if weights is None else weights) if not weight.tied]
-    found: dict[str, Factors] = {}
-    # The processes of the run share the weights out.
-    for owner, weight in zip(ranks.owners([_cost(weight) for weight in wanted]), wanted):
-        about = None if known is None else known.get(weight.name)
-        if initialise.lacks(weight, about) or owner != ranks.rank():
-            continue
-        left = None if about is None else about.left
+
+    def about(weight: Weight) -> WeightStatistics | None:
+        return None if known is None else known.get(weight.name)
+
+    def start(weight: Weight) -> Factors:
+        held = about(weight)
+        left = None if held is None else held.left
         W = swap.dense(at.teacher, relative(weight, at.layer), weight.kind) if left is None else left
-        both = initialise(weight, W, plan.ranks[weight.name], about)
-        if initialise.usable(weight, both, plan.storage):
-            found[weight.name] = both
+        return initialise(weight, W, plan.ranks[weight.name], held)
+
+    # The processes of the run share the weights out.
+    owners = ranks.owners([_cost(weight) for weight in wanted])
+    own = [one for owner, one in zip(owners, wanted) if not initialise.lacks(one, about(one)) and owner == ranks.rank()]
+    device = next(at.teacher.parameters()).device
+    each = side_by_side(start, own, factorising(device), max(map(_rows, own), default=0))
+    found = {one.name: both for one, both in zip(own, each) if initialise.usable(one, both, plan.storage)}
     if ranks.world() == 1:
         return found
-    device = next(at.teacher.parameters()).device
     on_host = {name: Factors(*(factor.cpu() for factor in both)) for name, both in found.items()}
     everyone = ranks.gather((on_host, dict(initialise.refused)))
     for theirs, refused in everyone:
@@ -141,6 +146,11 @@ def initial_factors(
 def _cost(weight: Weight) -> float:
     """How much work it is to factorise a weight, in no unit."""
     return float(weight.copies * min(weight.shape) ** 2 * max(weight.shape))
+
+
+def _rows(weight: Weight) -> int:
+    """Rows of the largest matrix that is handled: of an embedding the whole table."""
+    return max(weight.shape) if weight.kind == "embedding" else min(weight.shape)
 
 
 def to_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:

@@ -133,7 +133,8 @@ class Run:
             self.fetch()
         measured = {"before": self.measure("before")}
         if not self.directory.has(f"{MODEL}/config.json"):
-            self.distill(batches, points)
+            with memory.settled():
+                self.distill(batches, points)
         self.directory.drop_work()
         measured["after"] = self.measure("after")
         if self.recipe.finetune is not None:
