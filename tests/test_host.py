@@ -179,8 +179,7 @@ def test_the_recipe_narrows() -> None:
 
 
 def test_a_recipe_that_names_a_failed_plugin_is_told_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Host([Point("broken", failing(ImportError("x")))])
-    monkeypatch.setattr(host, "get", lambda: found)
+    installed(monkeypatch, Point("broken", failing(ImportError("x"))))
     assert Recipe.parse(DATA).plugin == "auto"
     with pytest.raises(LillamaError, match=r"--set plugin=broken: the plugin broken \(stranger 1.2\) cannot"):
         Recipe.parse(DATA, ["plugin=broken"])

@@ -33,9 +33,12 @@ def side_by_side(
         with torch.no_grad():  # which every thread has to itself
             return calculate(task)
 
-    at_once = max(min(torch.get_num_threads(), len(tasks), MOST), 1)
-    with _threads(1), ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(alone, tasks))
+    at_once = min(torch.get_num_threads(), len(tasks), MOST)
+    with _threads(1):
+        if at_once < 2:
+            return [alone(task) for task in tasks]
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(alone, tasks))
 
 
 @contextmanager

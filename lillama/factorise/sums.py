@@ -13,11 +13,33 @@ from lillama.factorise.embedding import weighted_gram
 from lillama.factorise.initialisers import TINY
 from lillama.factorise.rounding import cuts, dense_cost
 
+BLOCK = 192  # columns: a product of fewer is slower by the number
+
+
+def add_symmetric(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add x^T y to the upper triangle of `total` (n x n), of x and y (N x n) for which it is symmetric, in float32.
+
+    On the processor only blocks on and above the diagonal are made, little more than half of the work; what is below it
+    then lacks something. `mirrored` makes the sum whole.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        if total.device.type != "cpu" or len(total) < 2 * BLOCK:
+            total += x.T @ y
+            return
+        for start in range(0, len(total), BLOCK):
+            total[start : start + BLOCK, start:] += x[:, start : start + BLOCK].T @ y[:, start:]
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """The symmetric matrix of which `total` has the upper triangle."""
+    upper = total.triu()
+    return upper + upper.triu(1).T
+
 
 class Sums:
     """Of one matrix W (d_out x d_in): the sums of c x x^T and g g^T, on its smaller side, and of c.
 
-    What batches add is float32, their sum float64: so the order makes no difference, nor how many processes share them.
+    Sums are symmetric, and only their upper triangles count (`add_symmetric`). What batches add is float32, their sum float64: so the order makes no difference, nor how many processes share them.
     Directions in which nothing was seen are told apart by no more than rounding, and with them ranks.
     """
 
@@ -57,30 +79,25 @@ class Sums:
             self.lengths += g.float().square().sum(0)
         if len(self.larger) and not self.wide:
             gradient = g.float()
-            with torch.autocast(g.device.type, enabled=False):
-                self.larger += gradient.T @ gradient
+            add_symmetric(self.larger, gradient, gradient)
         if not self.wide:
             g = F.linear(g.to(self.W.dtype), self.W.T)
         self._inputs(x, counts, Wx)
         g = g.float()
-        with torch.autocast(g.device.type, enabled=False):
-            self.outputs += g.T @ g
+        add_symmetric(self.outputs, g, g)
         self.rows += (length > 0).sum()
 
     def _inputs(self, x: Tensor, counts: Tensor, Wx: Tensor | None = None) -> None:
         for run, gram in self.runs:
             some = x[:, run].float()
-            with torch.autocast(x.device.type, enabled=False):
-                gram.addmm_((some * counts).T, some)
+            add_symmetric(gram, some * counts, some)
         if len(self.larger) and self.wide:
             entering = x.float()
-            with torch.autocast(x.device.type, enabled=False):
-                self.larger += (entering * counts).T @ entering
+            add_symmetric(self.larger, entering * counts, entering)
         if self.wide and not self.embedding:
             x = F.linear(x.to(self.W.dtype), self.W) if Wx is None else Wx
         x = x.float()
-        with torch.autocast(x.device.type, enabled=False):
-            self.inputs += (x * counts).T @ x
+        add_symmetric(self.inputs, x * counts, x)
         self.counted += counts.sum()
 
     def borrow_inputs(self, x: Tensor) -> None:
@@ -122,17 +139,17 @@ class Sums:
 
     def factors(self, tokens: int, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(H, G) per token predicted, on the smaller side; `more` is added to G."""
-        inputs, outputs = self.inputs / max(self.counted.item(), TINY), self.outputs / tokens
+        inputs, outputs = mirrored(self.inputs) / max(self.counted.item(), TINY), mirrored(self.outputs) / tokens
         return inputs.float(), (outputs if more is None else outputs + more).float()
 
     def larger_factor(self, tokens: int) -> Tensor:
         """The factor on the larger side, per token predicted: H of a wide W, G of a tall one."""
-        return self.larger / (max(self.counted.item(), TINY) if self.wide else tokens)
+        return mirrored(self.larger) / (max(self.counted.item(), TINY) if self.wide else tokens)
 
     def cost(self, tokens: int) -> float:
         """What W would lose in 4 bits, in nats per token (rounding.py)."""
         place, counted = factorising(self.W.device), max(self.counted.item(), TINY)
-        grams = [gram for _, gram in self.runs] or [self.inputs.float()]
+        grams = [mirrored(gram) for _, gram in self.runs] or [mirrored(self.inputs).float()]
         outputs = self.outputs.diagonal().float() if self.wide else self.lengths
         inputs = [gram.to(place) / counted for gram in grams]
         return dense_cost(self.W.to(place), inputs, outputs.to(place) / tokens, self.rounding)
