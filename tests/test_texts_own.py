@@ -17,8 +17,9 @@ from lillama.base.stop import Stopped
 from lillama.cli import main as cli
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Generate, Recipe
-from lillama.run import openings, owntext, pipeline, prepare, sweep, sweepfile, writing
+from lillama.run import duration, openings, owntext, pipeline, prepare, sweep, sweepfile, writing
 from lillama.run.estimate import estimate
+from lillama.run.speeds import Speeds
 
 TEMPLATE = "{% for m in messages %}</s> the {{ m.content }} mat{% endfor %}"
 GENERATE = {"tokens": 240, "length": 12, "batch": 4}
@@ -290,12 +291,12 @@ def test_what_cannot_be_written_is_told_when_a_run_is_planned(model_dir, tmp_pat
 
 
 def test_an_estimate_has_the_writing_in_it(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("lillama.run.duration.throughput", lambda *_, **__: 1e6)
+    monkeypatch.setattr(duration, "measure_speeds", lambda run: Speeds(*[1e6] * len(Speeds._fields)))
     seconds = []
     for tokens in (240, 480):
         calibration = {"generate": GENERATE | {"tokens": tokens}, "sequence_length": 16, "tokens": 160}
         found = prepare.prepare(Recipe.parse(settings(model_dir, tmp_path, calibration=calibration)))
         seconds.append(estimate(found.source, found.plan, found.recipe, found.device).seconds)
-    assert seconds[1] - seconds[0] == pytest.approx(2 * found.plan.before * 240 / 1e6)
+    assert seconds[1] - seconds[0] == pytest.approx(duration.WRITING * 2 * found.plan.before * 240 / 1e6)
     alone = prepare.prepare(Recipe.parse(settings(model_dir, tmp_path)))
     assert estimate(alone.source, alone.plan, alone.recipe, alone.device).tokens == 240

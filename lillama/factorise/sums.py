@@ -39,8 +39,9 @@ def mirrored(total: Tensor) -> Tensor:
 class Sums:
     """Of one matrix W (d_out x d_in): the sums of c x x^T and g g^T, on its smaller side, and of c.
 
-    Sums are symmetric, and only their upper triangles count (`add_symmetric`). What batches add is float32, their sum float64: so the order makes no difference, nor how many processes share them.
-    Directions in which nothing was seen are told apart by no more than rounding, and with them ranks.
+    They are symmetric, and only their upper triangles count (`add_symmetric`). What batches add is float32, their sum
+    float64: so the order makes no difference, nor how many processes share them. Directions in which nothing was seen
+    are told apart by no more than rounding, and with them ranks.
     """
 
     def __init__(self, W: Tensor, embedding: bool = False, rounding: int = 0, both: bool = False) -> None:
