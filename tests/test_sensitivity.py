@@ -28,6 +28,7 @@ from lillama.factorise import initialisers as init
 from lillama.factorise import kfac, sensitivity
 from lillama.plan import fisher as allocate
 from lillama.pretrained.order import drawn_order
+from lillama.pretrained.predictions import draw_tokens
 from lillama.pretrained.walk import Walk
 from lillama.recipe.schema import Compress, Recipe
 from lillama.run import pipeline, prepare
@@ -70,7 +71,7 @@ def run_back(model, batches) -> int:
     for number, batch in enumerate(batches):
         generator = torch.Generator().manual_seed(number)  # with seed 0
         logits = model(**batch).logits.flatten(0, -2)
-        drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+        drawn = draw_tokens(logits, generator)
         F.cross_entropy(logits, drawn, reduction="sum").backward()
         tokens += len(drawn)
     return tokens

@@ -246,7 +246,15 @@ class _Divergence(torch.autograd.Function):
 
 
 def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A token per row of logits N x V, by its predicted chance; `generator` is of the device where the logits are."""
+    """A token per row of logits N x V, by its predicted chance; `generator` is of the device where the logits are.
+
+    One number per row is drawn, and the first token taken whose chance, with those before it, exceeds it: multinomial
+    draws one for every token of the vocabulary, which takes three times as long on a processor.
+    """
     step = max(CHUNK // logits.shape[1], 1)
-    chances = (part.float().softmax(-1) for part in logits.detach().split(step))
-    return torch.cat([torch.multinomial(each, 1, generator=generator)[:, 0] for each in chances])
+    found = []
+    for part in logits.detach().split(step):
+        up_to = part.float().softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(part), 1, generator=generator, device=part.device) * up_to[:, -1:]
+        found.append(torch.searchsorted(up_to, drawn, right=True)[:, 0])
+    return torch.cat(found).clamp_max(logits.shape[1] - 1)  # of logits that are not finite; what comes of it says so

@@ -19,7 +19,7 @@ NARROWING = 13  # the spectra of what is left of it in several widths, and which
 # How much longer a token takes that is written after others than one that is read: products of few rows, keys and
 # values that are moved, the draw. 72 texts of SmolLM2-135M at once, on one core.
 WRITING = 6
-DRAWING = 15e-9  # seconds for every token of the vocabulary at every position where one is drawn
+DRAWING = 5e-9  # seconds for every token of the vocabulary at every position where one is drawn
 UNPACKED = 8e6  # numbers of a GGUF file per second
 OPENED = 30e6  # numbers of a model per second that is written, checked, read again and put together
 # Bytes per second at which a model's weights are read for one new token, by the kind of device: on two CPU cores as
