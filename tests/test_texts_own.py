@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import CONFIGS, tokenizer
+from conftest import CONFIGS, tiny, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
@@ -95,6 +95,22 @@ def test_text_is_sampled_by_the_seed_and_nobody_else_draws_otherwise(model_dir, 
     assert own(model_dir, tmp_path / "c", seed=1).path().read_bytes() != first
     cold = rows(own(model_dir, tmp_path / "d", temperature=0.01, begin=["start"]).path())
     assert len({row["text"] for row in cold}) < 3  # next to the same choice everywhere
+
+
+def test_a_model_whose_predictions_are_not_finite_writes_nothing(model_dir):
+    model = tiny("llama")
+    model.model.norm.weight.data[0] = torch.nan
+    how, this = writing.Writing(tokens=24, length=12), writing.Round(0, "prompts", 0, 2)
+    with pytest.raises(LillamaError, match="not finite"):
+        writing.write_round(model, tokenizer(), [[5]], how, this)
+
+
+def test_tokens_are_drawn_by_their_chance_and_the_temperature():
+    scores = torch.tensor([0.0, 1.0, 2.0, -torch.inf]).expand(30_000, 4)
+    drawn = writing.Drawn(0.5, 0, torch.device("cpu"))
+    shares = torch.bincount(drawn(torch.zeros(30_000, 1), scores).argmax(-1), minlength=4) / 30_000
+    torch.testing.assert_close(shares, (scores[0] / 0.5).softmax(-1), rtol=0, atol=0.02)
+    assert drawn.finite
 
 
 def test_writing_that_was_stopped_goes_on_with_its_round_to_the_same_text(model_dir, tmp_path, rounds_written):
