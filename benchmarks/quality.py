@@ -8,12 +8,13 @@ stopped.
 
   svd      plain SVD, uniform ranks, no distillation
   asvd     the same of columns weighed by the size of their inputs
+  neurons  neurons of MLPs alone, no factors, the rest made up for in closed form, no training
   svd-llm  closed form on the inputs' statistics, uniform ranks, two factors, no distillation
   paper    plain SVD, bottom layers first, teacher+student, 8.6e-4, concurrent, one pass (min_rank scaled to the width)
   fisher   the quickstart's ranks and starting factors, no training
   ours     the same, then the whole model learns the original's predictions (--steps updates)
 
-The first four are recipes/peers/, the others the quickstart.
+The first five are recipes/peers/, the others the quickstart.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from lillama.data import rows as dataset
 from lillama.data.stream import CHARACTERS_PER_TOKEN, chunks
 from lillama.errors import LillamaError
 from lillama.evaluate.context import Context
+from lillama.evaluate.harness import harness
 from lillama.evaluate.perplexity import perplexity
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -53,7 +55,7 @@ def sections(name: str, wanted: Mapping[str, set[str]]) -> dict[str, dict[str, A
 
 SIZES = {"compress": {"reduction", "gram_tokens", "fisher_tokens", "fisher_inputs", "min_rank"}}
 OURS = sections("quickstart", SIZES) | {"distill": CLOSED}
-PEERS = {"svd": "svd", "asvd": "asvd", "svd-llm": "svd_llm", "paper": "paper"}
+PEERS = {"svd": "svd", "asvd": "asvd", "neurons": "neurons", "svd-llm": "svd_llm", "paper": "paper"}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     **{name: sections(f"peers/{file}", SIZES | {"distill": set()}) for name, file in PEERS.items()},
     "fisher": OURS,
@@ -134,6 +136,10 @@ def measured(place: Path | str, arguments: argparse.Namespace, dense: bool = Fal
             split = "train" if file.startswith("package:") else "test"
             options = {"dataset": file, "split": split, "sequence_length": arguments.length}
             found[name] = perplexity(model, context, tokens=arguments.evaluate_tokens, **options)["perplexity"]
+    if arguments.tasks:
+        options = {"tasks": arguments.tasks, "files": arguments.task_files, "limit": arguments.limit}
+        scores = harness(model, context, **options)
+        found |= {task: scores[f"{task}/acc"] for task in arguments.tasks}
     del model
     gc.collect()
     return found
@@ -145,6 +151,9 @@ def main() -> None:
     parser.add_argument("--calibrate", nargs="+", required=True, help="text files (.txt, .raw, .jsonl, .parquet)")
     parser.add_argument("--evaluate", required=True, help="text to measure on")
     parser.add_argument("--other", help="text of another domain to measure on")
+    parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-eval to measure accuracy on")
+    parser.add_argument("--task-files", help="a folder with their data: TASK.SPLIT.jsonl; otherwise the hub's")
+    parser.add_argument("--limit", type=int, default=200, help="examples of every task")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--reductions", nargs="+", type=float, default=[0.2, 0.4])
     parser.add_argument("--tokens", type=int, default=131_072)

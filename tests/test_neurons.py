@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import tiny, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -236,6 +236,25 @@ def test_a_run_removes_neurons_and_its_checkpoint_is_as_small_as_planned(model, 
     rank = plan.ranks.get(gone.name)
     assert row["after"] == (gone.parameters if rank is None else stored(gone, rank, plan.storage))
     assert "neurons" in plan.summary()
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+def test_neurons_alone_go_where_no_factors_save_enough(model, tmp_path, updates):
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the cat sat on a mat and ran\n" * 20)
+    changes = {"reduction": 0.15, "keep_dense_below": 0.99, "distill": {"epochs": 0}}
+    made = recipe(tmp_path / "model", tmp_path / "run", **changes)
+    finetune = {"dataset": str(tmp_path / "text.txt"), "steps": updates, "sequence_length": 8, "teacher": 1.0}
+    result = run(Recipe.parse({**made.model_dump(exclude_unset=True), "finetune": finetune if updates else None}))
+    assert result.plan.ranks == {} and result.plan.after <= 0.85 * result.plan.before
+    loaded = lillama.load(result.path)
+    assert sum(p.numel() for p in loaded.parameters()) == result.plan.after
+    narrow_ones = [one for one in loaded.modules() if isinstance(one, nn.Linear) and 48 not in one.weight.shape]
+    assert len(narrow_ones) > 12  # attention and the head, and what lost neurons
+    assert torch.isfinite(logits(loaded)).all()
+    # More than half of every MLP is not to be had.
+    with pytest.raises(LillamaError, match="reduction"):
+        run(recipe(tmp_path / "model", tmp_path / "other", **{**changes, "reduction": 0.4}))
 
 
 def test_neurons_that_matter_least_go_and_the_others_make_up_for_them(model, tmp_path):

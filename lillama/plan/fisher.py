@@ -50,11 +50,16 @@ def fisher(layers: Sequence[Layer], remove: int, compress: Compress, spectra: Ma
 
 
 def choices(weight: Weight, spectrum: Sequence[float], compress: Compress) -> list[Choice]:
-    """The ranks a weight may get, rising, and dense at the end. Ranks that save nothing are left out."""
-    tail = tails(spectrum)
-    step, most = int(compress.rank_multiple), min(weight.shape)
-    ranks = [r for r in range(step, most, step) if stored(weight, r, compress.storage) < weight.parameters]
-    kept = [Choice(r, stored(weight, r, compress.storage), tail[r]) for r in ranks]
+    """The ranks a weight may get, rising, and dense at the end. Ranks that save nothing are left out.
+
+    So are those that save less than `keep_dense_below` where neurons may go in their place; elsewhere the plan takes
+    them back one by one, and says of which weight (plan.py).
+    """
+    tail, step = tails(spectrum), int(compress.rank_multiple)
+    least = 0.0 if compress.neurons is None else compress.keep_dense_below
+    most = weight.parameters * (1 - least)
+    numbers = {r: stored(weight, r, compress.storage) for r in range(step, min(weight.shape), step)}
+    kept = [Choice(r, held, tail[r]) for r, held in numbers.items() if held < weight.parameters and held <= most]
     return [*kept, Choice(None, weight.parameters, 0.0)]
 
 

@@ -252,7 +252,9 @@ def choose_ranks(layers: Sequence[Layer], before: int, compress: Compress, spect
     left: dict[str, str] = {}
     try:
         ranks = _ranks(offered, remove, compress, spectra)
-        while more := _hardly_smaller(offered, ranks, compress):
+        # Before anything is measured nobody knows how much neurons save.
+        unknown = spectra is None and compress.neurons is not None
+        while more := {} if unknown else _hardly_smaller(offered, ranks, compress):
             left |= more
             offered = [replace(one, weights=tuple(w for w in one.weights if w.name not in left)) for one in offered]
             ranks = _ranks(offered, remove, compress, spectra)

@@ -74,7 +74,8 @@ class Compress(Section):
         ge=0,
         lt=1,
         description="A weight whose factors would save less than this share of its numbers, and so hardly any time, "
-        "stays dense, and others make up for it; 0: any saving will do.",
+        "stays dense, and others make up for it; 0: any saving will do. With neurons, 0.99 keeps all weights dense, so "
+        "that neurons alone go.",
     )
     init: str = Field(
         "fisher",
