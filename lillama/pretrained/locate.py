@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import importlib.util
 import os
 import re
@@ -142,12 +144,20 @@ def read_tokenizer(model: Model, where: str, gguf: str | None, unpacked: Path) -
     with explained(f"the tokenizer of '{model.id}'", "model.id"), _where_one_is(where, "model.id", gguf):
         if gguf and unpacked.is_dir():
             return AutoTokenizer.from_pretrained(unpacked)
-        options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
         if gguf:
-            options["gguf_file"] = gguf
-        elif own := own_configuration(where, revision=model.revision, trust=model.trust_remote_code):
+            return copy.deepcopy(gguf_tokenizer(where, gguf, model.revision))  # whoever uses one may change it
+        options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+        if own := own_configuration(where, revision=model.revision, trust=model.trust_remote_code):
             options = {"trust_remote_code": False, "config": own}
         return AutoTokenizer.from_pretrained(where, revision=model.revision, **options)
+
+
+@functools.lru_cache(maxsize=1)
+def gguf_tokenizer(where: str, gguf: str, revision: str | None) -> Any:
+    """The tokenizer of a GGUF file, not to be changed: to go through the file takes transformers seconds each time."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(where, revision=revision, gguf_file=gguf)
 
 
 @contextlib.contextmanager

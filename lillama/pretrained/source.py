@@ -7,6 +7,7 @@ own conversions, so hub formats that differ from the modules (fused experts, ren
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -26,7 +27,7 @@ from lillama.errors import LillamaError
 from lillama.pretrained import identity, sharing
 from lillama.pretrained.forms import Form
 from lillama.pretrained.headers import index_of, open_files
-from lillama.pretrained.locate import Place, download, explained
+from lillama.pretrained.locate import Place, download, explained, gguf_tokenizer
 from lillama.recipe.schema import Model
 
 PutDirectory = Callable[[str], AbstractContextManager[Path]]  # makes a directory of that name, whole or not at all
@@ -298,7 +299,7 @@ def unpack_gguf(source: Source, cache: Path, put: PutDirectory) -> Path:
     """Dequantise a GGUF model into `cache/original` as safetensors, once, with its tokenizer."""
     import io
 
-    from transformers import AutoTokenizer, GgufConfig
+    from transformers import GgufConfig
 
     directory = cache / ORIGINAL
     if directory.exists():
@@ -310,10 +311,11 @@ def unpack_gguf(source: Source, cache: Path, put: PutDirectory) -> Path:
     ):
         model = source.auto_class.from_pretrained(
             source.where,
+            config=copy.deepcopy(source.config),  # read already, which takes seconds
             gguf_file=source.gguf,
             dtype=source.dtype,
             quantization_config=GgufConfig(dequantize=True),
         )
         model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(source.where, gguf_file=source.gguf).save_pretrained(temporary)
+        gguf_tokenizer(source.where, source.gguf, source.section.revision).save_pretrained(temporary)
     return directory
