@@ -206,6 +206,18 @@ def test_whisper_s_own_rule_says_what_loops():
     assert not loops("") and not loops("No, no, no.")
 
 
+def test_how_many_clips_were_left_out_is_said_of_a_reading_that_ends_early(tmp_path, monkeypatch, caplog):
+    speech = folder(tmp_path / "speech", 4, text=None)
+    looping = iter([True])  # the first that is asked about
+    monkeypatch.setattr("lillama_whisper.data.loops", lambda text: next(looping, False))
+    teacher = listening.Teacher(recipe(tmp_path, save(tmp_path / "model"), speech))
+    groups = _heard(teacher, speech_clips(speech), 2, Progress())
+    with caplog.at_level("WARNING"):
+        assert len(next(groups).clips) == 1
+        groups.close()  # as whoever has read enough tokens does
+    assert "left out 1 clips" in caplog.text
+
+
 def test_clips_for_which_the_original_loops_are_left_out_and_copies_stay_with_their_clip(tmp_path, monkeypatch, caplog):
     model, speech = save(tmp_path / "model"), folder(tmp_path / "speech", 4, text=None)
     digests = {clip.digest: clip.name for clip in speech_clips(speech)}

@@ -112,17 +112,19 @@ def _heard(
     keep: Callable[[Tensor], Tensor] = teacher.keeper(len(clips))
     short = (piece for clip in clips for piece in pieces(clip, teacher.seconds) if piece.seconds >= SHORTEST)
     seconds, dropped = 0.0, 0
-    with progress.phase("transcribe and encode", len(clips)) as bar:
-        for group in _alike(short, size):
-            found = _group(teacher, group, keep)
-            bar.advance(len(group), tokens=sum(map(len, found.sequences)))
-            dropped += len(group) - len(found.clips)
-            yield found
-            seconds += sum(clip.seconds for clip in found.clips)
-            if enough is not None and seconds >= enough:
-                break
-    if dropped:
-        log.warning("left out %d clips for which the original writes the same words over and over", dropped)
+    try:
+        with progress.phase("transcribe and encode", len(clips)) as bar:
+            for group in _alike(short, size):
+                found = _group(teacher, group, keep)
+                bar.advance(len(group), tokens=sum(map(len, found.sequences)))
+                dropped += len(group) - len(found.clips)
+                yield found
+                seconds += sum(clip.seconds for clip in found.clips)
+                if enough is not None and seconds >= enough:
+                    break
+    finally:  # whoever has read enough tokens goes no further
+        if dropped:
+            log.warning("left out %d clips for which the original writes the same words over and over", dropped)
 
 
 def _alike(clips: Iterator[Clip], size: int) -> Iterator[list[Clip]]:
