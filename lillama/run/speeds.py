@@ -34,8 +34,8 @@ def measure_speeds(run: Counts) -> Speeds:
     """Try the products of a layer of the run's model, cut to a size that takes no time."""
     device = run.device
     most = SIDE.get(device.device.type, LARGE_SIDE)
-    layer = next((layer for layer in run.plan.work if layer.weights), None)
-    found = [weight.shape for weight in layer.weights] if layer else [(most, most)]
+    layers = sorted((layer for layer in run.plan.work if layer.weights), key=lambda layer: layer.kind != "block")
+    found = [weight.shape for weight in layers[0].weights] if layers else [(most, most)]
     shapes = [(min(out, most), min(into, most)) for out, into in found]
     rows = min(max(run.batch, 64), most)
     products = float(2 * rows * sum(out * into for out, into in shapes))
@@ -54,10 +54,8 @@ def measure_speeds(run: Counts) -> Speeds:
         with torch.enable_grad(), device.autocast():
             leaves = [W.requires_grad_(True) for W in weights]
             given = {into: x.detach().requires_grad_(True) for into, x in inputs.items()}
-            total = sum(
-                (F.linear(given[W.shape[1]], W).float().sum() for W in leaves), torch.zeros((), device=device.device)
-            )
-            torch.autograd.grad(total, [*leaves, *given.values()])
+            each = [F.linear(given[W.shape[1]], W) for W in leaves]
+            torch.autograd.grad(each, [*leaves, *given.values()], [torch.ones_like(one) for one in each])
 
     single = products / _least(multiply(Device(device.device, torch.float32)), device.device)
     forward = products / _least(multiply(device), device.device)
