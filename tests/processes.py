@@ -30,12 +30,18 @@ from lillama.testing import recipe_for, token_batches
 SEQUENTIAL = {"distill.schedule": "sequential"}
 CONCURRENT = {"distill.schedule": "concurrent"}
 FISHER = {"compress.strategy": "fisher", "compress.init": "fisher", "compress.fisher_tokens": 100}
+WITHOUT_QK = {"compress.skip": ["*q_proj", "*k_proj"], "distill.learning_rate": 3e-4}
 TUNED = {"steps": 3, "batch_size": 3, "sequence_length": 12, "tokens": 240, "checks": 2, "learning_rate": 1e-4}
 FEW = {"bits": 8, "steps": 0}
 # family, rows of a batch, changes of the recipe. Where there are no calibration batches the data are a folder's.
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    # Updates of one row, which is one process's: the other makes the original's predictions.
-    "llama": ("llama", 3, {**SEQUENTIAL, **FISHER, "finetune": {**TUNED, "batch_size": 1, "teacher": 0.5}}),
+    # Updates of one row, which is one process's: the other makes the original's predictions. Queries and keys stay dense:
+    # gradients of theirs are so small here that the optimiser makes much of rounding.
+    "llama": (
+        "llama",
+        3,
+        {**SEQUENTIAL, **FISHER, **WITHOUT_QK, "finetune": {**TUNED, "batch_size": 1, "teacher": 0.5}},
+    ),
     "llama-concurrent": ("llama", 2, {**CONCURRENT, **FISHER, "distill.clip_norm": 1.0}),
     # Grams, the tied embedding, layers that learn as a whole; updates of one row are one process's.
     "llama-grams": (
@@ -56,7 +62,6 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         },
     ),
     # Neurons go: the widths of MLPs are tried apart, and what is left of a weight is made by all.
-    # Queries and keys stay dense: gradients of theirs are so small here that the optimiser makes much of rounding.
     "llama-neurons": (
         "llama",
         2,
@@ -64,8 +69,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
             **SEQUENTIAL,
             **FISHER,
             "compress.neurons": 0.5,
+            **WITHOUT_QK,
             "compress.reduction": 0.4,
-            "compress.skip": ["*q_proj", "*k_proj"],
         },
     ),
     "mixtral": ("mixtral", 2, {**SEQUENTIAL, "distill.loss": "student", "finetune": TUNED}),
