@@ -164,8 +164,8 @@ def _greedy(tokenizer: Any) -> GenerationConfig:
 class Drawn(LogitsProcessor):
     """Draws the next token of every text by its chance, and puts it above all others.
 
-    The sampling of `generate` draws a number for every token of the vocabulary, which on a processor takes a fifth of
-    the time of SmolLM2-135M, and more than the model where it is small and its vocabulary large.
+    The sampling of `generate` draws a number for every token of the vocabulary, which on a processor took a fifth of
+    the time of SmolLM2-135M's writing.
     """
 
     def __init__(self, temperature: float, seed: int, device: torch.device) -> None:
