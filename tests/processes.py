@@ -35,8 +35,8 @@ TUNED = {"steps": 3, "batch_size": 3, "sequence_length": 12, "tokens": 240, "che
 FEW = {"bits": 8, "steps": 0}
 # family, rows of a batch, changes of the recipe. Where there are no calibration batches the data are a folder's.
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    # Updates of one row, which is one process's: the other makes the original's predictions. Queries and keys stay dense:
-    # gradients of theirs are so small here that the optimiser makes much of rounding.
+    # Updates of one row, which is one process's: the other makes the original's predictions. Queries and keys stay
+    # dense: gradients of theirs are so small here that the optimiser makes much of rounding.
     "llama": (
         "llama",
         3,
