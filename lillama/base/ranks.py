@@ -169,6 +169,11 @@ def owners(costs: Sequence[float]) -> list[int]:
     return found
 
 
+def own_of(tasks: Sequence[T], costs: Sequence[float]) -> list[T]:
+    """Those of some tasks that are this process's, in their order."""
+    return [task for owner, task in zip(owners(costs), tasks) if owner == rank()]
+
+
 def own_folder(path: Path) -> Path:
     """A folder below `path` for files of this process alone; `path` itself where there is one process."""
     return path if world() == 1 else path / f"{rank()}-of-{world()}"

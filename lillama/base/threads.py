@@ -25,14 +25,13 @@ def side_by_side(
     at once as torch has threads, each on one: two cores are slower than one at a decomposition of some hundred rows,
     which waits for both at every row. A card does one after another, as it does anyway.
     """
-    if device.type != "cpu" or rows > SMALL:
-        with torch.no_grad():
-            return [calculate(task) for task in tasks]
 
     def alone(task: Task) -> Found:
         with torch.no_grad():  # which every thread has to itself
             return calculate(task)
 
+    if device.type != "cpu" or rows > SMALL:
+        return [alone(task) for task in tasks]
     at_once = min(torch.get_num_threads(), len(tasks), MOST)
     with _threads(1):
         if at_once < 2:

@@ -219,8 +219,7 @@ def _spectra(problems: Mapping[str, list[Problem]], place: torch.device) -> dict
     spectra = {
         name: torch.zeros(min(each[0][0].shape), dtype=torch.float64, device=place) for name, each in problems.items()
     }
-    owners = ranks.owners([min(one[0].shape) ** 3 for _, one in tasks])
-    own = [task for owner, task in zip(owners, tasks) if owner == ranks.rank()]
+    own = ranks.own_of(tasks, [min(one[0].shape) ** 3 for _, one in tasks])
 
     def find(task: tuple[str, Problem]) -> Tensor:
         return fisher_spectrum(*(tensor.to(place) for tensor in task[1]))

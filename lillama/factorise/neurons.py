@@ -141,7 +141,7 @@ def narrowings(
         return fisher_spectrum(*without(here[name], kept, exits[one] if name == mlp.exit else None))
 
     # The processes of the run share them out.
-    own = [task for owner, task in zip(ranks.owners([1.0] * len(tasks)), tasks) if owner == ranks.rank()]
+    own = ranks.own_of(tasks, [1.0] * len(tasks))
     for task, found in zip(own, side_by_side(find, own, place, max(map(len, spectra.values()), default=0))):
         spectra[task][: len(found)] = found
     ranks.sum_(spectra.values())

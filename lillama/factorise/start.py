@@ -128,8 +128,8 @@ def initial_factors(
         return initialise(weight, W, plan.ranks[weight.name], held)
 
     # The processes of the run share the weights out.
-    owners = ranks.owners([_cost(weight) for weight in wanted])
-    own = [one for owner, one in zip(owners, wanted) if not initialise.lacks(one, about(one)) and owner == ranks.rank()]
+    own = ranks.own_of(wanted, [_cost(weight) for weight in wanted])
+    own = [weight for weight in own if not initialise.lacks(weight, about(weight))]
     device = next(at.teacher.parameters()).device
     each = side_by_side(start, own, factorising(device), max(map(_rows, own), default=0))
     found = {one.name: both for one, both in zip(own, each) if initialise.usable(one, both, plan.storage)}

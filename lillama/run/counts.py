@@ -46,6 +46,7 @@ class Counts:
         }
         # Of a layer's experts, a token passes through a few.
         self.chosen: int = getattr(text, "num_experts_per_tok", None) or 1
+        self.vocabulary = int(getattr(text, "vocab_size", None) or 0)
 
     @property
     def sequential(self) -> bool:

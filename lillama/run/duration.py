@@ -45,7 +45,7 @@ def by_phase(run: Counts) -> dict[str, float] | None:
     sums, alone = _sums(run)
     gradients = min(tokens, compress.fisher_tokens) * run.measured
     inputs = disk.inputs_alone(recipe, tokens) * run.measured
-    drawn = 0.0 if run.device.device.type != "cpu" else DRAWING * gradients * _vocabulary(run)
+    drawn = 0.0 if run.device.device.type != "cpu" else DRAWING * gradients * run.vocabulary
     return {
         "files": _files(run),
         "evaluating": _predicted(run) / speeds.evaluating + _timing(run),
@@ -78,10 +78,6 @@ def _sums(run: Counts) -> tuple[float, float]:
         sums += 2 * larger_numbers(run.plan.layers)
         alone += 2 * larger_numbers(run.plan.layers, entries=False)
     return sums, alone
-
-
-def _vocabulary(run: Counts) -> int:
-    return int(getattr(run.source.config.get_text_config(), "vocab_size", 0) or 0)
 
 
 def _finetuning(run: Counts) -> float:

@@ -101,12 +101,12 @@ def _all_at_once(run: Counts) -> int:
 
 def _writing_bytes(run: Counts) -> int:
     """The whole original, the keys and values of a round's texts, and the predictions of their next tokens."""
-    section, source, item = run.recipe.calibration.generate, run.source, run.device.compute.itemsize
+    section, item = run.recipe.calibration.generate, run.device.compute.itemsize
     if section is None:
         return 0
     blocks = sum(1 for layer in run.plan.layers if layer.kind == "block")
     kept = 2 * item * blocks * run.width * section.length  # as many heads of keys as of queries, at most
-    return item * run.plan.before + section.batch * (kept + 4 * LOGITS_HELD * _vocabulary(source))
+    return item * run.plan.before + section.batch * (kept + 4 * LOGITS_HELD * run.vocabulary)
 
 
 def _finetuning_bytes(run: Counts) -> int:
@@ -122,20 +122,20 @@ def _finetuning_bytes(run: Counts) -> int:
         weights += run.device.compute.itemsize * trained  # in the type of products, for as long as a step takes
     # What a plugin's own examples hold nobody knows.
     tokens = section.batch_size * (0 if source.config.is_encoder_decoder else section.sequence_length)
-    logits = 4 * LOGITS_HELD * min(tokens * _vocabulary(source), LOGITS)
+    logits = 4 * LOGITS_HELD * min(tokens * run.vocabulary, LOGITS)
     return weights + tokens * _kept_for_gradients(run) + logits
 
 
 def _quantising_bytes(run: Counts) -> int:
     """The model in float32, what a batch of calibration keeps, and the moments of the weights."""
-    logits = run.device.compute.itemsize * LOGITS_HELD * _vocabulary(run.source)  # of all positions at once
+    logits = run.device.compute.itemsize * LOGITS_HELD * run.vocabulary  # of all positions at once
     rounding, section = fewbits.memory(run, _kept_for_gradients(run), logits), run.recipe.quantize
     if section is None or not section.steps:
         return rounding
     # Codes and what is made of them, which the way back needs, beside the original that predicts.
     tokens = fewbits.learned_tokens(run.recipe)
     held = 8 * run.plan.after + run.plan.before * run.source.working.itemsize + TRAINER_BYTES
-    logits = 4 * LOGITS_HELD * min(tokens * _vocabulary(run.source), LOGITS)
+    logits = 4 * LOGITS_HELD * min(tokens * run.vocabulary, LOGITS)
     return max(rounding, held + tokens * _kept_for_gradients(run) + logits)
 
 
@@ -169,7 +169,7 @@ def _measuring_bytes(run: Counts) -> int:
     blocks = [layer for layer in run.plan.layers if layer.kind == "block"]
     outside = source.outside([layer.name for layer in blocks], True)
     around = item * sum(source.model.get_parameter(name).numel() for name in outside)
-    logits = run.device.compute.itemsize * LOGITS_HELD * min(run.batch * _vocabulary(source), LOGITS)
+    logits = run.device.compute.itemsize * LOGITS_HELD * min(run.batch * run.vocabulary, LOGITS)
     block = max((item * run.numbers.get(layer.name, 0) for layer in blocks), default=0)
     squares = max((factor_numbers([layer]) for layer in blocks), default=0)
     if run.narrows:
@@ -185,7 +185,7 @@ def _table_bytes(run: Counts) -> int:
     """The largest embedding that becomes low-rank, and the logits of a batch where its head does as well."""
     tables = [w.shape[0] * w.shape[1] for layer in run.planned for w in layer.weights if w.kind == "embedding"]
     heads = any(layer.kind == "head" for layer in run.planned)
-    logits = LOGITS_HELD * 4 * run.batch * _vocabulary(run.source) if heads else 0
+    logits = LOGITS_HELD * 4 * run.batch * run.vocabulary if heads else 0
     return TABLE_BYTES * max(tables) + logits if tables else 0
 
 
@@ -202,11 +202,7 @@ def _evaluation_bytes(run: Counts) -> int:
         together = 0
     whole = sum(p.numel() for p in source.model.parameters()) * source.dtype.itemsize
     # Logits of the evaluators' usual four windows of 512 tokens, and what is computed from them, in float32.
-    return max(together, whole * 5 // 4 + 4 * LOGITS_HELD * min(2048 * _vocabulary(source), READ))
-
-
-def _vocabulary(source: Source) -> int:
-    return int(getattr(source.config.get_text_config(), "vocab_size", None) or 0)
+    return max(together, whole * 5 // 4 + 4 * LOGITS_HELD * min(2048 * run.vocabulary, READ))
 
 
 def _through(weight: Weight, chosen: int) -> int:
