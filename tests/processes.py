@@ -73,6 +73,21 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
             "compress.reduction": 0.4,
         },
     ),
+    # Each process has a part of every block; updates of one row, of which the other process runs one along.
+    "llama-divided": (
+        "llama",
+        2,
+        {
+            **SEQUENTIAL,
+            "compress.embedding": True,
+            "compress.storage": "pivoted",
+            "run.divide": True,
+            "finetune": {**TUNED, "batch_size": 1, "gradient_accumulation": 2, "teacher": 0.5, "holdout": 0.2},
+        },
+    ),
+    "mixtral-divided": ("mixtral", 2, {**SEQUENTIAL, "distill.loss": "student", "run.divide": True, "finetune": TUNED}),
+    "mamba-divided": ("mamba", 2, {**SEQUENTIAL, **FISHER, "run.divide": True, "finetune": {**TUNED, "teacher": 1.0}}),
+    "whisper-divided": ("whisper", 2, {**SEQUENTIAL, **FISHER, "run.divide": True, "finetune": TUNED}),
     "mixtral": ("mixtral", 2, {**SEQUENTIAL, "distill.loss": "student", "finetune": TUNED}),
     "mixtral-concurrent": ("mixtral", 1, {**CONCURRENT, **FISHER}),  # a batch has fewer rows than there are processes
     "mamba": ("mamba", 2, {**SEQUENTIAL, **FISHER, "finetune": {**TUNED, "batch_size": 2, "gradient_accumulation": 2}}),

@@ -169,6 +169,18 @@ def test_a_model_that_does_not_fit_is_spread_over_card_and_host(monkeypatch: pyt
     assert 0 < on_card <= device.FILLED * size * 3 // 4
 
 
+def test_a_model_that_does_not_fit_one_card_takes_others_unless_one_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama-bias")
+    size = weight_bytes(model)
+    monkeypatch.setattr(device, "free_memory", lambda which: size * 3 // 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    spread: dict[str, Any] = {}
+    monkeypatch.setattr(accelerate, "dispatch_model", lambda model, places: spread.update(places) or model)
+    measure.put_on(model, torch.device("cuda"))
+    assert set(spread.values()) == {0, 1}
+    assert device.cards_like(SECOND) == [SECOND]
+
+
 @pytest.mark.parametrize("storage", [None, "factors", "pivoted"])
 def test_a_model_in_several_places_predicts_what_it_does_in_one(storage: str | None, tmp_path: Path) -> None:
     """By accelerate's hooks: half of it is in files, and comes for as long as a layer runs."""

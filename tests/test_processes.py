@@ -18,7 +18,7 @@ from lillama.cli.main import main
 from lillama.errors import LillamaError
 from lillama.finetune.elsewhere import Elsewhere, help_with, share_out
 from lillama.finetune.loss import loss_of
-from lillama.finetune.together import own_of
+from lillama.finetune.together import Together, own_of
 from lillama.pretrained import predictions
 from lillama.pretrained.rows import own_rows
 
@@ -28,7 +28,7 @@ import kill_processes
 
 # Each of the four families, both schedules, Fisher information and Grams, fine-tuning; the others of processes.CASES
 # are run by hand.
-TRIED = ("llama", "llama-apart", "llama-neurons", "mixtral-concurrent", "mamba-concurrent", "whisper")
+TRIED = ("llama", "llama-apart", "llama-neurons", "llama-divided", "mixtral-concurrent", "mamba-concurrent", "whisper")
 CLOSE = 1e-5  # of a tensor's largest number
 
 
@@ -161,6 +161,43 @@ def test_predictions_made_elsewhere_are_learned_as_ones_own(monkeypatch, at_once
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("divide", [False, True])
+def test_held_out_batches_are_shared_out(monkeypatch, divide):
+    losses, sums, ran = [1.0, 2.0, 3.0, 5.0, 7.0], [], []
+
+    class Trainer:
+        model = nn.Linear(1, 1)
+
+        def prediction_step(self, model, batch, loss_alone):
+            ran.append(batch["loss"])
+            return (torch.tensor(batch["loss"]),)
+
+    class Both(Together, Trainer):
+        divided = divide
+
+    monkeypatch.setattr(ranks, "summed", lambda found: sums.extend(found) or [0.0])
+    batches = [{"labels": torch.zeros(2), "loss": loss} for loss in losses]
+    counts = []
+    for rank in range(3):
+        among(monkeypatch, rank, 3)
+        ran.clear()
+        assert Both().evaluation_loop(batches).num_samples == 10
+        counts.append(len(ran))
+    assert sum(sums) == 2 * sum(losses), "each batch counts once"
+    assert counts == ([2, 2, 2] if divide else [2, 2, 1]), "of a divided model all run equally often"
+
+
+def test_things_are_done_one_by_each_process(monkeypatch):
+    given = []
+    for rank in range(2):
+        among(monkeypatch, rank, 2)
+        monkeypatch.setattr(ranks, "collect", lambda own: given.append(own) or ([own, own] if ranks.is_first() else []))
+        seen = [*ranks.one_each("abc", lambda item: (item, ranks.rank(), ranks.world()))]
+        assert [item for item, _ in seen] == ["a", "b", "c"]
+        assert all((found is not None) == (rank == 0) for _, found in seen)
+    assert given == [("a", 0, 1), ("c", 0, 1), ("b", 0, 1), None], "who works knows of no others"
+
+
 def test_tasks_are_shared_out_by_what_they_cost(monkeypatch):
     among(monkeypatch, 0, 2)
     costs = [1.0, 9.0, 4.0, 4.0, 1.0]
@@ -184,9 +221,9 @@ def started(monkeypatch):
         monkeypatch.setenv(word, str(value))
 
 
-def test_a_model_split_over_processes_is_refused_by_name(started, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(LillamaError, match="FSDP is not supported"):
+def test_a_model_split_otherwise_than_we_can_is_refused_by_name(started, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(LillamaError, match="DeepSpeed is not supported"):
         ranks.join()
 
 

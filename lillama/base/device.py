@@ -100,6 +100,13 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def cards_like(device: torch.device) -> list[torch.device]:
+    """The cards that may be used where `device` was asked for: all of them for `cuda`, for `cuda:1` that one alone."""
+    if device.index is not None:
+        return [device]
+    return [torch.device(device.type, index) for index in range(torch.cuda.device_count())]
+
+
 def fits(weights: int, device: torch.device) -> bool:
     """Whether a model of so many bytes of weights can run on `device` as a whole."""
     free = free_memory(device)

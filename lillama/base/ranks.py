@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+Found = TypeVar("Found")
 
 PATIENCE = timedelta(hours=12)  # what one process may do alone; a dead one is noticed at once
 EVIDENCE = 3.0  # seconds until the system shows which process is gone
 BUCKET = 64 << 20  # bytes that travel together
 # Launchers' words on the processes; once we know them nobody else is to act on them.
 WORDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
+DIVIDE = "ACCELERATE_USE_FSDP"
 UNSERVED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's parallelism",
@@ -55,6 +56,7 @@ class _Group:
     peers: list[tuple[str, int]] = field(default_factory=list)
     store: Any = None
     alone: int = 0
+    divide: bool = False
 
 
 _group = _Group()
@@ -99,9 +101,9 @@ def join() -> None:
             _forget_words()
         return
     for word, name in UNSERVED.items():
-        if os.environ.get(word, "false").lower() in ("true", "1", "yes"):
+        if _says(word):
             raise LillamaError(
-                f"{name} is not supported: every process holds what it works on whole",
+                f"{name} is not supported: models are divided among processes by FSDP alone",
                 where="the launcher",
                 hint="Use torchrun, or accelerate launch --multi_gpu (or --cpu) without it.",
             )
@@ -110,6 +112,7 @@ def join() -> None:
     from torch.distributed.rendezvous import rendezvous
 
     found, number, count = next(rendezvous("env://", timeout=PATIENCE))
+    _group.divide = _says(DIVIDE)
     _group.local = int(os.environ.get("LOCAL_RANK", number))
     # Objects and what is on the host travel by gloo, what is on a card by nccl.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -118,6 +121,15 @@ def join() -> None:
     _forget_words()
     _group.peers = gather((socket.gethostname(), os.getpid()))
     _name_warnings()
+
+
+def asked_to_divide() -> bool:
+    """Whether the launcher was told that a model should be divided among the processes (FSDP)."""
+    return _group.divide
+
+
+def _says(word: str) -> bool:
+    return os.environ.get(word, "false").lower() in ("true", "1", "yes")
 
 
 def leave() -> None:
@@ -172,6 +184,21 @@ def owners(costs: Sequence[float]) -> list[int]:
 def own_of(tasks: Sequence[T], costs: Sequence[float]) -> list[T]:
     """Those of some tasks that are this process's, in their order."""
     return [task for owner, task in zip(owners(costs), tasks) if owner == rank()]
+
+
+def one_each(items: Sequence[T], work: Callable[[T], Found]) -> Iterator[tuple[T, Found | None]]:
+    """Each of `items` with what `work` finds of it, which one process calls as if alone; the others do the next ones.
+
+    The first process alone is given what was found; tensors should be on the host where there are several.
+    """
+    for start in range(0, len(items), world()):
+        some, own = items[start : start + world()], None
+        if (number := rank()) < len(some):
+            with alone():
+                own = work(some[number])
+        found = collect(own)
+        for number, item in enumerate(some):
+            yield item, found[number] if found else None
 
 
 def own_folder(path: Path) -> Path:

@@ -79,14 +79,14 @@ def reader_of(place: str | Path, trust: bool) -> Later:
 
 
 def put_on(model: Any, device: torch.device) -> Any:
-    """`model` on `device`; where it does not fit there, as much of it as does, the rest on the host (accelerate)."""
-    from lillama.base.device import FILLED, fits, free_memory
+    """`model` on `device`; where it does not fit there, on the cards that may be used and on the host (accelerate)."""
+    from lillama.base.device import FILLED, cards_like, fits, free_memory
 
     weights = weight_bytes(model)
     if fits(weights, device):
         return model.to(device)
-    index = 0 if device.index is None else device.index
-    return spread(model, {index: int(FILLED * (free_memory(device) or 0)), "cpu": 2 * weights})  # it is on the host now
+    room: dict[int | str, int] = {card.index: int(FILLED * (free_memory(card) or 0)) for card in cards_like(device)}
+    return spread(model, room | {"cpu": 2 * weights})  # it is on the host now
 
 
 def spread(model: Any, room: dict[int | str, int], folder: Path | None = None) -> Any:

@@ -140,11 +140,8 @@ def narrowings(
         kept = stay(going.order, count, one)
         return fisher_spectrum(*without(here[name], kept, exits[one] if name == mlp.exit else None))
 
-    # The processes of the run share them out.
-    own = ranks.own_of(tasks, [1.0] * len(tasks))
-    for task, found in zip(own, side_by_side(find, own, place, max(map(len, spectra.values()), default=0))):
+    for task, found in zip(tasks, side_by_side(find, tasks, place, max(map(len, spectra.values()), default=0))):
         spectra[task][: len(found)] = found
-    ranks.sum_(spectra.values())
     spectra |= {(count, name): known[name] for name in mlp.weights}
     return going.order, [
         Narrowing(one, cost, {name: spectra[one, name].tolist() for name in mlp.weights})
@@ -157,32 +154,55 @@ def neurons_file(layer: Layer) -> str:
     return f"{FISHER}/{layer.name}.neurons.safetensors"
 
 
-def write_neurons(
-    directory: RunDirectory,
-    layer: Layer,
-    weights: Mapping[str, Whole],
-    known: Mapping[str, Tensor],
-    share: float,
-    multiple: int,
-) -> None:
-    """Find and store the widths of every MLP of a layer of which `weights` are known, and their larger factors.
+class Known(NamedTuple):
+    """Of the weights of a layer what their neurons' going is found from: the weights themselves, and their spectra."""
 
-    `known` are spectra; of an MLP at most a `share` of the neurons goes, and a multiple of `multiple` stays.
+    layer: Layer
+    weights: Mapping[str, Whole]
+    spectra: Mapping[str, Tensor]
+
+
+class Widths:
+    """Finds how narrow the MLPs of layers may be: of as many layers at once as the run has processes, of each by one.
+
+    Of an MLP at most a `share` of the neurons goes, and a multiple of `multiple` stays.
     """
+
+    def __init__(self, directory: RunDirectory, share: float, multiple: int) -> None:
+        self.directory, self.share, self.multiple = directory, share, multiple
+        self.waiting: list[Known] = []
+
+    def add(self, known: Known) -> None:
+        """Find and store the widths of a layer, once there is one for every process; each keeps its own until then."""
+        own = len(self.waiting) == ranks.rank()
+        self.waiting.append(known if own else known._replace(weights={}, spectra={}))
+        if len(self.waiting) == ranks.world():
+            self.finish()
+
+    def finish(self) -> None:
+        """Find and store those of the layers that wait."""
+        for known, found in ranks.one_each(self.waiting, lambda own: find_widths(own, self.share, self.multiple)):
+            self.directory.put_tensors(neurons_file(known.layer), found or {})
+        self.waiting.clear()
+
+
+def find_widths(known: Known, share: float, multiple: int) -> dict[str, Tensor]:
+    """What is stored of a layer's neurons, on the host: the widths of its MLPs, and the larger factors of weights."""
+    layer, weights = known.layer, known.weights
     tensors: dict[str, Tensor] = {}
     for mlp in layer.neurons:
         if not weights.keys() >= {*mlp.weights}:  # some prediction depends on no gradient of it
             continue
         name = mlp.exit
         left = widths(weights[name].W.shape[1], share, multiple)
-        order, ways = narrowings(mlp, weights, known, left)
+        order, ways = narrowings(mlp, weights, known.spectra, left)
         tensors |= {f"{one}.larger": _larger(weights[one]).float() for one in mlp.weights}
         tensors[f"{name}.order"] = order
         tensors[f"{name}.left"] = torch.tensor([way.left for way in ways])
         tensors[f"{name}.costs"] = torch.tensor([way.loss for way in ways], dtype=torch.float64)
         for one in mlp.weights:
             tensors[f"{one}.spectra"] = torch.tensor([way.spectra[one] for way in ways], dtype=torch.float64)
-    directory.put_tensors(neurons_file(layer), tensors)
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def read_narrowings(directory: RunDirectory, layer: Layer) -> dict[str, list[Narrowing]]:
@@ -207,10 +227,14 @@ def remove_neurons(walk: Walk, directory: RunDirectory, layers: Sequence[Layer])
 
     Of each its matrix, its bias, and the factors of its Fisher information, as `statistics.read_narrow` reads them.
     """
-    for layer in layers:
-        if any(w.whole for w in layer.weights) and not directory.has(narrow_file(layer)):
-            with walk.open_layer(layer) as module:
-                directory.put_tensors(narrow_file(layer), _left_of(layer, module, directory, walk.device.device))
+
+    def left_of(layer: Layer) -> dict[str, Tensor]:
+        with walk.open_layer(layer) as module:
+            return _left_of(layer, module, directory, walk.device.device)
+
+    narrow = [one for one in layers if any(w.whole for w in one.weights) and not directory.has(narrow_file(one))]
+    for layer, found in ranks.one_each(narrow, left_of):
+        directory.put_tensors(narrow_file(layer), found or {})
 
 
 def _left_of(layer: Layer, module: nn.Module, directory: RunDirectory, device: torch.device) -> dict[str, Tensor]:

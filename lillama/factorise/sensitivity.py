@@ -28,7 +28,7 @@ from lillama.base.rundir import RunDirectory
 from lillama.contract import Layer
 from lillama.factorise.inputs import MoreInputs, kept_bytes, split
 from lillama.factorise.kfac import Listener
-from lillama.factorise.neurons import neurons_file, read_narrowings, write_neurons
+from lillama.factorise.neurons import Known, Widths, neurons_file, read_narrowings
 from lillama.factorise.statistics import FISHER, fisher_file, read_fisher, write_fisher
 from lillama.plan.budget import Measured
 from lillama.plan.plan import observable, rank_multiple
@@ -81,6 +81,7 @@ class _Measurement:
     first: int
     below: Layer | None
     head: Layer | None
+    widths: Widths | None  # where neurons may go
 
     @classmethod
     def of(cls, walk: Walk, directory: RunDirectory, raw: Batches, recipe: Recipe) -> _Measurement:
@@ -98,7 +99,10 @@ class _Measurement:
         # Neighbours in a text are alike: a few tokens are to be of all of it.
         order = drawn_order(len(raw), recipe.run.seed)
         drawn = [raw[number] for number in order]
-        return cls(inner, directory, drawn, order, recipe, shelf, first, below, ends.get("head"))
+        widths = None
+        if (share := recipe.compress.neurons) is not None:
+            widths = Widths(directory, share, rank_multiple(inner.every, recipe.compress))
+        return cls(inner, directory, drawn, order, recipe, shelf, first, below, ends.get("head"), widths)
 
     @property
     def rounding(self) -> int:
@@ -124,6 +128,8 @@ class _Measurement:
                     gradients = self.run_back(position, batches, (streams.pop(), gradients), tokens, more)
                     memory.give_back()
                     bar.advance()
+                if self.widths is not None:
+                    self.widths.finish()
             if self.below:
                 self.end_at_embedding(self.below, batches, gradients, tokens, tied)
         gradients.drop()
@@ -216,11 +222,9 @@ class _Measurement:
             if observable(layer):
                 more.hand_over(position, listener)
                 found = listener.close(tokens)
-                compress = self.recipe.compress
-                if compress.neurons is not None and layer.neurons:
-                    multiple = rank_multiple(self.walk.every, compress)
+                if self.widths is not None and layer.neurons:
                     spectra = {name: factors.spectrum for name, factors in found.items()}
-                    write_neurons(self.directory, layer, listener.wholes, spectra, compress.neurons, multiple)
+                    self.widths.add(Known(layer, listener.wholes, spectra))
                 write_fisher(self.directory, layer, found)
         for stream in streams:
             stream.drop()

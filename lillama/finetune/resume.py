@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lillama.base.files import write_json, write_tensors
 from lillama.base.tensorfile import TensorFile
 from lillama.checkpoint.seal import damaged, seal
 from lillama.errors import LillamaError
+from lillama.finetune.divided import put
 from lillama.recipe.schema import Finetune
 
 SETTINGS = "lillama.finetune.json"
@@ -24,13 +27,18 @@ LEARNED = "learned.safetensors"
 STATE = "trainer_state.json"  # of the trainer; names the best checkpoint so far
 
 
-def save_learned(model: Any, checkpoint: Path) -> None:
-    """Store every parameter that learns, under the name it has in `model`.
+def learned_of(model: Any) -> dict[str, Tensor]:
+    """Every parameter of `model` that learns, by its name."""
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_learned(learned: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Store every parameter that learns, under the name it has in the model.
 
     Not by `save_pretrained`, which writes the names of the hub's files: those of fused experts are others than the
     module's, and the trainer would read back only those that are the same.
     """
-    write_tensors(checkpoint / LEARNED, {name: p.data for name, p in model.named_parameters() if p.requires_grad})
+    write_tensors(checkpoint / LEARNED, dict(learned))
 
 
 @torch.no_grad()
@@ -43,7 +51,7 @@ def load_learned(model: Any, checkpoint: Path) -> None:
             "the checkpoint is that of another model", where=str(checkpoint), hint="Remove it, and begin again."
         )
     for name, parameter in parameters.items():
-        parameter.copy_(file.read(name))
+        put(parameter, file.read(name))
 
 
 def seal_checkpoint(work: Path, step: int, section: Finetune) -> None:

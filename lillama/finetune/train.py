@@ -21,8 +21,9 @@ from lillama.checkpoint.seal import seal
 from lillama.errors import DistillationError, LillamaError
 from lillama.finetune import adapters, resume
 from lillama.finetune.data import Examples, split, updates
+from lillama.finetune.divided import gather
 from lillama.finetune.settings import refuse_other
-from lillama.finetune.trainer import SLOWER, WORK, Setting, build_trainer
+from lillama.finetune.trainer import SLOWER, WORK, Setting, build_trainer, placed
 from lillama.lowrank import swap as factors
 from lillama.recipe.schema import Finetune
 
@@ -62,14 +63,16 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
     parts = split(examples, section.holdout, torch.Generator().manual_seed(section.seed))
     total = section.steps or updates(len(parts[0]), section)
     with setting.progress.phase("finetune", total) as bar, stop.at_a_good_moment():
-        trainer = build_trainer(learner, teacher, parts, setting, bar)
+        running = learner if setting.blocks is None else placed(learner, setting)
+        trainer = build_trainer(running, teacher, parts, setting, bar)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if running is not learner:
+            gather(running, learner)
     if parts[1] and not math.isfinite(trainer.state.best_metric or math.nan):
         raise DistillationError("no held-out loss was finite", where="finetune", hint=SLOWER)
     if learner is not model:
         adapters.merge(learner)
-    for name, kind, storage in kept:
-        factors.store_as(model, name, kind, storage)
+    factors.store_each(model, kept)
 
 
 def freeze(model: Any, globs: list[str] | None) -> None:

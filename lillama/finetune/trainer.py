@@ -15,8 +15,9 @@ from lillama.base.progress import Bar, Progress
 from lillama.base.rundir import RunDirectory
 from lillama.errors import DistillationError
 from lillama.finetune.data import Collator, Examples
+from lillama.finetune.divided import divide
 from lillama.finetune.loss import loss_of
-from lillama.finetune.resume import load_learned, save_learned, seal_checkpoint
+from lillama.finetune.resume import learned_of, load_learned, save_learned, seal_checkpoint
 from lillama.finetune.together import Together
 from lillama.recipe.schema import Finetune
 from lillama.report import track
@@ -27,7 +28,10 @@ SLOWER = "Lower finetune.learning_rate."
 
 @dataclass(frozen=True)
 class Setting:
-    """What a fine-tuning is asked for, and where it happens; `trackers` know the run as `name`."""
+    """What a fine-tuning is asked for, and where it happens; `trackers` know the run as `name`.
+
+    `blocks` are those of the model, by name, of which each process is to have a part; None: each has it whole.
+    """
 
     section: Finetune
     device: Device
@@ -35,6 +39,7 @@ class Setting:
     progress: Progress
     trackers: tuple[str, ...] = ()
     name: str = "run"
+    blocks: tuple[str, ...] | None = None
 
     @property
     def work(self) -> Path:
@@ -60,6 +65,7 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
         ) -> Any:
             with device.autocast():
                 loss, outputs = loss_of(model, self.teacher, inputs, share, shifted, num_items_in_batch)
+            loss = loss if self.counts else loss * 0.0
             return (loss, outputs) if return_outputs else loss
 
         def create_optimizer(self, *given: Any, **options: Any) -> torch.optim.Optimizer:
@@ -71,7 +77,7 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
 
         # What learned is stored under its own names (resume.py).
         def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
-            save_learned(self.model, Path(output_dir))
+            save_learned(self.whole["learned"] if self.divided else learned_of(self.model), Path(output_dir))
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             load_learned(self.model, Path(resume_from_checkpoint))
@@ -89,10 +95,17 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
         callbacks=[_watcher(bar, setting)],
     )
     trainer.device_of_run = device
-    trainer.teacher = None if teacher is None else teacher.to(device.device).eval().requires_grad_(False)
+    trainer.divided = setting.blocks is not None
+    trainer.teacher = None if teacher is None else placed(teacher.eval().requires_grad_(False), setting)
     trainer.model_accepts_loss_kwargs = True  # compute_loss divides by the number of labels of the whole update
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def placed(model: Any, setting: Setting) -> Any:
+    """`model` where it runs: itself, or where processes divide it a copy of which this one has its part."""
+    device = setting.device.device
+    return model.to(device) if setting.blocks is None else divide(model, setting.blocks, device)
 
 
 def learn_vectors_at(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -58,7 +58,7 @@ class LowRankEmbedding(OneMatrix):
         first = getattr(self, self.storage.parameters[0])
         shape = (self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx)
         new = type(self)(storage, *shape, device=first.device, dtype=first.dtype)
-        new.matrix.put(new, tensors or storage.encode(*self.factors()))
+        new.matrix.put(new, tensors or self.matrix.in_storage(self, storage))
         _take_over(new, self, self._of_the_matrix())
         return new.train(self.training)
 

@@ -90,14 +90,11 @@ class LowRankExperts(FactorModule):
         """Keep a projection in another storage: the same up to rounding, or what its stacked `tensors` hold."""
         old = self._matrices[projection]
         first = getattr(self, old.prefix + old.storage.parameters[0])
-        factors, options = None if tensors else old.factors(self), {"device": first.device, "dtype": first.dtype}
+        tensors, options = tensors or old.in_storage(self, storage), {"device": first.device, "dtype": first.dtype}
         old.remove(self)
         new = self._matrices[projection] = Matrix(old.prefix, storage, old.rank, old.shape)
         new.register_empty(self, options)
-        if factors is None:
-            new.put(self, tensors or {})
-        else:
-            new.set_factors(self, *factors)
+        new.put(self, tensors)
 
     def weight(self, projection: str) -> Tensor:
         """A projection as one matrix per expert, E x d_out x d_in."""

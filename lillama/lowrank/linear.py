@@ -55,7 +55,7 @@ class LowRankLinear(OneMatrix):
         first = getattr(self, self.storage.parameters[0])
         options = {"device": first.device, "dtype": first.dtype}
         new = type(self)(storage, self.in_features, self.out_features, self.rank, self.bias is not None, **options)
-        new.matrix.put(new, tensors or storage.encode(*self.factors()))
+        new.matrix.put(new, tensors or self.matrix.in_storage(self, storage))
         new.bias, new.conv1d = self.bias, self.conv1d
         return new.train(self.training)
 

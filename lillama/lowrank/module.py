@@ -78,12 +78,11 @@ class Matrix:
 
     def set_factors(self, owner: nn.Module, A: Tensor, B: Tensor) -> None:
         """Take over factors, cast to the dtype of the tensors that hold them."""
-        if len(self.shape) == 2:
-            given: dict[str, Tensor] = self.storage.encode(A, B)
-        else:
-            each = [self.storage.encode(*both) for both in zip(A, B)]
-            given = {suffix: torch.stack([one[suffix] for one in each]) for suffix in each[0]}
-        self.put(owner, given)
+        self.put(owner, _encoded(self.storage, A, B))
+
+    def in_storage(self, owner: nn.Module, storage: Storage) -> dict[str, Tensor]:
+        """The tensors that hold the same matrix in another storage, up to rounding; nothing is changed."""
+        return _encoded(storage, *self.factors(owner))
 
     def put(self, owner: nn.Module, given: Mapping[str, Tensor]) -> None:
         """Take over the tensors of the storage, by suffix, cast to the dtype of those that hold them."""
@@ -119,6 +118,14 @@ class Matrix:
         if isinstance(results[0], tuple):
             return tuple(torch.stack(parts) for parts in zip(*results))
         return torch.stack(results) if isinstance(results[0], Tensor) else None
+
+
+def _encoded(storage: Storage, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """Factors, stacked where the matrix is a stack, in a storage."""
+    if A.dim() == 2:
+        return storage.encode(A, B)
+    each = [storage.encode(*both) for both in zip(A, B)]
+    return {suffix: torch.stack([one[suffix] for one in each]) for suffix in each[0]}
 
 
 class FactorModule(nn.Module):

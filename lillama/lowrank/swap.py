@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from lillama.base.threads import MOST, side_by_side
 from lillama.contract import Weight
 from lillama.dense.experts import experts_layout, layout_of, replaced_parameters
 from lillama.dense.plain import is_embedding, is_linear, matrix
@@ -20,7 +21,7 @@ from lillama.lowrank import arithmetic
 from lillama.lowrank.embedding import LowRankEmbedding
 from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.linear import LowRankLinear
-from lillama.lowrank.module import FactorModule, OneMatrix, is_quantised
+from lillama.lowrank.module import FactorModule, Matrix, OneMatrix, is_quantised
 from lillama.lowrank.rounded import Rounded
 from lillama.lowrank.storage import Factors, Tensors, get_storage
 
@@ -325,6 +326,25 @@ def use_trainable_storage(root: nn.Module) -> list[Kept]:
         for inside, matrix in module.matrices().items()
         if matrix.storage.trained_as not in (None, matrix.storage.name)
     ]
-    for name, kind, storage in changed:
-        store_as(root, name, kind, cast(str, get_storage(storage).trained_as))
+    store_each(root, [one._replace(storage=cast(str, get_storage(one.storage).trained_as)) for one in changed])
     return changed
+
+
+def store_each(root: nn.Module, wanted: Sequence[Kept]) -> None:
+    """Keep each of the `wanted` weights below `root` in its storage; some are converted side by side."""
+
+    def held(one: Kept) -> tuple[FactorModule, Matrix]:
+        where, inside = _split(one.name, one.kind)
+        module = cast(FactorModule, root.get_submodule(where))
+        return module, module.matrices()[inside]
+
+    def convert(one: Kept) -> Tensors:
+        module, matrix = held(one)
+        return matrix.in_storage(module, get_storage(one.storage))
+
+    device = next(root.parameters()).device
+    for start in range(0, len(wanted), MOST):
+        some = wanted[start : start + MOST]
+        largest = max(held(one)[1].rank for one in some)
+        for one, tensors in zip(some, side_by_side(convert, some, device, largest)):
+            store_as(root, *one, tensors)

@@ -174,6 +174,11 @@ class Run(Section):
         "files, and in the concurrent schedule one original layer is on the device at a time (others wait in host "
         "memory; on a CPU, on disk).",
     )
+    divide: bool | None = Field(
+        None,
+        description="Whether each of several processes keeps a part of the blocks while the model learns as a whole "
+        "(finetune), for models that do not fit one card; null: where accelerate launch --use_fsdp asks for it.",
+    )
     curve: int = Field(
         0,
         ge=0,

@@ -38,7 +38,17 @@ def learn(prepared: Prepared, model: Any, section: Finetune, directory: RunDirec
             trust_remote_code=recipe.model.trust_remote_code,
         )
     trackers = (tuple(recipe.run.track), track.name(recipe))
-    finetune.finetune(model, teacher, examples, Setting(section, prepared.device, directory, progress, *trackers))
+    blocks = None
+    if divides(recipe):  # a norm that is passed through has no weights; it may run behind the blocks, with the head
+        blocks = tuple(layer.name for layer in prepared.layers if layer.kind == "block" and layer.weights)
+    setting = Setting(section, prepared.device, directory, progress, *trackers, blocks)
+    finetune.finetune(model, teacher, examples, setting)
+
+
+def divides(recipe: Recipe) -> bool:
+    """Whether each process has a part of a model that learns as a whole (FSDP), and not all of it."""
+    asked = ranks.asked_to_divide() if recipe.run.divide is None else recipe.run.divide
+    return asked and ranks.world() > 1
 
 
 def _examples(prepared: Prepared, section: Finetune, directory: RunDirectory, progress: Progress) -> Examples:

@@ -48,7 +48,8 @@ calibration: {{dataset: {home}/data{suffix}, sequence_length: 16, tokens: 640}}
 finetune: {{steps: 6, batch_size: 2, sequence_length: 16, tokens: 256, checks: 3, learning_rate: 1e-3}}
 quantize: {{bits: 4, what: all, tokens: 256}}
 evaluate: {{{evaluate}}}
-run: {{out: {home}/run, device: cpu, compute: float32, snapshot_seconds: 0.05, stream_memory: {stream_memory}}}
+run: {{out: {home}/run, device: cpu, compute: float32, snapshot_seconds: 0.05, stream_memory: {stream_memory},
+  divide: {divide}}}
 """
 PERPLEXITY = "perplexity: {{dataset: {home}/data.txt, sequence_length: 16, tokens: 64}}"
 TEXT = PERPLEXITY + ", sample: {{new_tokens: 4, prompt: the cat}}"
@@ -88,6 +89,7 @@ def prepare(home: Path, family: str, schedule: str = "sequential", **changes: ob
         "loss": "student" if schedule == "sequential" else "teacher+student",
         "suffix": "" if speech else ".txt",
         "stream_memory": 0.0 if schedule == "sequential" else "auto",  # in files: they outlive the process
+        "divide": "null",
         "evaluate": (SPEECH if speech else TEXT).format(home=home),
         **changes,
     }

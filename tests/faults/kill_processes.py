@@ -1,10 +1,11 @@
 """Kills one of the processes of a run at many instants: the others stop, and the same command finishes the run.
 
-    python tests/faults/kill_processes.py 10 --families llama --schedules sequential concurrent
+    python tests/faults/kill_processes.py 10 --families llama --schedules sequential concurrent [--divide]
 
 For each family and schedule a run of two processes is made without a break. Then runs of the same recipe lose one
 process, by SIGKILL, at instants spread over its time; the others must be gone within 30 seconds, with a word on which
-one was lost, and the same command must finish with the same weights.
+one was lost, and the same command must finish with the same weights. With --divide the processes divide the model while it
+learns as a whole.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ def kill(recipe: Path, out: Path, count: int, victim: int, after: float) -> tupl
     return took, out.with_suffix(".log").read_text()
 
 
-def storm(home: Path, family: str, schedule: str, kills: int) -> list[str]:
+def storm(home: Path, family: str, schedule: str, kills: int, divide: bool = False) -> list[str]:
     """What went wrong in so many killed runs."""
-    recipe = families.prepare(home, family, schedule)
+    recipe = families.prepare(home, family, schedule, divide=str(divide).lower())
     whole = finish(recipe, home / "whole", 2)
     expected, troubles = weights(home / "whole"), []
     for number in range(kills):
@@ -122,12 +123,14 @@ def storm(home: Path, family: str, schedule: str, kills: int) -> list[str]:
 
 def main() -> int:
     """The command line."""
-    args = families.arguments(__doc__, "kills", 10, ("llama",)).parse_args()
+    parser = families.arguments(__doc__, "kills", 10, ("llama",))
+    parser.add_argument("--divide", action="store_true")
+    args = parser.parse_args()
     troubles: list[str] = []
     with tempfile.TemporaryDirectory() as home:
         for family, schedule in families.cases(args):
             sys.stdout.write(f"{family} {schedule}\n")
-            troubles += storm(Path(home) / f"{family}-{schedule}", family, schedule, args.kills)
+            troubles += storm(Path(home) / f"{family}-{schedule}", family, schedule, args.kills, args.divide)
     for trouble in troubles:
         sys.stdout.write(f"{trouble}\n")
     return 1 if troubles else 0
