@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lillama.base import device, ranks
+from lillama.base import device, ranks, shares
 from lillama.cli.main import main
 from lillama.errors import LillamaError
 from lillama.finetune.elsewhere import Elsewhere, help_with, share_out
@@ -192,7 +192,7 @@ def test_things_are_done_one_by_each_process(monkeypatch):
     for rank in range(2):
         among(monkeypatch, rank, 2)
         monkeypatch.setattr(ranks, "collect", lambda own: given.append(own) or ([own, own] if ranks.is_first() else []))
-        seen = [*ranks.one_each("abc", lambda item: (item, ranks.rank(), ranks.world()))]
+        seen = [*shares.one_each("abc", lambda item: (item, ranks.rank(), ranks.world()))]
         assert [item for item, _ in seen] == ["a", "b", "c"]
         assert all((found is not None) == (rank == 0) for _, found in seen)
     assert given == [("a", 0, 1), ("c", 0, 1), ("b", 0, 1), None], "who works knows of no others"
@@ -201,7 +201,7 @@ def test_things_are_done_one_by_each_process(monkeypatch):
 def test_tasks_are_shared_out_by_what_they_cost(monkeypatch):
     among(monkeypatch, 0, 2)
     costs = [1.0, 9.0, 4.0, 4.0, 1.0]
-    owners = ranks.owners(costs)
+    owners = shares.owners(costs)
     loads = [sum(cost for cost, owner in zip(costs, owners) if owner == which) for which in range(2)]
     assert sorted(loads) == [9.0, 10.0]
 
@@ -211,7 +211,7 @@ def test_one_process_needs_no_others():
     ranks.sum_gradients_([parameter], torch.ones(1))
     assert parameter.grad is None
     assert ranks.gather(3) == [3] and ranks.agree("a") == "a" and ranks.summed([1.5]) == [1.5]
-    assert ranks.share([1, 2, 3]) == [1, 2, 3] and [*ranks.part(3)] == [0, 1, 2]
+    assert shares.share([1, 2, 3]) == [1, 2, 3] and [*shares.part(3)] == [0, 1, 2]
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lillama.errors import LillamaError
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-Found = TypeVar("Found")
 
 PATIENCE = timedelta(hours=12)  # what one process may do alone; a dead one is noticed at once
 EVIDENCE = 3.0  # seconds until the system shows which process is gone
@@ -157,53 +155,6 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _group.alone -= 1
-
-
-def share(items: Sequence[T]) -> Sequence[T]:
-    """Every so manieth of `items`, those of this process."""
-    return items if world() == 1 else items[rank() :: world()]
-
-
-def part(count: int, number: int | None = None) -> range:
-    """Which of `count` things in a row are those of process `number` (None: of this one): neighbours, as many as the
-    others have or one more.
-    """
-    number = rank() if number is None else number
-    return range(number * count // world(), (number + 1) * count // world())
-
-
-def owners(costs: Sequence[float]) -> list[int]:
-    """The process for each of some tasks, the dearest first to whoever has least to do."""
-    loads, found = [0.0] * world(), [0] * len(costs)
-    for task in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        found[task] = min(range(len(loads)), key=loads.__getitem__)
-        loads[found[task]] += costs[task]
-    return found
-
-
-def own_of(tasks: Sequence[T], costs: Sequence[float]) -> list[T]:
-    """Those of some tasks that are this process's, in their order."""
-    return [task for owner, task in zip(owners(costs), tasks) if owner == rank()]
-
-
-def one_each(items: Sequence[T], work: Callable[[T], Found]) -> Iterator[tuple[T, Found | None]]:
-    """Each of `items` with what `work` finds of it, which one process calls as if alone; the others do the next ones.
-
-    The first process alone is given what was found; tensors should be on the host where there are several.
-    """
-    for start in range(0, len(items), world()):
-        some, own = items[start : start + world()], None
-        if (number := rank()) < len(some):
-            with alone():
-                own = work(some[number])
-        found = collect(own)
-        for number, item in enumerate(some):
-            yield item, found[number] if found else None
-
-
-def own_folder(path: Path) -> Path:
-    """A folder below `path` for files of this process alone; `path` itself where there is one process."""
-    return path if world() == 1 else path / f"{rank()}-of-{world()}"
 
 
 def sum_(tensors: Iterable[Tensor]) -> None:
@@ -355,15 +306,34 @@ def _together(function: Callable[..., Any], *given: Any, **options: Any) -> None
     try:
         function(*given, **options)
     except RuntimeError as error:
-        _ask()
-        until = time.monotonic() + EVIDENCE
-        while not missing() and time.monotonic() < until:
-            time.sleep(0.1)
-            _ask()
-        gone = missing()
+        gone = _await_missing()
         what = f"{_names(gone)} is gone" if gone else f"another process stopped ({str(error).splitlines()[0]})"
-        hint = "The same command continues where it was."
-        raise LostError(what, where="the processes of this run", hint=hint) from error
+        raise _lost(what) from error
+
+
+@contextlib.contextmanager
+def naming_the_lost() -> Iterator[None]:
+    """Of an error that a library makes of another process's end, make one that says which it was (LostError)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _group.world == 1 or not (gone := _await_missing()):
+            raise
+        raise _lost(f"{_names(gone)} is gone") from error
+
+
+def _await_missing() -> list[int]:
+    """Who is gone, once the system shows it; nobody where it does not in time."""
+    _ask()
+    until = time.monotonic() + EVIDENCE
+    while not (gone := missing()) and time.monotonic() < until:
+        time.sleep(0.1)
+        _ask()
+    return gone
+
+
+def _lost(what: str) -> LostError:
+    return LostError(what, where="the processes of this run", hint="The same command continues where it was.")
 
 
 def _ask() -> None:

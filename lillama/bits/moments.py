@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lillama.base import ranks
+from lillama.base import ranks, shares
 from lillama.base.device import Device, factorising, free_memory, send
 from lillama.base.progress import Progress
 from lillama.contract import WeightKind
@@ -89,7 +89,7 @@ def gather(model: Any, wanted: Sequence[Wanted], reading: Reading) -> Iterator[t
         ):
             tokens = 0
             # Each draws tokens of its own, the same in every pass. The processes of the run share the batches out.
-            for number, batch in ranks.share([*enumerate(batches)]):
+            for number, batch in shares.share([*enumerate(batches)]):
                 tokens += _run(model, batch, reading.device, reading.seed + number)
                 bar.advance(len(batches[number : number + ranks.world()]))
         ranks.sum_(part for one in sums.values() for part in (one.inputs, one.outputs, one.counted))

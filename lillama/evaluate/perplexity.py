@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from lillama.base import ranks
+from lillama.base import ranks, shares
 from lillama.data.render import render_rows
 from lillama.data.rows import is_lines, load_rows
 from lillama.data.special import Around, find_around, text_tokenizer
@@ -135,7 +135,7 @@ def score(model: Any, windows: Windows, batch_size: int, device: str) -> dict[st
     total, count = 0.0, 0
     try:
         with torch.inference_mode():
-            for ids in ranks.share(windows.ids.split(batch_size)):
+            for ids in shares.share(windows.ids.split(batch_size)):
                 losses = token_losses(model, ids.to(device), windows.given)
                 total += losses.cpu().double().sum().item()
                 count += losses.numel()

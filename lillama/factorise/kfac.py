@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lillama.base import ranks
+from lillama.base import ranks, shares
 from lillama.base.device import Device, factorising
 from lillama.base.threads import side_by_side
 from lillama.contract import Layer, Weight, relative
@@ -219,7 +219,7 @@ def _spectra(problems: Mapping[str, list[Problem]], place: torch.device) -> dict
     spectra = {
         name: torch.zeros(min(each[0][0].shape), dtype=torch.float64, device=place) for name, each in problems.items()
     }
-    own = ranks.own_of(tasks, [min(one[0].shape) ** 3 for _, one in tasks])
+    own = shares.own_of(tasks, [min(one[0].shape) ** 3 for _, one in tasks])
 
     def find(task: tuple[str, Problem]) -> Tensor:
         return fisher_spectrum(*(tensor.to(place) for tensor in task[1]))

@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lillama.base import ranks
+from lillama.base import ranks, shares
 from lillama.base.device import factorising
 from lillama.base.rundir import RunDirectory
 from lillama.base.threads import side_by_side
@@ -181,7 +181,7 @@ class Widths:
 
     def finish(self) -> None:
         """Find and store those of the layers that wait."""
-        for known, found in ranks.one_each(self.waiting, lambda own: find_widths(own, self.share, self.multiple)):
+        for known, found in shares.one_each(self.waiting, lambda own: find_widths(own, self.share, self.multiple)):
             self.directory.put_tensors(neurons_file(known.layer), found or {})
         self.waiting.clear()
 
@@ -233,7 +233,7 @@ def remove_neurons(walk: Walk, directory: RunDirectory, layers: Sequence[Layer])
             return _left_of(layer, module, directory, walk.device.device)
 
     narrow = [one for one in layers if any(w.whole for w in one.weights) and not directory.has(narrow_file(one))]
-    for layer, found in ranks.one_each(narrow, left_of):
+    for layer, found in shares.one_each(narrow, left_of):
         directory.put_tensors(narrow_file(layer), found or {})
 
 

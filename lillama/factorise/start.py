@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from lillama.base import ranks
+from lillama.base import ranks, shares
 from lillama.base.device import factorising
 from lillama.base.finite import is_finite
 from lillama.base.threads import side_by_side
@@ -128,7 +128,7 @@ def initial_factors(
         return initialise(weight, W, plan.ranks[weight.name], held)
 
     # The processes of the run share the weights out.
-    own = ranks.own_of(wanted, [_cost(weight) for weight in wanted])
+    own = shares.own_of(wanted, [_cost(weight) for weight in wanted])
     own = [weight for weight in own if not initialise.lacks(weight, about(weight))]
     device = next(at.teacher.parameters()).device
     each = side_by_side(start, own, factorising(device), max(map(_rows, own), default=0))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lillama.base import ranks
+from lillama.base import ranks, shares
 from lillama.pretrained.predictions import Body, positions_at_once, with_hidden
 
 
@@ -33,7 +33,7 @@ def share_out(counts: Sequence[int], teacher: Any) -> list[list[Help]]:
     total, world = sum(counts), ranks.world()
     if teacher is None or total >= world or positions_at_once(teacher, 1) is None:
         return [[] for _ in counts]
-    learners = {row: number for number in range(world) for row in ranks.part(total, number)}
+    learners = {row: number for number in range(world) for row in shares.part(total, number)}
     idle = [number for number in range(world) if number not in learners.values()]
     found, start = [], 0
     for count in counts:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lillama.base import ranks
+from lillama.base import ranks, shares
 from lillama.finetune.divided import divide_state, is_divided, whole_learned, whole_state
 from lillama.finetune.elsewhere import Elsewhere, Help, help_with, share_out
 
@@ -36,7 +36,7 @@ def take_rows(batch: Any, rows: slice) -> Any:
 def own_of(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the batches of one update this process's rows, neighbours among all; of some batches there may be none."""
     counts = [len(batch["labels"]) for batch in batches]
-    mine, found, start = ranks.part(sum(counts)), [], 0
+    mine, found, start = shares.part(sum(counts)), [], 0
     for batch, count in zip(batches, counts):
         first, last = (min(max(edge - start, 0), count) for edge in (mine.start, mine.stop))
         found.append(take_rows(batch, slice(first, last)))

@@ -65,7 +65,8 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
     with setting.progress.phase("finetune", total) as bar, stop.at_a_good_moment():
         running = learner if setting.blocks is None else placed(learner, setting)
         trainer = build_trainer(running, teacher, parts, setting, bar)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with ranks.naming_the_lost():
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if running is not learner:
             gather(running, learner)
     if parts[1] and not math.isfinite(trainer.state.best_metric or math.nan):

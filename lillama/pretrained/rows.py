@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lillama.base import ranks
+from lillama.base import ranks, shares
 from lillama.pretrained.calls import Batch, Call, Capture, RawBatch
 
 DIGEST = "digest"  # of the batch as a whole
@@ -27,7 +27,7 @@ def own_rows(batch: RawBatch, number: int) -> tuple[RawBatch, bool]:
     if len(sizes) != 1:
         return batch, number % ranks.world() == ranks.rank()
     count = sizes.pop()
-    mine = ranks.part(count)
+    mine = shares.part(count)
     # Where there is none, the last stands in.
     first, some = (mine.start, len(mine)) if len(mine) else (count - 1, 1)
     rows = {name: value.narrow(_rows_at(name), first, some) for name, value in divided.items()}

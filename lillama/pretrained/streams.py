@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from lillama.base import ranks, tensorfile
+from lillama.base import ranks, shares, tensorfile
 from lillama.base.device import free_memory, send
 from lillama.base.files import read_checked, write_checked
 
@@ -193,7 +193,7 @@ class Shelf:
     """
 
     def __init__(self, directory: Path, device: torch.device, place: Place) -> None:
-        self.whole, self.directory = directory, ranks.own_folder(directory)
+        self.whole, self.directory = directory, shares.own_folder(directory)
         self.device, self.place = device, place
 
     def new(self, name: str) -> Stream:

@@ -4,8 +4,8 @@
 
 For each family and schedule a run of two processes is made without a break. Then runs of the same recipe lose one
 process, by SIGKILL, at instants spread over its time; the others must be gone within 30 seconds, with a word on which
-one was lost, and the same command must finish with the same weights. With --divide the processes divide the model while it
-learns as a whole.
+one was lost, and the same command must finish with the same weights. With --divide each process keeps a part of the model
+while it learns as a whole.
 """
 
 from __future__ import annotations
