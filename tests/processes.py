@@ -85,6 +85,11 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
             "finetune": {**TUNED, "batch_size": 1, "gradient_accumulation": 2, "teacher": 0.5, "holdout": 0.2},
         },
     ),
+    "llama-adapters": (
+        "llama",
+        2,
+        {**SEQUENTIAL, "compress.storage": "pivoted", "run.divide": True, "finetune": {**TUNED, "lora": {"rank": 4}}},
+    ),
     "mixtral-divided": ("mixtral", 2, {**SEQUENTIAL, "distill.loss": "student", "run.divide": True, "finetune": TUNED}),
     "mamba-divided": ("mamba", 2, {**SEQUENTIAL, **FISHER, "run.divide": True, "finetune": {**TUNED, "teacher": 1.0}}),
     "whisper-divided": ("whisper", 2, {**SEQUENTIAL, **FISHER, "run.divide": True, "finetune": TUNED}),

@@ -227,6 +227,17 @@ def test_a_model_split_otherwise_than_we_can_is_refused_by_name(started, monkeyp
         ranks.join()
 
 
+def test_accelerate_s_word_for_fsdp_is_heard(started, monkeypatch):
+    from torch.distributed import rendezvous
+
+    monkeypatch.setattr(rendezvous, "rendezvous", lambda *_, **__: fail(LillamaError("nobody comes")))
+    monkeypatch.setattr(ranks._group, "divide", False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(LillamaError, match="nobody comes"):
+        ranks.join()
+    assert ranks.asked_to_divide()
+
+
 def test_a_verb_that_cannot_be_shared_says_so(started, capsys):
     assert main(["recipes"]) == 2
     assert "lillama recipes works in one process" in capsys.readouterr().err

@@ -109,8 +109,8 @@ def join() -> None:
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
 
-    found, number, count = next(rendezvous("env://", timeout=PATIENCE))
     _group.divide = _says(DIVIDE)
+    found, number, count = next(rendezvous("env://", timeout=PATIENCE))
     _group.local = int(os.environ.get("LOCAL_RANK", number))
     # Objects and what is on the host travel by gloo, what is on a card by nccl.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

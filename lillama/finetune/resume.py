@@ -23,6 +23,7 @@ from lillama.finetune.divided import put
 from lillama.recipe.schema import Finetune
 
 SETTINGS = "lillama.finetune.json"
+DIVIDED = "divided among processes"  # a key among the settings, which are a recipe's
 LEARNED = "learned.safetensors"
 STATE = "trainer_state.json"  # of the trainer; names the best checkpoint so far
 
@@ -54,17 +55,19 @@ def load_learned(model: Any, checkpoint: Path) -> None:
         put(parameter, file.read(name))
 
 
-def seal_checkpoint(work: Path, step: int, section: Finetune) -> None:
-    """Mark the trainer's checkpoint of `step` as whole."""
+def seal_checkpoint(work: Path, step: int, section: Finetune, divided: bool = False) -> None:
+    """Mark the trainer's checkpoint of `step` as whole; `divided`: of a model of which each process has a part."""
     directory = work / f"checkpoint-{step}"
-    write_json(directory / SETTINGS, section.model_dump(mode="json"))
+    write_json(directory / SETTINGS, section.model_dump(mode="json") | {DIVIDED: divided})
     seal(directory)
 
 
-def last_checkpoint(work: Path, section: Finetune) -> Path | None:
+def last_checkpoint(work: Path, section: Finetune, divided: bool = False) -> Path | None:
     """The newest checkpoint below `work` that can be continued from under these settings; others are removed.
 
-    The best checkpoint that it names must be whole too, since the trainer goes back to that one in the end.
+    The best checkpoint that it names must be whole too, since the trainer goes back to that one in the end. Raises
+    LillamaError where it is of a model that was divided, and now is not, or the other way round: an optimiser has its
+    parameters in another order then.
     """
     found = sorted((path for path in work.glob("checkpoint-*") if path.is_dir()), key=step_of)
     whole = [path for path in found if _is_whole(path, section)]
@@ -74,6 +77,12 @@ def last_checkpoint(work: Path, section: Finetune) -> Path | None:
     for path in reversed(whole):
         best = json.loads((path / STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
         if best is None or (work / Path(best).name) in whole:
+            if _settings(path).get(DIVIDED, False) != divided:
+                raise LillamaError(
+                    f"the fine-tuning in {work} began with a model that was {'whole' if divided else 'divided'}",
+                    where="run.divide",
+                    hint=f"Set it to {str(not divided).lower()}, or remove {work} to begin again.",
+                )
             return path
         shutil.rmtree(path)
     return None
@@ -88,5 +97,10 @@ def step_of(checkpoint: Path) -> int:
 def _is_whole(checkpoint: Path, section: Finetune) -> bool:
     if damaged(checkpoint) != []:
         return False
-    held: Any = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
+    held = {key: value for key, value in _settings(checkpoint).items() if key != DIVIDED}
     return bool(held == section.model_dump(mode="json"))
+
+
+def _settings(checkpoint: Path) -> dict[str, Any]:
+    held: dict[str, Any] = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
+    return held

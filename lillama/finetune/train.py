@@ -53,7 +53,7 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
     if not examples:
         raise LillamaError("the data gives no example", where="finetune.dataset")
     section, directory = setting.section, setting.directory
-    last = ranks.by_first(lambda: resume.last_checkpoint(setting.work, section))
+    last = ranks.by_first(lambda: resume.last_checkpoint(setting.work, section, setting.blocks is not None))
     if last is not None:
         directory.event("resumed", finetune=True, step=resume.step_of(last))
     torch.manual_seed(section.seed)  # of adapters, which are drawn

@@ -196,7 +196,7 @@ def _watcher(bar: Bar, setting: Setting) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if ranks.is_first():
-                seal_checkpoint(setting.work, state.global_step, setting.section)
+                seal_checkpoint(setting.work, state.global_step, setting.section, setting.blocks is not None)
             stop.now()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

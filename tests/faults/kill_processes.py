@@ -4,7 +4,7 @@
 
 For each family and schedule a run of two processes is made without a break. Then runs of the same recipe lose one
 process, by SIGKILL, at instants spread over its time; the others must be gone within 30 seconds, with a word on which
-one was lost, and the same command must finish with the same weights. With --divide each process keeps a part of the model
+one was lost, and the same command must finish with the same weights. With --divide each process has a part of the model
 while it learns as a whole.
 """
 

@@ -247,6 +247,16 @@ def test_a_checkpoint_whose_best_is_gone_or_of_other_settings_does_not_serve(tmp
     assert resume.last_checkpoint(tmp_path, Finetune.model_validate({"seed": 1})) is None
 
 
+def test_a_checkpoint_of_a_model_that_was_divided_is_continued_by_one_that_is(tmp_path):
+    section = Finetune.model_validate({})
+    checkpoint(tmp_path, 10, 10, section)
+    resume.seal_checkpoint(tmp_path, 10, section, divided=True)
+    assert resume.last_checkpoint(tmp_path, section, divided=True).name == "checkpoint-10"
+    with pytest.raises(LillamaError, match="was divided") as caught:
+        resume.last_checkpoint(tmp_path, section)
+    assert caught.value.where == "run.divide" and "Set it to true" in caught.value.hint
+
+
 @pytest.mark.slow
 def test_a_run_directory_that_vanishes_is_one_message_and_the_same_command_begins_again(run, tmp_path, monkeypatch):
     recipe, batches = run
