@@ -228,9 +228,8 @@ def test_a_model_split_otherwise_than_we_can_is_refused_by_name(started, monkeyp
 
 
 def test_accelerate_s_word_for_fsdp_is_heard(started, monkeypatch):
-    from torch.distributed import rendezvous
-
-    monkeypatch.setattr(rendezvous, "rendezvous", lambda *_, **__: fail(LillamaError("nobody comes")))
+    meeting = sys.modules["torch.distributed.rendezvous"]  # torch.distributed has a function of that name
+    monkeypatch.setattr(meeting, "rendezvous", lambda *_, **__: fail(LillamaError("nobody comes")))
     monkeypatch.setattr(ranks._group, "divide", False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(LillamaError, match="nobody comes"):
