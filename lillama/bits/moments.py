@@ -23,6 +23,7 @@ from lillama.base.device import Device, factorising, free_memory, send
 from lillama.base.progress import Progress
 from lillama.contract import WeightKind
 from lillama.errors import LillamaError
+from lillama.factorise.sums import add_symmetric, mirrored
 from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.swap import module_of
 from lillama.pretrained.calls import arguments, find_mask, run_model
@@ -170,21 +171,30 @@ class _Sums:
         x, g = x.detach().flatten(0, -2).float(), g.detach().flatten(0, -2).float()
         if not len(x):
             return
-        with torch.autocast(x.device.type, enabled=False):
-            length = g.square().sum(-1, keepdim=True)
-            counts = length / (length + length.mean().clamp_min(TINY))
-            self.inputs[copy] += ((x * counts).T @ x).to(self.inputs.device)
-            self.outputs[copy] += (g.T @ g).to(self.outputs.device)
+        length = g.square().sum(-1, keepdim=True)
+        counts = length / (length + length.mean().clamp_min(TINY))
+        _add(self.inputs[copy], x * counts, x)
+        _add(self.outputs[copy], g, g)
         self.counted[copy] += counts.sum().to(self.counted.device)
 
     def moments(self, tokens: int, device: torch.device) -> Moments:
         """What was summed, per token, where it is used. An expert that nothing reached borrows from the others."""
-        H = self.inputs.sum(0) / self.counted.sum().clamp_min(TINY)
+        inputs, outputs = mirrored(self.inputs), mirrored(self.outputs)
+        H = inputs.sum(0) / self.counted.sum().clamp_min(TINY)
         seen = self.counted[:, None, None]
-        each = torch.where(seen > 0, self.inputs / seen.clamp_min(TINY), H)
+        each = torch.where(seen > 0, inputs / seen.clamp_min(TINY), H)
         place = factorising(device)
-        each, outputs = each.to(place), (self.outputs / tokens).to(place)
+        each, outputs = each.to(place), (outputs / tokens).to(place)
         return Moments(each, outputs) if self.stacked else Moments(each[0], outputs[0])
+
+
+def _add(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add x^T y, which is symmetric, to `total`, which may be on the host for want of room."""
+    if total.device == x.device:
+        add_symmetric(total, x, y)
+        return
+    with torch.autocast(x.device.type, enabled=False):
+        total += (x.T @ y).to(total.device)
 
 
 @contextlib.contextmanager

@@ -31,9 +31,9 @@ def add_symmetric(total: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 def mirrored(total: Tensor) -> Tensor:
-    """The symmetric matrix of which `total` has the upper triangle."""
+    """The symmetric matrix, or the stack, of which `total` has the upper triangle."""
     upper = total.triu()
-    return upper + upper.triu(1).T
+    return upper + upper.triu(1).mT
 
 
 class Sums:

@@ -122,13 +122,15 @@ def divide_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dic
     states = {}
     for number, held in state["state"].items():
         parameter = parameters[number]
-        states[number] = {
-            name: part_of(value, parameter, value.device)
-            if isinstance(value, Tensor) and value.shape == parameter.shape
-            else value
-            for name, value in held.items()
-        }
+        states[number] = {name: _as_kept(value, parameter) for name, value in held.items()}
     return state | {"state": states}
+
+
+def _as_kept(value: Any, parameter: Tensor) -> Any:
+    """A number of the optimiser's for `parameter` as it is, a tensor of one for each of its numbers as that is kept."""
+    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+        return part_of(value, parameter, parameter.to_local().device)
+    return value
 
 
 def is_divided(tensor: Tensor) -> bool:
