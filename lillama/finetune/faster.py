@@ -1,0 +1,61 @@
+"""What makes an update faster and changes nothing that is learned, but for rounding (docs/results/speed.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lillama.base.device import Device
+
+FUSED, PLAIN = "sdpa", "eager"
+MOST = 512  # tokens of a sequence: plain attention keeps a number for every pair of them
+
+
+@contextmanager
+def quick_attention(models: Sequence[Any], device: Device, length: int) -> Iterator[None]:
+    """Let `models` attend by plain products while they learn from sequences of `length`, where fused ones are slow.
+
+    That is so in bfloat16 on processors of AMD: there torch's fused attention goes through small products of MKL's, and
+    takes four times as long, forwards and back, as plain products by oneDNN. Encoders read more than what is learned.
+    """
+    slow = device.device.type == "cpu" and device.compute == torch.bfloat16 and _is_amd() and length <= MOST
+    changed = [one for one in models if slow and _attends_fused(one)]
+    for model in changed:
+        model.set_attn_implementation(PLAIN)
+    try:
+        yield
+    finally:
+        for model in changed:
+            model.set_attn_implementation(FUSED)
+
+
+def _attends_fused(model: Any) -> bool:
+    """Whether a model has fused attention, may have another, and reads no more than it learns from."""
+    config = model.config
+    may = getattr(model, "_can_set_attn_implementation", lambda: False)
+    return config._attn_implementation == FUSED and not config.is_encoder_decoder and bool(may())
+
+
+@cache
+def _is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def keep_in_compute_type(teacher: nn.Module, device: Device) -> None:
+    """Keep the linears of a model that does not learn in the type in which they are multiplied.
+
+    Autocast would convert them at every use, to the same numbers. What is tied to an embedding stays as it is.
+    """
+    tables = {id(module.weight) for module in teacher.modules() if isinstance(module, nn.Embedding)}
+    for module in teacher.modules():
+        if type(module) is nn.Linear and id(module.weight) not in tables:
+            module.to(device.compute)
