@@ -67,11 +67,10 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
         keep_in_compute_type(teacher, setting.device)
     attending = [model, teacher] if teacher is not None else [model]
     quick = quick_attention(attending, setting.device, max(one["labels"].numel() for one in examples))
-    with setting.progress.phase("finetune", total) as bar, stop.at_a_good_moment(), quick:
+    with setting.progress.phase("finetune", total) as bar, stop.at_a_good_moment(), quick, ranks.naming_the_lost():
         running = learner if setting.blocks is None else placed(learner, setting)
         trainer = build_trainer(running, teacher, parts, setting, bar)
-        with ranks.naming_the_lost():
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if running is not learner:
             gather(running, learner)
     if parts[1] and not math.isfinite(trainer.state.best_metric or math.nan):

@@ -191,6 +191,8 @@ def _watcher(bar: Bar, setting: Setting) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             bar.advance()
+            if setting.blocks is not None:
+                stop.now()  # all would have to save together, and none knows when the others hear of it
             if stop.is_wanted() and ranks.is_first():
                 control.should_save = True
 
