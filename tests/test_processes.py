@@ -198,6 +198,21 @@ def test_things_are_done_one_by_each_process(monkeypatch):
     assert given == [("a", 0, 1), ("c", 0, 1), ("b", 0, 1), None], "who works knows of no others"
 
 
+def test_what_is_added_up_travels_in_few_messages_and_large_tensors_as_they_lie(monkeypatch):
+    among(monkeypatch, 0, 2)
+    monkeypatch.setattr(ranks, "ALONE", 64)
+    sent = []
+    monkeypatch.setattr(ranks, "_together", lambda _, tensor: sent.append(tensor.data_ptr()) or tensor.mul_(2))
+    small = [torch.ones(3) for _ in range(4)]
+    large, turned = torch.ones(5, 5), torch.ones(5, 7).T
+    double = torch.ones(2, dtype=torch.float64)
+    tensors = [*small[:2], large, turned, *small[2:], double]
+    ranks.sum_(tensors)
+    assert all((tensor == 2).all() for tensor in tensors)
+    assert len(sent) == 5, "two small ones, the large, the turned, two small ones, another type"
+    assert sent[1] == large.data_ptr(), "nothing is copied"
+
+
 def test_tasks_are_shared_out_by_what_they_cost(monkeypatch):
     among(monkeypatch, 0, 2)
     costs = [1.0, 9.0, 4.0, 4.0, 1.0]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from lillama.base import ranks, shares
 from lillama.base.threads import MOST, side_by_side
 from lillama.contract import Weight
 from lillama.dense.experts import experts_layout, layout_of, replaced_parameters
@@ -331,7 +332,10 @@ def use_trainable_storage(root: nn.Module) -> list[Kept]:
 
 
 def store_each(root: nn.Module, wanted: Sequence[Kept]) -> None:
-    """Keep each of the `wanted` weights below `root` in its storage; some are converted side by side."""
+    """Keep each of the `wanted` weights below `root` in its storage; the processes of a run share the work out.
+
+    All of them call. Each converts some side by side.
+    """
 
     def held(one: Kept) -> tuple[FactorModule, Matrix]:
         where, inside = _split(one.name, one.kind)
@@ -340,11 +344,16 @@ def store_each(root: nn.Module, wanted: Sequence[Kept]) -> None:
 
     def convert(one: Kept) -> Tensors:
         module, matrix = held(one)
-        return matrix.in_storage(module, get_storage(one.storage))
+        found, dtype = matrix.in_storage(module, get_storage(one.storage)), next(module.parameters()).dtype
+        if ranks.world() == 1:
+            return found
+        # What travels is on the host, and no larger than what is kept.
+        return {name: t.to("cpu", dtype if t.is_floating_point() else t.dtype) for name, t in found.items()}
 
-    device = next(root.parameters()).device
-    for start in range(0, len(wanted), MOST):
-        some = wanted[start : start + MOST]
+    device, world = next(root.parameters()).device, ranks.world()
+    for start in range(0, len(wanted), MOST * world):
+        some = wanted[start : start + MOST * world]
         largest = max(held(one)[1].rank for one in some)
-        for one, tensors in zip(some, side_by_side(convert, some, device, largest)):
-            store_as(root, *one, tensors)
+        found = ranks.gather(side_by_side(convert, shares.share(some), device, largest))
+        for number, one in enumerate(some):
+            store_as(root, *one, found[number % world][number // world])
