@@ -25,8 +25,9 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(hours=12)  # what one process may do alone; a dead one is noticed at once
 EVIDENCE = 3.0  # seconds until the system shows which process is gone
-BUCKET = 64 << 20  # bytes that travel together
-ALONE = 512 << 10  # bytes from which a tensor travels by itself: copying it takes longer than one more message
+BUCKET = (
+    64 << 20
+)  # bytes that travel together: a message of a megabyte waits longer for the others than it takes to copy
 # Launchers' words on the processes; once we know them nobody else is to act on them.
 WORDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 DIVIDE = "ACCELERATE_USE_FSDP"
@@ -166,9 +167,6 @@ def sum_(tensors: Iterable[Tensor]) -> None:
     from torch import distributed
 
     for bucket in _buckets(tensors):
-        if _travels_alone(bucket):
-            _together(distributed.all_reduce, bucket[0].detach())
-            continue
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
         flat = flat if flat.device.type in ("cpu", "cuda") else flat.cpu()
         _together(distributed.all_reduce, flat)
@@ -345,19 +343,13 @@ def _ask() -> None:
         ask()
 
 
-def _travels_alone(bucket: list[Tensor]) -> bool:
-    """Whether a bucket is one tensor that can be added up where it lies, so that nothing is copied."""
-    return len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].device.type in ("cpu", "cuda")
-
-
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one type and device, up to some size together, in their order; large ones are by themselves."""
+    """Tensors of one type and device, up to some size together, in their order."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
         like = not bucket or (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
-        large = bool(bucket) and max(tensor.nbytes, bucket[0].nbytes) > ALONE
-        if bucket and (not like or large or size + tensor.nbytes > BUCKET):
+        if bucket and (not like or size + tensor.nbytes > BUCKET):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)
