@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lillama.base.device import Device
 
 FUSED, PLAIN = "sdpa", "eager"
 MOST = 512  # tokens of a sequence: plain attention keeps a number for every pair of them
+
+
+def is_fused_slow(device: Device, length: int) -> bool:
+    """Whether fused attention to sequences of `length` takes longer there than plain one, forwards and back."""
+    return device.device.type == "cpu" and device.compute == torch.bfloat16 and length <= MOST and _is_amd()
 
 
 @contextmanager
@@ -24,8 +28,7 @@ def quick_attention(models: Sequence[Any], device: Device, length: int) -> Itera
     That is so in bfloat16 on processors of AMD: there torch's fused attention goes through small products of MKL's, and
     takes four times as long, forwards and back, as plain products by oneDNN. Encoders read more than what is learned.
     """
-    slow = device.device.type == "cpu" and device.compute == torch.bfloat16 and _is_amd() and length <= MOST
-    changed = [one for one in models if slow and _attends_fused(one)]
+    changed = [one for one in models if is_fused_slow(device, length) and _attends_fused(one)]
     for model in changed:
         model.set_attn_implementation(PLAIN)
     try:
@@ -48,14 +51,3 @@ def _is_amd() -> bool:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
-
-
-def keep_in_compute_type(teacher: nn.Module, device: Device) -> None:
-    """Keep the linears of a model that does not learn in the type in which they are multiplied.
-
-    Autocast would convert them at every use, to the same numbers. What is tied to an embedding stays as it is.
-    """
-    tables = {id(module.weight) for module in teacher.modules() if isinstance(module, nn.Embedding)}
-    for module in teacher.modules():
-        if type(module) is nn.Linear and id(module.weight) not in tables:
-            module.to(device.compute)

@@ -22,7 +22,7 @@ from lillama.errors import DistillationError, LillamaError
 from lillama.finetune import adapters, resume
 from lillama.finetune.data import Examples, split, updates
 from lillama.finetune.divided import gather
-from lillama.finetune.faster import keep_in_compute_type, quick_attention
+from lillama.finetune.faster import quick_attention
 from lillama.finetune.settings import refuse_other
 from lillama.finetune.trainer import SLOWER, WORK, Setting, build_trainer, placed
 from lillama.lowrank import swap as factors
@@ -63,8 +63,6 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
     learner = model if section.lora is None else adapters.attach(model, section.lora)
     parts = split(examples, section.holdout, torch.Generator().manual_seed(section.seed))
     total = section.steps or updates(len(parts[0]), section)
-    if teacher is not None:
-        keep_in_compute_type(teacher, setting.device)
     attending = [model, teacher] if teacher is not None else [model]
     quick = quick_attention(attending, setting.device, max(one["labels"].numel() for one in examples))
     with setting.progress.phase("finetune", total) as bar, stop.at_a_good_moment(), quick, ranks.naming_the_lost():

@@ -11,6 +11,7 @@ from lillama.contract import Weight
 from lillama.evaluate.in_turn import divided
 from lillama.factorise.grams import choose_gram
 from lillama.factorise.rounding import kept_numbers
+from lillama.finetune.faster import is_fused_slow
 from lillama.plan.plan import Plan, factor_numbers, larger_numbers, observable
 from lillama.pretrained.predictions import LOGITS, READ
 from lillama.pretrained.source import Source
@@ -25,6 +26,7 @@ NORMS = 2  # of a block
 # Of a number of an embedding's table while its factors are found, in float64, and learn: as measured
 # (benchmarks/memory.py) of 49 k x 576 and 262 k x 256 numbers, by the default recipe.
 TABLE_BYTES = 60
+OF_PAIRS = 12  # bytes that plain attention keeps for every pair of tokens of every head: chances, twice over, and more
 LOGITS_HELD = 4  # times the logits made at once: they, their gradient, and what two products of that size take
 
 
@@ -123,7 +125,20 @@ def _finetuning_bytes(run: Counts) -> int:
     # What a plugin's own examples hold nobody knows.
     tokens = section.batch_size * (0 if source.config.is_encoder_decoder else section.sequence_length)
     logits = 4 * LOGITS_HELD * min(tokens * run.vocabulary, LOGITS)
-    return weights + tokens * _kept_for_gradients(run) + logits
+    return weights + tokens * (_kept_for_gradients(run) + _kept_of_pairs(run, section.sequence_length)) + logits
+
+
+def _kept_of_pairs(run: Counts, length: int) -> int:
+    """Bytes per token that plain attention keeps of its pairs with others, in every block, where a model has that."""
+    if not is_fused_slow(run.device, length):
+        return 0
+    heads = getattr(run.source.config.get_text_config(), "num_attention_heads", 0)
+    return (
+        OF_PAIRS
+        * (heads if isinstance(heads, int) else max(heads))
+        * length
+        * sum(layer.kind == "block" for layer in run.plan.layers)
+    )
 
 
 def _quantising_bytes(run: Counts) -> int:
