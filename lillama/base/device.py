@@ -118,15 +118,20 @@ def factorising(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
-def machine() -> str:
-    """What the machine calls its processor, and how many cores may be used."""
+def of_processor(key: str) -> str:
+    """What Linux knows of the processor under a key, such as `model name` or `vendor_id`; else nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def machine() -> str:
+    """What the machine calls its processor, and how many cores may be used."""
+    named = of_processor("model name") or platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{next(named, platform.processor() or platform.machine())}, {cores} core{'' if cores == 1 else 's'}"
+    return f"{named}, {cores} core{'' if cores == 1 else 's'}"
 
 
 def name(device: torch.device) -> str:

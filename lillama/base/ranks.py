@@ -25,9 +25,7 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(hours=12)  # what one process may do alone; a dead one is noticed at once
 EVIDENCE = 3.0  # seconds until the system shows which process is gone
-BUCKET = (
-    64 << 20
-)  # bytes that travel together: a message of a megabyte waits longer for the others than it takes to copy
+BUCKET = 64 << 20  # bytes that travel together: for a message of one megabyte waiting takes longer than copying
 # Launchers' words on the processes; once we know them nobody else is to act on them.
 WORDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 DIVIDE = "ACCELERATE_USE_FSDP"

@@ -173,8 +173,8 @@ class _Sums:
             return
         length = g.square().sum(-1, keepdim=True)
         counts = length / (length + length.mean().clamp_min(TINY))
-        _add(self.inputs[copy], x * counts, x)
-        _add(self.outputs[copy], g, g)
+        add_symmetric(self.inputs[copy], x * counts, x)
+        add_symmetric(self.outputs[copy], g, g)
         self.counted[copy] += counts.sum().to(self.counted.device)
 
     def moments(self, tokens: int, device: torch.device) -> Moments:
@@ -186,15 +186,6 @@ class _Sums:
         place = factorising(device)
         each, outputs = each.to(place), (outputs / tokens).to(place)
         return Moments(each, outputs) if self.stacked else Moments(each[0], outputs[0])
-
-
-def _add(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """Add x^T y, which is symmetric, to `total`, which may be on the host for want of room."""
-    if total.device == x.device:
-        add_symmetric(total, x, y)
-        return
-    with torch.autocast(x.device.type, enabled=False):
-        total += (x.T @ y).to(total.device)
 
 
 @contextlib.contextmanager

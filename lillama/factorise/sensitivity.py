@@ -113,7 +113,7 @@ class _Measurement:
     @property
     def neurons(self) -> bool:
         """Whether neurons may go, so that it is to be known what that would cost."""
-        return self.recipe.compress.neurons is not None
+        return self.widths is not None
 
     def run(self) -> None:
         """Leave what is found of every layer in the run directory."""

@@ -19,12 +19,12 @@ BLOCK = 192  # columns: a product of fewer is slower by the number
 def add_symmetric(total: Tensor, x: Tensor, y: Tensor) -> None:
     """Add x^T y to the upper triangle of `total` (n x n), of x and y (N x n) for which it is symmetric, in float32.
 
-    On the processor only blocks on and above the diagonal are made, little more than half of the work; what is below it
-    then lacks something. `mirrored` makes the sum whole.
+    `total` may be on the host while they are on a card. On the processor only blocks on and above the diagonal are made,
+    little more than half of the work; what is below it then lacks something. `mirrored` makes the sum whole.
     """
     with torch.autocast(x.device.type, enabled=False):
-        if total.device.type != "cpu" or len(total) < 2 * BLOCK:
-            total += x.T @ y
+        if x.device.type != "cpu" or len(total) < 2 * BLOCK:
+            total += (x.T @ y).to(total.device)
             return
         for start in range(0, len(total), BLOCK):
             total[start : start + BLOCK, start:] += x[:, start : start + BLOCK].T @ y[:, start:]

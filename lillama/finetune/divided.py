@@ -90,17 +90,21 @@ def whole_of(tensor: Tensor) -> Tensor:
     return found.detach().cpu()
 
 
+def learned_of(model: Any) -> dict[str, nn.Parameter]:
+    """Every parameter of `model` that learns, by its name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def gather(divided: Any, model: Any) -> None:
     """Give `model` the numbers of the copy that `divide` made of it."""
-    own = dict(model.named_parameters())
-    for name, parameter in divided.named_parameters():
-        if parameter.requires_grad:
-            own[name].data.copy_(whole_of(parameter))
+    own = learned_of(model)
+    for name, parameter in learned_of(divided).items():
+        own[name].data.copy_(whole_of(parameter))
 
 
 def whole_learned(divided: Any) -> dict[str, Tensor]:
     """Every parameter that learns, whole; all must call, and the first process alone keeps them."""
-    found = {name: whole_of(p) for name, p in divided.named_parameters() if p.requires_grad}
+    found = {name: whole_of(parameter) for name, parameter in learned_of(divided).items()}
     return found if ranks.is_first() else {}
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lillama.base.device import Device
+from lillama.base.device import Device, of_processor
 
 FUSED, PLAIN = "sdpa", "eager"
 MOST = 512  # tokens of a sequence: plain attention keeps a number for every pair of them
@@ -47,7 +46,4 @@ def _attends_fused(model: Any) -> bool:
 
 @cache
 def _is_amd() -> bool:
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
+    return of_processor("vendor_id") == "AuthenticAMD"

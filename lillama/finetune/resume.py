@@ -19,7 +19,7 @@ from lillama.base.files import write_json, write_tensors
 from lillama.base.tensorfile import TensorFile
 from lillama.checkpoint.seal import damaged, seal
 from lillama.errors import LillamaError
-from lillama.finetune.divided import put
+from lillama.finetune.divided import learned_of, put
 from lillama.recipe.schema import Finetune
 
 SETTINGS = "lillama.finetune.json"
@@ -28,25 +28,20 @@ LEARNED = "learned.safetensors"
 STATE = "trainer_state.json"  # of the trainer; names the best checkpoint so far
 
 
-def learned_of(model: Any) -> dict[str, Tensor]:
-    """Every parameter of `model` that learns, by its name."""
-    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def save_learned(learned: Mapping[str, Tensor], checkpoint: Path) -> None:
     """Store every parameter that learns, under the name it has in the model.
 
     Not by `save_pretrained`, which writes the names of the hub's files: those of fused experts are others than the
     module's, and the trainer would read back only those that are the same.
     """
-    write_tensors(checkpoint / LEARNED, dict(learned))
+    write_tensors(checkpoint / LEARNED, {name: tensor.data for name, tensor in learned.items()})
 
 
 @torch.no_grad()
 def load_learned(model: Any, checkpoint: Path) -> None:
     """Put back what `save_learned` stored, all of it."""
     file = TensorFile(checkpoint / LEARNED)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = learned_of(model)
     if {*file} != parameters.keys():
         raise LillamaError(
             "the checkpoint is that of another model", where=str(checkpoint), hint="Remove it, and begin again."

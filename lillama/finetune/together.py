@@ -123,7 +123,8 @@ class Together:
         """The first process saves; the others know where."""
         trainer: Any = self
         if self.divided:
-            self.whole = {"learned": whole_learned(model), "optimizer": whole_state(trainer.optimizer)}
+            self.whole = {"learned": whole_learned(model)}
+            self.whole["optimizer"] = None if self._all_learned() else whole_state(trainer.optimizer)
         if ranks.is_first():
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         elif trainer.state.best_global_step:
@@ -131,10 +132,15 @@ class Together:
             trainer.state.best_model_checkpoint = str(place)
         self.whole = {}
 
+    def _all_learned(self) -> bool:
+        """Whether there is no update to come, for which the optimiser's state would be wanted."""
+        state = self.state  # type: ignore[attr-defined]
+        return bool(state.global_step >= state.max_steps)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The optimiser's state, whole where it is divided; none when all is learned: it is two thirds of the bytes."""
         trainer: Any = self
-        if trainer.state.global_step >= trainer.state.max_steps:
+        if self._all_learned():
             return
         optimizer = trainer.optimizer
         if self.divided:

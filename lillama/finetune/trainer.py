@@ -15,9 +15,9 @@ from lillama.base.progress import Bar, Progress
 from lillama.base.rundir import RunDirectory
 from lillama.errors import DistillationError
 from lillama.finetune.data import Collator, Examples
-from lillama.finetune.divided import divide
+from lillama.finetune.divided import divide, learned_of
 from lillama.finetune.loss import loss_of
-from lillama.finetune.resume import learned_of, load_learned, save_learned, seal_checkpoint
+from lillama.finetune.resume import load_learned, save_learned, seal_checkpoint
 from lillama.finetune.together import Together
 from lillama.recipe.schema import Finetune
 from lillama.report import track

@@ -12,6 +12,7 @@ import transformers
 import lillama
 from lillama import LillamaError
 from lillama.finetune import resume
+from lillama.finetune.divided import learned_of
 from lillama.recipe.schema import Recipe
 from lillama.run import pipeline
 
@@ -27,7 +28,7 @@ def compressed(tmp_path_factory):
 def test_every_parameter_that_learned_comes_back(compressed, tmp_path):
     model = lillama.load(f"{compressed.run.out}/model").requires_grad_(True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    resume.save_learned(resume.learned_of(model), tmp_path)
+    resume.save_learned(learned_of(model), tmp_path)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
