@@ -19,8 +19,8 @@ BLOCK = 192  # columns: a product of fewer is slower by the number
 def add_symmetric(total: Tensor, x: Tensor, y: Tensor) -> None:
     """Add x^T y to the upper triangle of `total` (n x n), of x and y (N x n) for which it is symmetric, in float32.
 
-    `total` may be on the host while they are on a card. On the processor only blocks on and above the diagonal are made,
-    little more than half of the work; what is below it then lacks something. `mirrored` makes the sum whole.
+    `total` may be on the host while they are on a card. On the processor only blocks on and above the diagonal are
+    made, little more than half of the work; what is below it then lacks something. `mirrored` makes the sum whole.
     """
     with torch.autocast(x.device.type, enabled=False):
         if x.device.type != "cpu" or len(total) < 2 * BLOCK:
