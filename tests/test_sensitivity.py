@@ -96,8 +96,9 @@ def ridged(W, H, G) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def test_layer_by_layer_finds_what_the_whole_model_at_once_has(tmp_path, monkeypatch):
-    given_recipe = recipe(tmp_path)
+@pytest.mark.parametrize("neurons", [None, 0.5])
+def test_layer_by_layer_finds_what_the_whole_model_at_once_has(tmp_path, monkeypatch, neurons):
+    given_recipe = recipe(tmp_path, neurons=neurons)
     found = kept(monkeypatch)
     run = pipeline.Run(prepare.prepare(given_recipe), Progress())
     batches = run.batches()
@@ -156,19 +157,29 @@ def test_inputs_of_more_text_join_those_that_gradients_came_back_to(tmp_path, mo
             run.execute()
         found[tokens, more] = kept_here
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "64-None" / "model").eval()
-    name = "model.layers.1.self_attn.o_proj"
+    names = ["self_attn.o_proj", *(["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if build is tiny else [])]
+    for name in (f"model.layers.1.{one}" for one in names):
+        check_inputs(model, name, given, found)
+    for key in found[64, None]:
+        if key.endswith(".output"):
+            assert torch.equal(found[64, None][key], found[64, 192][key]), "gradients are of the first tokens alone"
+
+
+def check_inputs(model, name, given, found) -> None:
+    """That inputs of 192 more tokens joined those of 64 in what was found of a weight."""
     seen = []
-    model.get_submodule(name).register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    hook = model.get_submodule(name).register_forward_hook(lambda _, args, __: seen.append(args[0]))
     batches = [given[number] for number in drawn_order(len(given), 0)]
     for batch in batches:
         with torch.no_grad():
             model(**batch)
+    hook.remove()
     W = model.get_submodule(name).weight.double()
     first = sum(batch["input_ids"].numel() for batch in batches[:2])
     assert first == 64
     masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool() for batch in batches]
     rows = torch.cat([x[mask] for x, mask in zip(seen, masks)])
-    behind = rows[64:].double() @ W.T.detach()
+    behind = rows[64:].double() @ (W.T.detach() if W.shape[0] <= W.shape[1] else torch.eye(W.shape[1]).double())
     few, both = found[64, None][f"{name}.input"].double(), found[64, 192][f"{name}.input"].double()
     # both = (counted few + behind^T behind) / (counted + tokens behind): what was counted before is the one unknown.
     more = behind.T @ behind / len(behind)
@@ -177,9 +188,6 @@ def test_inputs_of_more_text_join_those_that_gradients_came_back_to(tmp_path, mo
     assert torch.allclose(both, few + share * (more - few), rtol=1e-4, atol=1e-6 * float(both.abs().max()))
     counted = len(behind) * float(1 / share - 1)
     assert 0 < counted < first, "each of the first tokens counts for less than one"
-    for key in found[64, None]:
-        if key.endswith(".output"):
-            assert torch.equal(found[64, None][key], found[64, 192][key]), "gradients are of the first tokens alone"
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])

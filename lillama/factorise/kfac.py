@@ -64,6 +64,7 @@ class Listener:
         self.sums: dict[str, list[Sums]] = {}  # one per copy of the weight
         self.stacks: list[_Experts] = []
         self.hooks: list[Any] = []
+        self._of_group: dict[str, Sums] = {}  # of the first tall weight of every group
         self.called: set[str] = set()  # weights whose modules the forward pass calls
         self._summed = False
         stacks: dict[str, list[Weight]] = {}
@@ -82,6 +83,8 @@ class Listener:
                 else Sums(W, rounding=rounding, both=weight.name in in_mlps)
             )
             self.sums[weight.name] = [sums]
+            if self._share(weight, sums):
+                continue
             hook = (self._embedding if sums.embedding else self._one)(weight.name, sums)
             self.hooks.append(module.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
         for name, weights in stacks.items():
@@ -90,6 +93,14 @@ class Listener:
             self.stacks.append(_Experts(stack, inside))
             names = [weight.name for weight in weights]
             self.hooks.append(stack.register_forward_hook(self._experts(names, self.stacks[-1]), with_kwargs=True))
+
+    def _share(self, weight: Weight, sums: Sums) -> bool:
+        """Whether a tall weight's inputs are summed up already, for another of its group: they are the same tensors."""
+        if not self.inputs_alone or sums.wide or weight.group is None:
+            return False
+        first = self._of_group.setdefault(weight.group, sums)
+        sums.inputs, sums.counted = first.inputs, first.counted
+        return first is not sums
 
     def _one(self, name: str, sums: Sums) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:

@@ -65,28 +65,32 @@ def order_neurons(last: Whole, left: Sequence[int]) -> Going:
 
     `last` is the weight that ends the MLP.
     """
-    P = torch.linalg.inv(regularised(last.input, INPUT_RIDGE))
+    P = torch.cholesky_inverse(torch.linalg.cholesky(regularised(last.input, INPUT_RIDGE)))
     T = torch.linalg.cholesky(regularised(last.output, OUTPUT_RIDGE), upper=True)
     W = T @ last.W.double()
     count = W.shape[1]
     block = max(count // BLOCKS, LEAST_BLOCK)
-    there, gone = torch.arange(count, device=W.device), [torch.zeros(0, dtype=torch.int64, device=W.device)]
-    costs, exits = [0.0], [last.W.double()]
+    there = torch.ones(count, dtype=torch.bool, device=W.device)
+    gone = [torch.zeros(0, dtype=torch.int64, device=W.device)]
+    costs, exits, neurons = [0.0], [last.W.double()], count
     for aim in left[1:]:
         total = costs[-1]
-        while len(there) > aim:
-            cost = W.square().sum(0) / P.diagonal()
-            chosen = cost.argsort(stable=True)[: min(block, len(there) - aim)]
-            stays = torch.ones_like(there, dtype=torch.bool).index_fill_(0, chosen, False)
-            columns, rows, among = W[:, chosen], P[chosen][:, stays], P[chosen][:, chosen]
+        while neurons > aim:
+            cost = torch.where(there, W.square().sum(0) / P.diagonal(), torch.inf)
+            chosen = cost.argsort(stable=True)[: min(block, neurons - aim)]
+            columns, rows = W[:, chosen], P[chosen]
+            among = rows[:, chosen]
             undone = torch.linalg.solve(among, rows)  # what each column left takes of those that go
             total += 0.5 * float((columns.T @ columns * torch.linalg.inv(among)).sum())
-            W = W[:, stays] - columns @ undone
-            P = P[stays][:, stays] - rows.T @ undone
-            gone.append(there[chosen])
-            there = there[stays]
+            # In place, what is gone as zeros: to cut it out copies both matrices every time.
+            W.addmm_(columns, undone, alpha=-1)
+            P.addmm_(rows.T, undone, alpha=-1)
+            W[:, chosen], P[:, chosen], P[chosen] = 0.0, 0.0, 0.0
+            there[chosen] = False
+            gone.append(chosen)
+            neurons -= len(chosen)
         costs.append(total)
-        exits.append(torch.linalg.solve_triangular(T, W, upper=True))
+        exits.append(torch.linalg.solve_triangular(T, W[:, there], upper=True))
     return Going(torch.cat(gone), costs, exits)
 
 

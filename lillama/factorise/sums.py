@@ -39,6 +39,8 @@ def mirrored(total: Tensor) -> Tensor:
 class Sums:
     """Of one matrix W (d_out x d_in): the sums of c x x^T and g g^T, on its smaller side, and of c.
 
+    Where one of them is kept on the larger side, that on the smaller side is made of it in the end (`factors`).
+
     They are symmetric, and only their upper triangles count (`add_symmetric`). What batches add is float32, their sum
     float64: so the order makes no difference, nor how many processes share them. Directions in which nothing was seen
     are told apart by no more than rounding, and with them ranks.
@@ -47,13 +49,17 @@ class Sums:
     def __init__(self, W: Tensor, embedding: bool = False, rounding: int = 0, both: bool = False) -> None:
         """`embedding`: W is the transpose of a table, and what is given for x are the vectors looked up.
 
-        `both`: the factor on the larger side is kept as well, in `larger`: inputs of a wide W, gradients of a tall one.
+        `both`: one is kept on the larger side, in `larger`, and not on the smaller: inputs of a wide W, gradients of a
+        tall one.
 
         `rounding`: numbers to a scale, where what `dense_cost` asks for is kept of the larger side, too.
         """
         self.W, self.embedding, self.wide = W, embedding, W.shape[0] <= W.shape[1]
-        n = min(W.shape)
+        self.smaller = min(W.shape)
+        # What is kept on the larger side: the sum of inputs, or that of gradients.
+        self.whole_inputs, self.whole_outputs = both and self.wide, both and not self.wide
         exact = torch.float64 if factorising(W.device) == W.device else torch.float32
+        n = 0 if self.whole_inputs else self.smaller
         self.inputs = torch.zeros(n, n, device=W.device, dtype=exact)
         # Numbers on the device, which nobody waits for: sums of c and of |g|^2, inputs of which anything depends.
         self.counted, self.length, self.rows = torch.zeros(3, dtype=exact, device=W.device)
@@ -68,7 +74,8 @@ class Sums:
     @cached_property
     def outputs(self) -> Tensor:
         """The sum of g g^T, which takes no room before the first comes: of some batches only inputs are counted."""
-        return torch.zeros_like(self.inputs)
+        n = 0 if self.whole_outputs else self.smaller
+        return self.larger.new_zeros(n, n)
 
     def add(self, x: Tensor, g: Tensor, Wx: Tensor | None = None) -> None:
         """Count inputs x (N x d_in) and the gradients g (N x d_out) of the loss at W x, given where it is known."""
@@ -78,32 +85,26 @@ class Sums:
         counts = length / (length + length.mean().clamp_min(TINY))
         if self.rounding and not self.wide:
             self.lengths += g.float().square().sum(0)
-        if len(self.larger) and not self.wide:
-            gradient = g.float()
-            add_symmetric(self.larger, gradient, gradient)
-        if not self.wide:
-            g = F.linear(g.to(self.W.dtype), self.W.T)
         self._inputs(x, counts, Wx)
+        if not (self.wide or self.whole_outputs):
+            g = F.linear(g.to(self.W.dtype), self.W.T)
         g = g.float()
-        add_symmetric(self.outputs, g, g)
+        add_symmetric(self.larger if self.whole_outputs else self.outputs, g, g)
         self.rows += (length > 0).sum()
 
     def _inputs(self, x: Tensor, counts: Tensor, Wx: Tensor | None = None) -> None:
         for run, gram in self.runs:
             some = x[:, run].float()
             add_symmetric(gram, some * counts, some)
-        if len(self.larger) and self.wide:
-            entering = x.float()
-            add_symmetric(self.larger, entering * counts, entering)
-        if self.wide and not self.embedding:
+        if self.wide and not (self.whole_inputs or self.embedding):
             x = F.linear(x.to(self.W.dtype), self.W) if Wx is None else Wx
         x = x.float()
-        add_symmetric(self.inputs, x * counts, x)
+        add_symmetric(self.larger if self.whole_inputs else self.inputs, x * counts, x)
         self.counted += counts.sum()
 
     def borrow_inputs(self, x: Tensor) -> None:
         """Where too few inputs were seen to tell all directions apart, add others, x, in the weight of what lacks."""
-        lacking = len(self.inputs) - int(self.rows)
+        lacking = self.smaller - int(self.rows)
         if lacking > 0:
             self._inputs(x, torch.full((len(x), 1), lacking / len(x), device=x.device))
 
@@ -120,8 +121,8 @@ class Sums:
     @property
     def of_inputs(self) -> list[Tensor]:
         """What is summed over inputs alone."""
-        larger = [self.larger] if self.wide and len(self.larger) else []
-        return [self.inputs, self.counted, *larger, *(gram for _, gram in self.runs)]
+        inputs = self.larger if self.whole_inputs else self.inputs
+        return [inputs, self.counted, *(gram for _, gram in self.runs)]
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -140,12 +141,26 @@ class Sums:
 
     def factors(self, tokens: int, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(H, G) per token predicted, on the smaller side; `more` is added to G."""
-        inputs, outputs = mirrored(self.inputs) / max(self.counted.item(), TINY), mirrored(self.outputs) / tokens
+        inputs = self._of_larger() if self.whole_inputs else mirrored(self.inputs)
+        outputs = self._of_larger() if self.whole_outputs else mirrored(self.outputs)
+        inputs, outputs = inputs / max(self.counted.item(), TINY), outputs / tokens
         return inputs.float(), (outputs if more is None else outputs + more).float()
+
+    def _of_larger(self) -> Tensor:
+        """The sum on the smaller side, in the precision of `larger`: W L W^T of a wide W, W^T L W of a tall one."""
+        W = (self.W if self.wide else self.W.T).float()
+        # The larger product in float32, which is what the sum consists of: it takes most of the time.
+        made = self._mirrored.float() @ W.T
+        return mirrored(W.to(self.larger) @ made.to(self.larger))
+
+    @cached_property
+    def _mirrored(self) -> Tensor:
+        """`larger`, whole: once nothing is added any more."""
+        return mirrored(self.larger)
 
     def larger_factor(self, tokens: int) -> Tensor:
         """The factor on the larger side, per token predicted: H of a wide W, G of a tall one."""
-        return mirrored(self.larger) / (max(self.counted.item(), TINY) if self.wide else tokens)
+        return self._mirrored / (max(self.counted.item(), TINY) if self.wide else tokens)
 
     def cost(self, tokens: int) -> float:
         """What W would lose in 4 bits, in nats per token (rounding.py)."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from lillama import host
 from lillama.errors import LillamaError
+from lillama.pretrained.gguf import read_once
 from lillama.pretrained.vetted import check_config, shards_of
 from lillama.recipe.schema import Model
 
@@ -133,8 +134,10 @@ def read_configuration(
     made = None if gguf else own_configuration(where, revision=revision, trust=trust)
     if made is not None:
         return made
-    options = {"gguf_file": gguf} if gguf else {}
-    return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust, **options)
+    if gguf is None:
+        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust)
+    with read_once():
+        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust, gguf_file=gguf)
 
 
 def read_tokenizer(model: Model, where: str, gguf: str | None, unpacked: Path) -> Any:
@@ -157,7 +160,8 @@ def gguf_tokenizer(where: str, gguf: str, revision: str | None) -> Any:
     """The tokenizer of a GGUF file, not to be changed: to go through the file takes transformers seconds each time."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(where, revision=revision, gguf_file=gguf)
+    with read_once():
+        return AutoTokenizer.from_pretrained(where, revision=revision, gguf_file=gguf)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from lillama.base.finite import extremes, finite, how_many
 from lillama.base.rundir import ORIGINAL
 from lillama.base.tensorfile import Lazy, TensorFile
 from lillama.errors import LillamaError
-from lillama.pretrained import identity, sharing
+from lillama.pretrained import gguf, identity, sharing
 from lillama.pretrained.forms import Form
 from lillama.pretrained.headers import index_of, open_files
 from lillama.pretrained.locate import Place, download, explained, gguf_tokenizer
@@ -306,6 +306,7 @@ def unpack_gguf(source: Source, cache: Path, put: PutDirectory) -> Path:
         return directory
     with (
         explained(f"the GGUF file '{source.gguf}'", "model.gguf_file"),
+        gguf.read_once(),
         put(ORIGINAL) as temporary,
         contextlib.redirect_stderr(io.StringIO()),  # transformers' bars, which nothing else turns off
     ):
@@ -318,4 +319,5 @@ def unpack_gguf(source: Source, cache: Path, put: PutDirectory) -> Path:
         )
         model.save_pretrained(temporary)
         gguf_tokenizer(source.where, source.gguf, source.section.revision).save_pretrained(temporary)
+    gguf.forget()
     return directory
