@@ -16,6 +16,7 @@ from lillama.dense.experts import PROJECTIONS, layout_of
 from lillama.factorise import initialisers as init
 from lillama.factorise.grams import Grams, choose_gram
 from lillama.lowrank import swap as factors
+from lillama.lowrank.conversions import use_trainable_storage
 from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.storage import get_storage
 from lillama.pretrained.calls import Batch, Call
@@ -131,7 +132,7 @@ def test_pivoted_experts_are_the_same_map_in_fewer_numbers(implementation):
     empty.load_state_dict(module.state_dict())
     assert torch.equal(empty(*inputs), out) and torch.equal(copy.deepcopy(module)(*inputs), out)
     root = nn.ModuleDict({"experts": module})
-    assert factors.use_trainable_storage(root) == [(f"experts.{n}", "experts", "pivoted") for n in ranks]
+    assert use_trainable_storage(root) == [(f"experts.{n}", "experts", "pivoted") for n in ranks]
     assert set(dict(module.named_parameters())) == {f"{name}_{letter}" for name in PROJECTIONS for letter in "AB"}
     torch.testing.assert_close(module(*inputs), out, rtol=1e-4, atol=1e-4)
     for name in PROJECTIONS:

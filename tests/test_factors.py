@@ -12,6 +12,7 @@ from torch import nn
 
 from lillama import LillamaError, Weight
 from lillama.lowrank import swap as factors
+from lillama.lowrank.conversions import use_trainable_storage
 from lillama.lowrank.counts import stored
 from lillama.lowrank.factors import balanced
 from lillama.lowrank.linear import LowRankLinear
@@ -145,7 +146,7 @@ def test_a_pivoted_linear_trains_as_balanced_factors_of_the_same_matrix(seed, bi
         model[int(name)].set_factors(*map(torch.randn, shape))
     x = torch.randn(5, 9)
     before = model(x)
-    assert factors.use_trainable_storage(model) == [("0", "linear", "pivoted"), ("1", "linear", "pivoted")]
+    assert use_trainable_storage(model) == [("0", "linear", "pivoted"), ("1", "linear", "pivoted")]
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model[0].A.norm(dim=0), model[0].B.norm(dim=1), rtol=1e-4, atol=1e-4)
     for name in ("0", "1"):

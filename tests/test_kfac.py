@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import lillama
 from lillama.dense.experts import PROJECTIONS, layout_of
 from lillama.factorise import initialisers as init
-from lillama.factorise.kfac import Sums, _Experts
+from lillama.factorise.kfac import Sums, _Experts, _Shared
 from lillama.run import pipeline
 
 
@@ -116,3 +116,9 @@ def test_experts_are_measured_in_every_precision(tmp_path, compute):
     wanted["run"]["compute"] = compute
     result = pipeline.compress(pipeline.Recipe.parse(wanted))
     assert len(result.plan.ranks) and not result.plan.provisional
+
+
+def test_weights_of_a_group_count_an_input_once_and_again_where_it_comes_again():
+    shared, x, y = _Shared(Sums(torch.ones(3, 2))), torch.ones(1, 2), torch.ones(1, 2)
+    came = [(x, "gate"), (x, "up"), (x, "gate"), (x, "up"), (y, "up"), (y, "gate")]
+    assert [shared.counted(*one) for one in came] == [False, True, False, True, False, True]

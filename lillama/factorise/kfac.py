@@ -40,6 +40,23 @@ BLIND = "no gradient of the predictions reaches it (it chooses what others read,
 Problem = tuple[Tensor, Tensor, Tensor]  # W and the two factors of its Fisher information, on its smaller side
 
 
+class _Shared:
+    """The sum over inputs of several weights, and which of them have come for the tensor that was added last."""
+
+    def __init__(self, sums: Sums) -> None:
+        self.sums = sums
+        self.last: Tensor | None = None
+        self.came: set[str] = set()
+
+    def counted(self, x: Tensor, name: str) -> bool:
+        """Whether `x` was added for another weight: then not for the one of this `name`, unless it comes again."""
+        if self.last is x and name not in self.came:
+            self.came.add(name)
+            return True
+        self.last, self.came = x, {name}
+        return False
+
+
 class Listener:
     """Sums both factors of a layer's weights while it runs back. Gradients at padding are 0."""
 
@@ -64,7 +81,7 @@ class Listener:
         self.sums: dict[str, list[Sums]] = {}  # one per copy of the weight
         self.stacks: list[_Experts] = []
         self.hooks: list[Any] = []
-        self._of_group: dict[str, Sums] = {}  # of the first tall weight of every group
+        self._of_group: dict[str, _Shared] = {}
         self.called: set[str] = set()  # weights whose modules the forward pass calls
         self._summed = False
         stacks: dict[str, list[Weight]] = {}
@@ -83,9 +100,7 @@ class Listener:
                 else Sums(W, rounding=rounding, both=weight.name in in_mlps)
             )
             self.sums[weight.name] = [sums]
-            if self._share(weight, sums):
-                continue
-            hook = (self._embedding if sums.embedding else self._one)(weight.name, sums)
+            hook = self._embedding(weight.name, sums) if sums.embedding else self._one(weight, sums)
             self.hooks.append(module.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
         for name, weights in stacks.items():
             stack = module.get_submodule(name)
@@ -94,18 +109,14 @@ class Listener:
             names = [weight.name for weight in weights]
             self.hooks.append(stack.register_forward_hook(self._experts(names, self.stacks[-1]), with_kwargs=True))
 
-    def _share(self, weight: Weight, sums: Sums) -> bool:
-        """Whether a tall weight's inputs are summed up already, for another of its group: they are the same tensors."""
-        if not self.inputs_alone or sums.wide or weight.group is None:
-            return False
-        first = self._of_group.setdefault(weight.group, sums)
-        sums.inputs, sums.counted = first.inputs, first.counted
-        return first is not sums
+    def _one(self, weight: Weight, sums: Sums) -> Any:
+        shared = self._shared(weight, sums) if self.inputs_alone else None
 
-    def _one(self, name: str, sums: Sums) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-            self.called.add(name)
+            self.called.add(weight.name)
             x = next(iter((*args, *kwargs.values())))
+            if shared and shared.counted(x, weight.name):
+                return
             Wx = _product(module, out) if sums.wide else None
             if self.inputs_alone:
                 sums.count_inputs(counted(x, self.mask), None if Wx is None else counted(Wx, self.mask))
@@ -113,6 +124,14 @@ class Listener:
                 self._at(out, lambda gradient: sums.add(_rows(x), gradient, None if Wx is None else _rows(Wx)))
 
         return hook
+
+    def _shared(self, weight: Weight, sums: Sums) -> _Shared | None:
+        """What tall weights of one group have in common, whose inputs are the same tensors: one sum; else None."""
+        if sums.wide or weight.group is None:
+            return None
+        shared = self._of_group.setdefault(weight.group, _Shared(sums))
+        sums.inputs, sums.counted = shared.sums.inputs, shared.sums.counted
+        return shared
 
     def _embedding(self, name: str, sums: Sums) -> Any:
         """Vectors as the table has them, and the gradients at these: before the module scales them, say."""

@@ -25,7 +25,7 @@ from lillama.finetune.divided import gather
 from lillama.finetune.faster import quick_attention
 from lillama.finetune.settings import refuse_other
 from lillama.finetune.trainer import SLOWER, WORK, Setting, build_trainer, placed
-from lillama.lowrank import swap as factors
+from lillama.lowrank.conversions import store_each, use_trainable_storage
 from lillama.recipe.schema import Finetune
 
 SETTINGS = "finetune.json"  # in the checkpoint: the section of the recipe that made it
@@ -58,7 +58,7 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
     if last is not None:
         directory.event("resumed", finetune=True, step=resume.step_of(last))
     torch.manual_seed(section.seed)  # of adapters, which are drawn
-    kept = factors.use_trainable_storage(model)
+    kept = use_trainable_storage(model)
     freeze(model, section.freeze)
     learner = model if section.lora is None else adapters.attach(model, section.lora)
     parts = split(examples, section.holdout, torch.Generator().manual_seed(section.seed))
@@ -75,7 +75,7 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
         raise DistillationError("no held-out loss was finite", where="finetune", hint=SLOWER)
     if learner is not model:
         adapters.merge(learner)
-    factors.store_each(model, kept)
+    store_each(model, kept)
 
 
 def freeze(model: Any, globs: list[str] | None) -> None:

@@ -8,12 +8,10 @@ cannot be replaced in place: `replace` and `store_as` return the new root.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lillama.base import ranks, shares
-from lillama.base.threads import MOST, side_by_side
 from lillama.contract import Weight
 from lillama.dense.experts import experts_layout, layout_of, replaced_parameters
 from lillama.dense.plain import is_embedding, is_linear, matrix
@@ -22,7 +20,7 @@ from lillama.lowrank import arithmetic
 from lillama.lowrank.embedding import LowRankEmbedding
 from lillama.lowrank.experts import LowRankExperts
 from lillama.lowrank.linear import LowRankLinear
-from lillama.lowrank.module import FactorModule, Matrix, OneMatrix, is_quantised
+from lillama.lowrank.module import FactorModule, OneMatrix, is_quantised
 from lillama.lowrank.rounded import Rounded
 from lillama.lowrank.storage import Factors, Tensors, get_storage
 
@@ -31,14 +29,6 @@ KINDS: dict[str, type[FactorModule]] = {
     "embedding": LowRankEmbedding,
     "experts": LowRankExperts,
 }
-
-
-class Kept(NamedTuple):
-    """A weight below a root, and the format it is kept in."""
-
-    name: str
-    kind: str
-    storage: str
 
 
 def module_of(name: str, kind: str) -> str:
@@ -311,49 +301,3 @@ def store_as(root: nn.Module, name: str, kind: str, storage: str, tensors: Tenso
         return root
     new = _put(root, where, module.in_storage(get_storage(storage), tensors))
     return root if where else new
-
-
-def use_trainable_storage(root: nn.Module) -> list[Kept]:
-    """Put what learns well in place of every weight below `root` that is kept otherwise; what `store_as` undoes.
-
-    Both hold the same matrices, but one learning rate does not suit pivot rows and coefficients, say, alike.
-    """
-    # A head that is tied stays as it is: the embedding's factors would no longer be its own.
-    shared = {id(p) for _, m in factor_modules(root) if m.kind == "embedding" for p in m.parameters()}
-    changed = [
-        Kept(f"{name}.{inside}" if inside else name, module.kind, matrix.storage.name)
-        for name, module in factor_modules(root)
-        if not any(id(p) in shared for p in module.parameters())
-        for inside, matrix in module.matrices().items()
-        if matrix.storage.trained_as not in (None, matrix.storage.name)
-    ]
-    store_each(root, [one._replace(storage=cast(str, get_storage(one.storage).trained_as)) for one in changed])
-    return changed
-
-
-def store_each(root: nn.Module, wanted: Sequence[Kept]) -> None:
-    """Keep each of the `wanted` weights below `root` in its storage; the processes of a run share the work out.
-
-    All of them call. Each converts some side by side.
-    """
-
-    def held(one: Kept) -> tuple[FactorModule, Matrix]:
-        where, inside = _split(one.name, one.kind)
-        module = cast(FactorModule, root.get_submodule(where))
-        return module, module.matrices()[inside]
-
-    def convert(one: Kept) -> Tensors:
-        module, matrix = held(one)
-        found, dtype = matrix.in_storage(module, get_storage(one.storage)), next(module.parameters()).dtype
-        if ranks.world() == 1:
-            return found
-        # What travels is on the host, and no larger than what is kept.
-        return {name: t.to("cpu", dtype if t.is_floating_point() else t.dtype) for name, t in found.items()}
-
-    device, world = next(root.parameters()).device, ranks.world()
-    for start in range(0, len(wanted), MOST * world):
-        some = wanted[start : start + MOST * world]
-        largest = max(held(one)[1].rank for one in some)
-        found = ranks.gather(side_by_side(convert, shares.share(some), device, largest))
-        for number, one in enumerate(some):
-            store_as(root, *one, found[number % world][number // world])

@@ -121,6 +121,7 @@ class Source:
         """
         if self.gguf:
             self.directory = unpack_gguf(self, cache, put or (lambda name: atomic_directory(cache / name)))
+            gguf.forget()
         elif Path(self.where).is_dir():
             self.directory = Path(self.where)
         else:
@@ -319,5 +320,4 @@ def unpack_gguf(source: Source, cache: Path, put: PutDirectory) -> Path:
         )
         model.save_pretrained(temporary)
         gguf_tokenizer(source.where, source.gguf, source.section.revision).save_pretrained(temporary)
-    gguf.forget()
     return directory
