@@ -25,7 +25,7 @@ from lillama.run import curve, pipeline, prepare
 from lillama.testing import check_architecture, one_and_the_same, recipe_for, token_batches
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bias"])  # tied, untied
+@pytest.mark.parametrize("name", ["llama", pytest.param("llama-bias", marks=pytest.mark.slow)])  # tied, untied
 def test_embedding_and_head_pass_the_contract(name, tmp_path):
     check_architecture(tiny(name), tmp_path, plugin="inkuba")
 

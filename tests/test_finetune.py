@@ -103,7 +103,7 @@ def test_vectors_learn_at_a_rate_of_their_own(tmp_path):
     assert norms and min(norms) > 1e-3
 
 
-@pytest.mark.parametrize("vectors", [None, 1e-2])
+@pytest.mark.parametrize("vectors", [None, pytest.param(1e-2, marks=pytest.mark.slow)])
 def test_a_stopped_finetuning_goes_on_to_the_same_end(tmp_path, monkeypatch, vectors):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     whole = tensors(pipeline.compress(speech_recipe(tmp_path / "a", vector_learning_rate=vectors)).path)

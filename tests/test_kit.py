@@ -306,6 +306,7 @@ def test_the_hook_for_another_auto_class_is_written_where_it_is_needed():
     assert scope["auto_class"](model.config) is None
 
 
+@pytest.mark.slow
 def test_a_traced_plugin_passes_the_check(model_dir, tmp_path, capsys):
     assert call("plugins", "trace", model_dir) == 0
     said = capsys.readouterr().out

@@ -34,6 +34,7 @@ def settings(*pairs: str) -> list[str]:
     return [word for pair in pairs for word in ("--set", pair)]
 
 
+@pytest.mark.slow
 def test_a_mixtral_and_a_mamba_in_few_bits(tmp_path, families, capsys, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT)
     where = ["--text", str(tmp_path / "text.txt"), "--learned", "train", "--held-out", "train"]
@@ -52,6 +53,7 @@ def test_a_mixtral_and_a_mamba_in_few_bits(tmp_path, families, capsys, monkeypat
     assert kinds == {"linear", "experts"}, "experts are what is large in a Mixtral"
 
 
+@pytest.mark.slow
 def test_a_whisper_in_few_bits(tmp_path, families, capsys, monkeypatch):
     place, speech = save(tmp_path / "whisper"), folder(tmp_path / "speech", 4, "hello")
     given = ["--only", "whisper", "--whisper", str(place), "--speech", str(speech), "--heard", str(speech)]

@@ -98,6 +98,7 @@ def test_estimates_count_the_step(tmp_path: Path) -> None:
     assert found["none"].seconds < found["keep"].seconds < found["auto"].seconds
 
 
+@pytest.mark.slow
 def test_a_sweep_tables_what_is_left_and_removes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(settings(tmp_path)))
     spec = {"base": "base.yaml", "axes": {"quantize.bits": [4, 8]}, "out": str(tmp_path / "out"), "keep": False}

@@ -86,7 +86,7 @@ def check(model: Any, path: Path, target: Path, inputs: dict[str, torch.Tensor],
     assert set(load_file(target / "model.safetensors")) == names == set(load_file(again / "model.safetensors"))
 
 
-@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("storage", [pytest.param("factors", marks=pytest.mark.slow), "pivoted"])
 def test_a_run_s_result_stands_alone(storage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny("llama-bias").save_pretrained(tmp_path / "original")
     tokenizer().save_pretrained(tmp_path / "original")
@@ -119,7 +119,7 @@ def test_embeddings_and_heads_stand_alone(storage: str, tied: bool, tmp_path: Pa
     check(model, tmp_path / "model", tmp_path / "alone", token_batches(model)[0], "AutoModelForCausalLM")
 
 
-@pytest.mark.parametrize("way", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("way", ["eager", pytest.param("grouped_mm", marks=pytest.mark.slow)])
 def test_experts_stand_alone(way: str, tmp_path: Path) -> None:
     model = tiny_mixtral()
     experts = "model.layers.0.mlp.experts"

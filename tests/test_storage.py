@@ -91,7 +91,12 @@ def formats(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("build", "plugin"), [(lambda: tiny("llama-bias"), "decoder"), (tiny, "inkuba"), (tiny_mixtral, "mixtral")]
+    ("build", "plugin"),
+    [
+        (lambda: tiny("llama-bias"), "decoder"),
+        pytest.param(tiny, "inkuba", marks=pytest.mark.slow),
+        pytest.param(tiny_mixtral, "mixtral", marks=pytest.mark.slow),
+    ],
 )
 def test_formats_from_outside_pass_the_contract(build, plugin, formats, tmp_path):
     check_architecture(build(), tmp_path / "contract", plugin=plugin, storages=formats)

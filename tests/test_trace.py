@@ -107,7 +107,9 @@ def test_the_plugin_of_any_model_is_asked_last():
     assert host.layers(bloom(), None)[0].name == "traced"
 
 
-@pytest.mark.parametrize("which", ["bloom", "t5", "bart", "vit"])
+@pytest.mark.parametrize(
+    "which", ["bloom", *(pytest.param(one, marks=pytest.mark.slow) for one in ("t5", "bart", "vit"))]
+)
 def test_the_contract(which, tmp_path):
     made = {"bloom": (bloom, None), "t5": (t5, pairs), "bart": (bart, lambda: pairs(12)), "vit": (vit, images)}[which]
     torch.manual_seed(0)
