@@ -121,4 +121,4 @@ def test_experts_are_measured_in_every_precision(tmp_path, compute):
 def test_weights_of_a_group_count_an_input_once_and_again_where_it_comes_again():
     shared, x, y = _Shared(Sums(torch.ones(3, 2))), torch.ones(1, 2), torch.ones(1, 2)
     came = [(x, "gate"), (x, "up"), (x, "gate"), (x, "up"), (y, "up"), (y, "gate")]
-    assert [shared.counted(*one) for one in came] == [False, True, False, True, False, True]
+    assert [shared.has(*one) for one in came] == [False, True, False, True, False, True]

@@ -136,6 +136,11 @@ def compensated(W: Tensor, rank: int, gram: Tensor, cross: Tensor) -> Factors:
     return whitened(T, rank, gram=gram)
 
 
+def through(W: Tensor, square: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """W S W^T of a symmetric S in `dtype`, its larger product in float32, in which squares were summed up."""
+    return W.to(dtype) @ (square.float() @ W.T.float()).to(dtype)
+
+
 def regularised(gram: Tensor, ridge: float = RIDGE) -> Tensor:
     """H in float64, symmetric and positive definite (a ridge of `ridge` times its mean eigenvalue is added)."""
     H = gram.double()

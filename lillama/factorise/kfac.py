@@ -48,7 +48,7 @@ class _Shared:
         self.last: Tensor | None = None
         self.came: set[str] = set()
 
-    def counted(self, x: Tensor, name: str) -> bool:
+    def has(self, x: Tensor, name: str) -> bool:
         """Whether `x` was added for another weight: then not for the one of this `name`, unless it comes again."""
         if self.last is x and name not in self.came:
             self.came.add(name)
@@ -115,7 +115,7 @@ class Listener:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
             self.called.add(weight.name)
             x = next(iter((*args, *kwargs.values())))
-            if shared and shared.counted(x, weight.name):
+            if shared and shared.has(x, weight.name):
                 return
             Wx = _product(module, out) if sums.wide else None
             if self.inputs_alone:

@@ -23,7 +23,7 @@ from lillama.base.device import factorising
 from lillama.base.rundir import RunDirectory
 from lillama.base.threads import side_by_side
 from lillama.contract import Layer, Neurons, relative
-from lillama.factorise.initialisers import INPUT_RIDGE, OUTPUT_RIDGE, fisher_spectrum, regularised
+from lillama.factorise.initialisers import INPUT_RIDGE, OUTPUT_RIDGE, fisher_spectrum, regularised, through
 from lillama.factorise.statistics import FISHER, narrow_file, read_fisher
 from lillama.lowrank.swap import dense
 from lillama.plan.budget import Narrowing
@@ -118,10 +118,9 @@ def without(weight: Whole, kept: Tensor, exit: Tensor | None = None) -> tuple[Te
     else:
         W = weight.W.double()[kept]
         inner, outer = weight.input.double(), weight.output[kept][:, kept]
-    # Products of squares in float32, in which they were summed up: they are most of the time.
     if W.shape[0] <= W.shape[1]:
-        return W, W @ (inner.float() @ W.T.float()).double(), outer
-    return W, inner, W.T @ (outer.float() @ W.float()).double()
+        return W, through(W, inner), outer
+    return W, inner, through(W.T, outer)
 
 
 def narrowings(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lillama.base.device import factorising
 from lillama.factorise.embedding import weighted_gram
-from lillama.factorise.initialisers import TINY
+from lillama.factorise.initialisers import TINY, through
 from lillama.factorise.rounding import cuts, dense_cost
 
 BLOCK = 192  # columns: a product of fewer is slower by the number
@@ -148,10 +148,8 @@ class Sums:
 
     def _of_larger(self) -> Tensor:
         """The sum on the smaller side, in the precision of `larger`: W L W^T of a wide W, W^T L W of a tall one."""
-        W = (self.W if self.wide else self.W.T).float()
-        # The larger product in float32, which is what the sum consists of: it takes most of the time.
-        made = self._mirrored.float() @ W.T
-        return mirrored(W.to(self.larger) @ made.to(self.larger))
+        W = self.W if self.wide else self.W.T
+        return mirrored(through(W.float(), self._mirrored, self.larger.dtype))
 
     @cached_property
     def _mirrored(self) -> Tensor:

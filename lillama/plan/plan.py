@@ -283,11 +283,20 @@ def larger_numbers(layers: Iterable[Layer], entries: bool = True) -> int:
 
     Without `entries` those of the exits alone, which are of inputs.
     """
-    found = 0
+    return sum(max(w.whole or w.shape) ** 2 for w in _in_mlps(layers, entries))
+
+
+def smaller_numbers(layers: Iterable[Layer], entries: bool = True) -> int:
+    """The same on the smaller sides: they are made of those on the larger ones, and not summed."""
+    return sum(min(w.whole or w.shape) ** 2 for w in _in_mlps(layers, entries))
+
+
+def _in_mlps(layers: Iterable[Layer], entries: bool) -> Iterator[Weight]:
+    """The weights of MLPs, or their exits alone."""
     for layer in layers:
-        sides = {w.name: max(w.whole or w.shape) ** 2 for w in layer.weights}
-        found += sum(sides[name] for mlp in layer.neurons for name in (mlp.weights if entries else (mlp.exit,)))
-    return found
+        weights = {weight.name: weight for weight in layer.weights}
+        for mlp in layer.neurons:
+            yield from (weights[name] for name in (mlp.weights if entries else (mlp.exit,)))
 
 
 def to_remove(base: int, compress: Compress) -> int:

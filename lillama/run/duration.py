@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lillama.evaluate.context import chosen_evaluators
 from lillama.factorise.rounding import kept_numbers
-from lillama.plan.plan import factor_numbers, larger_numbers, observable
+from lillama.plan.plan import factor_numbers, larger_numbers, observable, smaller_numbers
 from lillama.recipe.schema import Finetune, Recipe
 from lillama.run import disk, fewbits
 from lillama.run.counts import Counts
@@ -75,17 +75,9 @@ def _sums(run: Counts) -> tuple[float, float]:
         sums += 2 * sum(kept_numbers(w) for layer in run.plan.layers for w in observable(layer))
     alone = sums // 2
     if run.narrows:
-        sums += 2 * (larger_numbers(run.plan.layers) - _made_of_larger(run))
-        alone += 2 * (larger_numbers(run.plan.layers, entries=False) - _made_of_larger(run, entries=False))
+        sums += 2 * (larger_numbers(run.plan.layers) - smaller_numbers(run.plan.layers))
+        alone += 2 * (larger_numbers(run.plan.layers, entries=False) - smaller_numbers(run.plan.layers, entries=False))
     return sums, alone
-
-
-def _made_of_larger(run: Counts, entries: bool = True) -> int:
-    """Numbers of the factors on smaller sides that are made of those on the larger ones, and not summed."""
-    exits = {mlp.exit for layer in run.plan.layers for mlp in layer.neurons}
-    inside = {name for layer in run.plan.layers for mlp in layer.neurons for name in mlp.weights}
-    weights = (weight for layer in run.plan.layers for weight in layer.weights)
-    return sum(min(w.whole or w.shape) ** 2 for w in weights if w.name in (inside if entries else exits))
 
 
 def _finetuning(run: Counts) -> float:
