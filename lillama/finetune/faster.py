@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -12,22 +12,28 @@ import torch
 from lillama.base.device import Device, of_processor
 
 FUSED, PLAIN = "sdpa", "eager"
-MOST = 512  # tokens of a sequence: plain attention keeps a number for every pair of them
+# Tokens of the longest sequence for which fused attention in bfloat16 takes longer, forwards and back, than plain one,
+# which keeps a number for every pair of them: on processors of AMD, where it goes through small products of MKL's, and
+# on those with AMX, where the way back of short sequences is slow.
+OF_AMD, OF_AMX = 512, 256
 
 
 def is_fused_slow(device: Device, length: int) -> bool:
     """Whether fused attention to sequences of `length` takes longer there than plain one, forwards and back."""
-    return device.device.type == "cpu" and device.compute == torch.bfloat16 and length <= MOST and _is_amd()
+    if device.device.type != "cpu" or device.compute != torch.bfloat16:
+        return False
+    return length <= (OF_AMD if _is_amd() else OF_AMX if _has_amx() else 0)
 
 
 @contextmanager
-def quick_attention(models: Sequence[Any], device: Device, length: int) -> Iterator[None]:
-    """Let `models` attend by plain products while they learn from sequences of `length`, where fused ones are slow.
+def quick_attention(learner: Any, teacher: Any, device: Device, length: int) -> Iterator[None]:
+    """Let `learner` attend by plain products while it learns from sequences of `length`, where fused ones are slow.
 
-    That is so in bfloat16 on processors of AMD: there torch's fused attention goes through small products of MKL's, and
-    takes four times as long, forwards and back, as plain products by oneDNN. Encoders read more than what is learned.
+    `teacher`, or None, does too where the way forwards is slow by itself: on processors of AMD. Encoders read more than
+    what is learned.
     """
-    changed = [one for one in models if is_fused_slow(device, length) and _attends_fused(one)]
+    attending = [learner, teacher] if teacher is not None and _is_amd() else [learner]
+    changed = [one for one in attending if is_fused_slow(device, length) and _attends_fused(one)]
     for model in changed:
         model.set_attn_implementation(PLAIN)
     try:
@@ -47,3 +53,8 @@ def _attends_fused(model: Any) -> bool:
 @cache
 def _is_amd() -> bool:
     return of_processor("vendor_id") == "AuthenticAMD"
+
+
+@cache
+def _has_amx() -> bool:
+    return "amx_bf16" in of_processor("flags").split()

@@ -63,8 +63,7 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
     learner = model if section.lora is None else adapters.attach(model, section.lora)
     parts = split(examples, section.holdout, torch.Generator().manual_seed(section.seed))
     total = section.steps or updates(len(parts[0]), section)
-    attending = [model, teacher] if teacher is not None else [model]
-    quick = quick_attention(attending, setting.device, max(one["labels"].numel() for one in examples))
+    quick = quick_attention(model, teacher, setting.device, max(one["labels"].numel() for one in examples))
     with setting.progress.phase("finetune", total) as bar, stop.at_a_good_moment(), quick, ranks.naming_the_lost():
         running = learner if setting.blocks is None else placed(learner, setting)
         trainer = build_trainer(running, teacher, parts, setting, bar)

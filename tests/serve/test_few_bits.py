@@ -90,6 +90,8 @@ def test_a_kernel_that_vllm_chooses_gets_what_it_takes(group, alone, monkeypatch
     for one in (piece(64, 256, 4, group), piece(96, 256, 4, group, torch.arange(70, 200))):
         product = kernels.Chosen(one, torch.bfloat16, CPU)
         assert type(product.kernel).__name__ == "CPUWNA16LinearKernel"
+        if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+            pytest.skip("vLLM offers this kernel on any CPU, and its build for cores with AVX2 alone lacks the product")
         check(product, one, torch.bfloat16)
 
 
