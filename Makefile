@@ -56,7 +56,7 @@ serve: $(SERVE_VENV)/.installed
 	$(SERVE_VENV)/bin/python -m vllm.entrypoints.openai.api_server --model $(SERVE_MODEL) --host 127.0.0.1 $(SERVE_OPTIONS)
 
 test-serve: $(SERVE_VENV)/.installed
-	$(SERVE_VENV)/bin/python -m pytest -p no:cacheprovider -o addopts="" -q --confcutdir tests/serve tests/serve
+	$(SERVE_VENV)/bin/python -m pytest -p no:cacheprovider -o addopts="" -q --numprocesses 2 --dist worksteal --confcutdir tests/serve tests/serve
 
 $(SERVE_VENV)/.installed: pyproject.toml tests/serve/requirements.txt .ci/serve-environment
 	PYTHON=$(PYTHON) .ci/serve-environment $(SERVE_VENV)

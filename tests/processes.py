@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "llama": (
         "llama",
         3,
-        {**SEQUENTIAL, **FISHER, **WITHOUT_QK, "finetune": {**TUNED, "batch_size": 1, "teacher": 0.5}},
+        {**SEQUENTIAL, **FISHER, **WITHOUT_QK, "finetune": {**TUNED, "batch_size": 1, "teacher": 0.5, "average": 0.0}},
     ),
     "llama-concurrent": ("llama", 2, {**CONCURRENT, **FISHER, "distill.clip_norm": 1.0}),
     # Grams, the tied embedding, layers that learn as a whole; updates of one row are one process's.
@@ -82,7 +82,14 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
             "compress.embedding": True,
             "compress.storage": "pivoted",
             "run.divide": True,
-            "finetune": {**TUNED, "batch_size": 1, "gradient_accumulation": 2, "teacher": 0.5, "holdout": 0.2},
+            "finetune": {
+                **TUNED,
+                "batch_size": 1,
+                "gradient_accumulation": 2,
+                "teacher": 0.5,
+                "holdout": 0.2,
+                "average": 0.3,
+            },
         },
     ),
     "llama-adapters": (

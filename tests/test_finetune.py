@@ -19,9 +19,12 @@ from torch.nn import functional as F
 from lillama.base.device import Device
 from lillama.base.progress import Progress
 from lillama.base.rundir import RunDirectory
+from lillama.checkpoint.load import load
 from lillama.errors import LillamaError
-from lillama.finetune import adapters, data, loss, resume, trainer
+from lillama.finetune import adapters, average, data, loss, resume, trainer
 from lillama.finetune import train as finetune
+from lillama.finetune.divided import learned_of
+from lillama.finetune.settings import differing
 from lillama.lowrank.swap import is_factorised
 from lillama.recipe.schema import Finetune, Lora, Recipe
 from lillama.run import pipeline
@@ -103,11 +106,13 @@ def test_vectors_learn_at_a_rate_of_their_own(tmp_path):
     assert norms and min(norms) > 1e-3
 
 
-@pytest.mark.parametrize("vectors", [None, pytest.param(1e-2, marks=pytest.mark.slow)])
-def test_a_stopped_finetuning_goes_on_to_the_same_end(tmp_path, monkeypatch, vectors):
+@pytest.mark.parametrize(
+    "section", [{"average": 0.3}, pytest.param({"vector_learning_rate": 1e-2}, marks=pytest.mark.slow)]
+)
+def test_a_stopped_finetuning_goes_on_to_the_same_end(tmp_path, monkeypatch, section):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    whole = tensors(pipeline.compress(speech_recipe(tmp_path / "a", vector_learning_rate=vectors)).path)
-    settings = speech_recipe(tmp_path / "b", vector_learning_rate=vectors)
+    whole = tensors(pipeline.compress(speech_recipe(tmp_path / "a", **section)).path)
+    settings = speech_recipe(tmp_path / "b", **section)
     loss_of, calls = loss.loss_of, []
 
     def stops(*arguments, **options):
@@ -166,6 +171,42 @@ def test_text_is_finetuned_too_and_learns(tmp_path):
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     held = [event["held_out_loss"] for event in events if event.get("finetune")]
     assert len(held) == 2 and held[1] < held[0]
+
+
+@pytest.mark.parametrize("holdout", [0.05, 0.0])
+def test_the_mean_of_the_states_is_kept_and_judged(tmp_path, monkeypatch, holdout):
+    """Of four updates the last three count; what is stored is their mean, of every weight that learns."""
+    seen = []
+    add = average.Average.add
+
+    def noted(self, update):
+        seen.append([tensor.clone() for tensor in self.own])
+        add(self, update)
+
+    monkeypatch.setattr(average.Average, "add", noted)
+    settings = text_recipe(tmp_path, compress={"storage": "factors"}, steps=4, average=0.25, holdout=holdout, checks=1)
+    learned = {}
+    build = finetune.build_trainer
+
+    def built(learner, *rest):
+        learned.update(learned_of(learner))
+        return build(learner, *rest)
+
+    monkeypatch.setattr(finetune, "build_trainer", built)
+    place = pipeline.compress(settings).path
+    assert len(seen) == 4
+    stored = load(place).state_dict()
+    for number, name in enumerate(learned):
+        mean = torch.stack([state[number] for state in seen[1:]]).mean(0)
+        torch.testing.assert_close(stored[name], mean, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(stored[name], seen[-1][number])
+
+
+def test_settings_that_an_earlier_version_did_not_know_are_null():
+    known = Finetune().model_dump(mode="json")
+    earlier = {key: value for key, value in known.items() if key != "average"}
+    assert differing(earlier, known) == []
+    assert differing(earlier, known | {"average": 0.5}) == ["average"]
 
 
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])

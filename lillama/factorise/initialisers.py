@@ -20,7 +20,7 @@ from lillama.lowrank.storage import Factors
 RIDGE = 1e-4
 # Directions that the few tokens measured did not show, on either side of a weight, are not free to go wrong: what is
 # found on the tokens measured costs up to twice as much on others (docs/results/quality.md).
-OUTPUT_RIDGE, INPUT_RIDGE = 5e-2, 1e-2
+OUTPUT_RIDGE, INPUT_RIDGE = 5e-2, 5e-2
 TINY = torch.finfo(torch.float32).tiny
 
 

@@ -19,35 +19,51 @@ from lillama.base.files import write_json, write_tensors
 from lillama.base.tensorfile import TensorFile
 from lillama.checkpoint.seal import damaged, seal
 from lillama.errors import LillamaError
+from lillama.finetune.average import Average
 from lillama.finetune.divided import learned_of, put
+from lillama.finetune.settings import differing
 from lillama.recipe.schema import Finetune
 
 SETTINGS = "lillama.finetune.json"
 DIVIDED = "divided among processes"  # a key among the settings, which are a recipe's
 LEARNED = "learned.safetensors"
+AVERAGED = "averaged.safetensors"  # the mean of states, where one is made
 STATE = "trainer_state.json"  # of the trainer; names the best checkpoint so far
 
 
-def save_learned(learned: Mapping[str, Tensor], checkpoint: Path) -> None:
-    """Store every parameter that learns, under the name it has in the model.
+def save_learned(learned: Mapping[str, Tensor], checkpoint: Path, file: str = LEARNED) -> None:
+    """Store every parameter that learns in a file of the checkpoint, under the name it has in the model.
 
     Not by `save_pretrained`, which writes the names of the hub's files: those of fused experts are others than the
     module's, and the trainer would read back only those that are the same.
     """
-    write_tensors(checkpoint / LEARNED, {name: tensor.data for name, tensor in learned.items()})
+    write_tensors(checkpoint / file, {name: tensor.data for name, tensor in learned.items()})
 
 
 @torch.no_grad()
-def load_learned(model: Any, checkpoint: Path) -> None:
+def load_learned(model: Any, checkpoint: Path, file: str = LEARNED) -> None:
     """Put back what `save_learned` stored, all of it."""
-    file = TensorFile(checkpoint / LEARNED)
+    stored = TensorFile(checkpoint / file)
     parameters = learned_of(model)
-    if {*file} != parameters.keys():
+    if {*stored} != parameters.keys():
         raise LillamaError(
             "the checkpoint is that of another model", where=str(checkpoint), hint="Remove it, and begin again."
         )
     for name, parameter in parameters.items():
-        put(parameter, file.read(name))
+        put(parameter, stored.read(name))
+
+
+def load_state(model: Any, average: Average, checkpoint: Path) -> None:
+    """Put back what learned, and the mean of its states where one had begun."""
+    if (checkpoint / AVERAGED).exists():
+        load_learned(model, checkpoint, AVERAGED)
+        average.take()
+    load_learned(model, checkpoint)
+
+
+def load_best(model: Any, checkpoint: Path) -> None:
+    """Put back the state that was judged: the mean, where one had begun."""
+    load_learned(model, checkpoint, AVERAGED if (checkpoint / AVERAGED).exists() else LEARNED)
 
 
 def seal_checkpoint(work: Path, step: int, section: Finetune, divided: bool = False) -> None:
@@ -93,7 +109,7 @@ def _is_whole(checkpoint: Path, section: Finetune) -> bool:
     if damaged(checkpoint) != []:
         return False
     held = {key: value for key, value in _settings(checkpoint).items() if key != DIVIDED}
-    return bool(held == section.model_dump(mode="json"))
+    return not differing(held, section.model_dump(mode="json"))
 
 
 def _settings(checkpoint: Path) -> dict[str, Any]:

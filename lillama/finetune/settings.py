@@ -9,10 +9,14 @@ from typing import Any
 from lillama.errors import LillamaError
 
 
+def differing(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The keys that differ; one that an earlier version did not know is as if it were null."""
+    return sorted(key for key in held.keys() | wanted.keys() if held.get(key) != wanted.get(key))
+
+
 def refuse_other(held: Mapping[str, Any], wanted: Mapping[str, Any], *, section: str, what: str, place: Path) -> None:
     """LillamaError where `what`, which is in `place`, was made by another `section` of a recipe than the one wanted."""
-    if held != wanted:
-        keys = sorted(key for key in held.keys() | wanted.keys() if held.get(key) != wanted.get(key))
+    if keys := differing(held, wanted):
         raise LillamaError(
             f"the run holds {what} with another {', '.join(keys)}",
             where=f"{section}.{keys[0]}",

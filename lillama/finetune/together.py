@@ -123,14 +123,19 @@ class Together:
         """The first process saves; the others know where."""
         trainer: Any = self
         if self.divided:
-            self.whole = {"learned": whole_learned(model)}
-            self.whole["optimizer"] = None if self._all_learned() else whole_state(trainer.optimizer)
+            self.whole = self.gather_whole(model)
         if ranks.is_first():
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         elif trainer.state.best_global_step:
             place = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
             trainer.state.best_model_checkpoint = str(place)
         self.whole = {}
+
+    def gather_whole(self, model: Any) -> dict[str, Any]:
+        """What a checkpoint is to hold of a model that is divided, whole; all processes call."""
+        trainer: Any = self
+        state = None if self._all_learned() else whole_state(trainer.optimizer)
+        return {"learned": whole_learned(model), "optimizer": state}
 
     def _all_learned(self) -> bool:
         """Whether there is no update to come, for which the optimiser's state would be wanted."""

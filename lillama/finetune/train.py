@@ -68,6 +68,8 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
         running = learner if setting.blocks is None else placed(learner, setting)
         trainer = build_trainer(running, teacher, parts, setting, bar)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if not parts[1]:  # or the best state that was judged is there already
+            trainer.average.swap()
         if running is not learner:
             gather(running, learner)
     if parts[1] and not math.isfinite(trainer.state.best_metric or math.nan):

@@ -14,10 +14,11 @@ from lillama.base.device import Device
 from lillama.base.progress import Bar, Progress
 from lillama.base.rundir import RunDirectory
 from lillama.errors import DistillationError
+from lillama.finetune.average import Average
 from lillama.finetune.data import Collator, Examples
-from lillama.finetune.divided import divide, learned_of
+from lillama.finetune.divided import divide, learned_of, whole_learned
 from lillama.finetune.loss import loss_of
-from lillama.finetune.resume import load_learned, save_learned, seal_checkpoint
+from lillama.finetune.resume import AVERAGED, load_best, load_state, save_learned, seal_checkpoint
 from lillama.finetune.together import Together
 from lillama.recipe.schema import Finetune
 from lillama.report import track
@@ -58,6 +59,7 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
     learned, held = parts
     shifted = not learner.config.is_encoder_decoder
     share, device = setting.section.teacher, setting.device
+    average = Average(learned_of(learner), setting.section.averaged_from(bar.total))
 
     class Finetuner(Together, Trainer if shifted else Seq2SeqTrainer):  # type: ignore[misc]  # one of two classes
         def compute_loss(
@@ -75,16 +77,31 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
                 learn_vectors_at(optimizer, setting.section.vector_learning_rate)
             return optimizer
 
+        def evaluate(self, *given: Any, **options: Any) -> Any:
+            with average.in_place():
+                return super().evaluate(*given, **options)
+
         # What learned is stored under its own names (resume.py).
         def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
             save_learned(self.whole["learned"] if self.divided else learned_of(self.model), Path(output_dir))
+            if average.mean:
+                with average.in_place():
+                    learned = self.whole["averaged"] if self.divided else learned_of(self.model)
+                    save_learned(learned, Path(output_dir), AVERAGED)
+
+        def gather_whole(self, model: Any) -> dict[str, Any]:
+            whole = super().gather_whole(model)
+            if average.mean:
+                with average.in_place():
+                    whole["averaged"] = whole_learned(model)
+            return whole
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            load_learned(self.model, Path(resume_from_checkpoint))
+            load_state(self.model, average, Path(resume_from_checkpoint))
 
         def _load_best_model(self) -> None:
             ranks.agree(None)  # the first process may still be writing it
-            load_learned(self.model, Path(self.state.best_model_checkpoint))
+            load_best(self.model, Path(self.state.best_model_checkpoint))
 
     trainer = Finetuner(
         model=learner,
@@ -92,8 +109,9 @@ def build_trainer(learner: Any, teacher: Any, parts: tuple[Examples, Examples], 
         train_dataset=learned,
         eval_dataset=held or None,
         data_collator=Collator(learner.config.get_text_config().pad_token_id or 0),
-        callbacks=[_watcher(bar, setting)],
+        callbacks=[_watcher(bar, setting, average)],
     )
+    trainer.average = average
     trainer.device_of_run = device
     trainer.divided = setting.blocks is not None
     trainer.teacher = None if teacher is None else placed(teacher.eval().requires_grad_(False), setting)
@@ -178,7 +196,7 @@ def _keep_on(device: torch.device, made: Any) -> Any:
     return made
 
 
-def _watcher(bar: Bar, setting: Setting) -> Any:
+def _watcher(bar: Bar, setting: Setting, average: Average) -> Any:
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):
@@ -191,6 +209,7 @@ def _watcher(bar: Bar, setting: Setting) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             bar.advance()
+            average.add(state.global_step)
             if setting.blocks is not None:
                 stop.now()  # all would have to save together, and none knows when the others hear of it
             if stop.is_wanted() and ranks.is_first():

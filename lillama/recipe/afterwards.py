@@ -59,6 +59,13 @@ class Finetune(Section):
         description="Share of the loss that is the distance to the original's predictions (KL divergence); the rest "
         "is that to the labels. The original is in memory beside the student then.",
     )
+    average: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Judge and keep the mean of the states after this share of the updates, not the last one: it has "
+        "less noise, and unlearns less of what the data does not show; null: the state itself.",
+    )
     lora: Lora | None = Field(None, description="Train adapters (LoRA, by peft) instead of the parameters themselves.")
     freeze: list[str] | None = Field(
         None, description="Globs of parameters that stay as they are; null: the encoder, where there is one."
@@ -66,6 +73,10 @@ class Finetune(Section):
     holdout: float = Field(0.05, ge=0, lt=1, description="Share of the examples kept out to choose the best state.")
     checks: int = Field(4, ge=1, description="How often the held-out loss is measured and the state stored.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of the data.")
+
+    def averaged_from(self, updates: int) -> int | None:
+        """The first update, of so many, whose state counts in the mean; None: there is no mean."""
+        return None if self.average is None else int(self.average * updates) + 1
 
 
 class Quantize(Section):

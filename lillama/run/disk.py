@@ -111,7 +111,7 @@ def finetuning(counts: Counts) -> int:
     if section is None:
         return 0
     _, trained = learning(counts, section)
-    one = (SINGLE + MOMENTS) * trained
+    one = (SINGLE * (1 if section.average is None else 2) + MOMENTS) * trained
     held = min(section.checks, 3)
     return max(min(section.checks, 4) * one, held * one + counts.source.dtype.itemsize * plan.after)
 

