@@ -6,10 +6,10 @@
 
 Of 262,144 tokens the model writes a part itself (--openings and --turns are its weights beside those of the data).
 Embedding, ranks and neurons are in one budget; then the whole model learns the original's predictions for seven tenths
-and the text for three, a thousand updates. A seed is that of everything: what is written, which text is taken in which
-order, which tokens are measured. Results are kept in --out, where the command goes on; in the end a table has the
-median over the seeds, the least and the most, each over what the original has. A run takes 50 to 80 minutes of one
-core; two of them go side by side (two commands with other --seeds, the same --out).
+and the text for three, a thousand updates, of whose states the mean is kept. A seed is that of everything: what is
+written, which text is taken in which order, which tokens are measured. Results are kept in --out, where the command
+goes on; in the end a table has the median over the seeds, the least and the most, each over what the original has. A
+run takes about an hour of one core; two go side by side (two commands with other --seeds and the same --out).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ COMPRESS = {  # as measured
 }
 FINISH = {
     "teacher": 0.7,
+    "average": 0.0,
     "sequence_length": 128,
     "batch_size": 4,
     "vector_learning_rate": 1e-3,
