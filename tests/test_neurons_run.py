@@ -26,7 +26,7 @@ from lillama.recipe.schema import Recipe
 from lillama.run import prepare
 from lillama.testing import token_batches
 
-CHANGES: dict[str, Any] = {"neurons": 0.5, "reduction": 0.3, "rank_multiple": 2, "fisher_tokens": 200}
+CHANGES: dict[str, Any] = {"neurons": 0.5, "reduction": 0.4, "rank_multiple": 2, "fisher_tokens": 200}
 
 
 def recipe(model: Path, out: Path, **changes: Any) -> Recipe:
@@ -70,7 +70,7 @@ def test_a_run_removes_neurons_and_its_checkpoint_is_as_small_as_planned(model, 
     gone = plan.weights["model.layers.0.mlp.down_proj"]
     assert gone.whole == (32, 48) and gone.shape[1] < 48
     loaded = lillama.load(result.path)
-    assert sum(p.numel() for p in loaded.parameters()) == plan.after < 0.7 * plan.before
+    assert sum(p.numel() for p in loaded.parameters()) == plan.after < 0.6 * plan.before
     up = loaded.model.layers[0].mlp.up_proj
     assert (up.out_features, up.in_features) == (gone.shape[1], 32) and up.bias.shape == (gone.shape[1],)
     said = json.loads((result.path / "config.json").read_text())["quantization_config"]
