@@ -21,9 +21,14 @@ class Average:
     """
 
     def __init__(self, learned: Mapping[str, Tensor], begin: int | None) -> None:
-        self.own = [p.to_local() if isinstance(p, DTensor) else p.data for p in learned.values()]
+        self.learned = list(learned.values())
         self.begin = begin
         self.mean: list[Tensor] = []
+
+    @property
+    def own(self) -> list[Tensor]:
+        """What is learned, where it is now: the trainer moves a model to its device after this was made."""
+        return [p.to_local() if isinstance(p, DTensor) else p.data for p in self.learned]
 
     @torch.no_grad()
     def add(self, update: int) -> None:
