@@ -140,3 +140,41 @@ def test_a_table_without_numbers_says_why() -> None:
     assert sweeptable.table(found, made) == [{"init": "svd", "error": "out | of memory"}]
     assert "out \\| of memory" in sweeptable.markdown(sweeptable.table(found, made))
     assert sweeptable.chart(found, made) is None and sweeptable.curves(found, made) is None
+
+
+def sensitivities(home: Path) -> list[str]:
+    """What the runs of a sweep did about the sensitivity of the predictions, in their order."""
+    done = []
+    for row in json.loads((home / "out" / "sweep.json").read_text()):
+        lines = [json.loads(line) for line in (home / "out" / row["name"] / "events.jsonl").read_text().splitlines()]
+        taken = any(line["event"] == "taken_over" for line in lines)
+        done.append("taken" if taken else "measured" if "sensitivity" in row["metrics"]["seconds"] else "neither")
+    return done
+
+
+def weights(home: Path, name: str) -> bytes:
+    return (home / "out" / name / "model" / "model.safetensors").read_bytes()
+
+
+def test_sizes_share_one_measurement_and_end_as_if_alone(home: Path) -> None:
+    common = ["compress.init=fisher", "compress.strategy=fisher", "compress.neurons=0.5", "distill.epochs=0"]
+    axes = {"compress.reduction": [0.2, 0.3], "compress.storage": ["factors", "pivoted"]}
+    assert cli.main(["sweep", str(write(home, axes=axes, set=common, keep=True))]) == 0
+    assert sensitivities(home) == ["measured", "taken", "taken", "taken"]
+    assert not (home / "out" / "sensitivity").exists()
+    shared = weights(home, "reduction=0.3,storage=pivoted")
+    # The same run alone, in a sweep that has no other.
+    axes = {"compress.reduction": [0.3], "compress.storage": ["pivoted"]}
+    alone = write(home, axes=axes, set=common, keep=True, out=str(home / "alone" / "out"))
+    assert cli.main(["sweep", str(alone)]) == 0
+    assert sensitivities(home / "alone") == ["measured"]
+    assert weights(home / "alone", "reduction=0.3,storage=pivoted") == shared
+
+
+@pytest.mark.parametrize(
+    "axes", [{"compress.fisher_tokens": [32, 64]}, {"run.seed": [0, 1]}, {"calibration.tokens": [80, 160]}]
+)
+def test_what_is_measured_otherwise_is_measured_again(home: Path, axes: dict[str, list[int]]) -> None:
+    common = ["compress.init=fisher", "compress.strategy=fisher", "distill.epochs=0"]
+    assert cli.main(["sweep", str(write(home, axes=axes, set=common))]) == 0
+    assert sensitivities(home) == ["measured", "measured"]

@@ -50,10 +50,8 @@ def measure_spectra(walk: Walk, directory: RunDirectory, raw: Batches, recipe: R
     `walk` lists the layers of the whole model. The factors that belong to the spectra are left in the run directory,
     where `Statistics` finds them, until `forget`.
     """
-    layers = [layer for layer in walk.every if observable(layer)]
-    in_mlps = [layer for layer in layers if layer.neurons] if recipe.compress.neurons else []
-    wanted = [fisher_file(layer) for layer in layers] + [neurons_file(layer) for layer in in_mlps]
-    if not all(directory.has(file) for file in wanted):
+    layers, in_mlps = _observed(walk, recipe)
+    if not all(directory.has(file) for file in measured_files(walk, recipe)):
         _Measurement.of(walk, directory, raw, recipe).run()
     found = {name: factors for layer in layers for name, factors in read_fisher(directory, layer).items()}
     return Measured(
@@ -61,6 +59,18 @@ def measure_spectra(walk: Walk, directory: RunDirectory, raw: Batches, recipe: R
         {name: float(factors.rounding) for name, factors in found.items() if factors.rounding is not None},
         {name: ways for layer in in_mlps for name, ways in read_narrowings(directory, layer).items()},
     )
+
+
+def measured_files(walk: Walk, recipe: Recipe) -> list[str]:
+    """The files that `measure_spectra` leaves in the run directory."""
+    layers, in_mlps = _observed(walk, recipe)
+    return [fisher_file(layer) for layer in layers] + [neurons_file(layer) for layer in in_mlps]
+
+
+def _observed(walk: Walk, recipe: Recipe) -> tuple[list[Layer], list[Layer]]:
+    """(the layers that are measured, those of them with MLPs from which neurons may go)."""
+    layers = [layer for layer in walk.every if observable(layer)]
+    return layers, [layer for layer in layers if layer.neurons] if recipe.compress.neurons else []
 
 
 @dataclass

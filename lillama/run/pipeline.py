@@ -40,6 +40,7 @@ from lillama.recipe.schema import Finetune, Quantize, Recipe
 from lillama.report import html, track
 from lillama.report.record import IN_TURN, PLACES, STAGES
 from lillama.run import curve, decided, fingerprint
+from lillama.run.common import Common
 from lillama.run.decided import PLAN
 from lillama.run.estimate import check_disk
 from lillama.run.forms import needed
@@ -87,20 +88,16 @@ class Run:
         progress: Progress,
         restart: bool = False,
         batches: list[dict[str, Tensor]] | None = None,
-        before: dict[str, Any] | None = None,
-        texts: Path | None = None,
+        common: Common | None = None,
     ) -> None:
-        """`before`: what another run's evaluation.before.json holds, of the same original.
-
-        `texts`: where runs share what their models write themselves.
-        """
+        """`common`: what it shares with other runs of the same original."""
         self.prepared, self.progress = prepared, progress
         self.recipe, self.source, self.plan = prepared.recipe, prepared.source, prepared.plan
         self.directory = RunDirectory(Path(self.recipe.run.out))
         self.restart = restart
         self.given = batches
-        self.before = before
-        self.texts = texts
+        self.common = common
+        self.identity: dict[str, Any] = {}  # its fingerprint, once its data is read
         self.details: dict[str, Any] = {}
 
     def execute(self) -> Result:
@@ -112,6 +109,7 @@ class Run:
         if self.restart or not (self.directory.path / "metrics.json").is_file():
             ranks.by_first(lambda: check_disk(self.prepared))
         new, held = self.fingerprint(batches), ranks.by_first(self.directory.held)
+        self.identity = new
         self.directory.open(new if held is None else fingerprint.like(new, held, Path(self.source.where)), self.restart)
         for remark in self.directory.remarks:
             self.progress.say(remark)
@@ -163,10 +161,10 @@ class Run:
         with progress.timed("learn forms"):
             learn_forms(needed(walk, self.plan, self.recipe), batches[0])
         if self.plan.provisional:
-            self.choose(sensitivity.measure_spectra(walk, self.directory, batches, self.recipe))
+            self.choose(self.sensitivity(walk, batches))
         job = Job(self.recipe, self.plan, self.source, device, self.directory, progress, batches)
         if job.needs.fisher and not job.is_done:
-            sensitivity.measure_spectra(walk, self.directory, batches, self.recipe)  # unless that was just done
+            self.sensitivity(walk, batches)  # unless that was just done
         if not job.is_done:
             remove_neurons(walk, self.directory, job.plan.layers)
         distill(job, points if ranks.is_first() else None)
@@ -174,6 +172,17 @@ class Run:
         self.directory.put_json(PLAN, self.plan.to_dict())
         with progress.timed("write"):
             self.write(job)
+
+    def sensitivity(self, walk: Walk, batches: list[dict[str, Tensor]]) -> Measured:
+        """What the predictions depend on, measured unless that was done before, here or by a run that shares it."""
+        files = sensitivity.measured_files(walk, self.recipe)
+        if self.common is not None and self.common.take(self.directory, self.identity, files):
+            self.progress.say("sensitivity: as another run of these measured it")
+            self.directory.event("taken_over", what="sensitivity")
+        found = sensitivity.measure_spectra(walk, self.directory, batches, self.recipe)
+        if self.common is not None:
+            self.common.leave(self.directory, self.identity, files)
+        return found
 
     def choose(self, measured: Measured) -> None:
         """Settle a provisional plan."""
@@ -200,7 +209,7 @@ class Run:
 
     def own_text(self) -> Path:
         """The file of what the model wrote itself; it writes now unless that is there, before the directory is open."""
-        own = OwnText(self.prepared, self.directory.path, self.progress, self.texts)
+        own = OwnText(self.prepared, self.directory.path, self.progress, self.common.texts if self.common else None)
         return ranks.by_first(lambda: written_first(own, self.directory, self.restart))
 
     def tokenizer(self) -> Any:
@@ -241,8 +250,9 @@ class Run:
                 return dict(held["metrics"])
         if not wanted and "evaluate" not in self.prepared.plugin.hooks:
             return {}
-        if when == "before" and self.before and self.before["evaluate"] == wanted:
-            self.directory.put_json(name, self.before)
+        shared = self.common.before if self.common else None
+        if when == "before" and shared and shared["evaluate"] == wanted:
+            self.directory.put_json(name, shared)
             return self.measure(when)
         with self.progress.timed(f"evaluate {when}"):
             self.progress.say(f"evaluating the {STAGES[when]} model")

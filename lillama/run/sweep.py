@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lillama.base.rundir import CALIBRATION, CHECKPOINTS, EVENTS, ORIGINAL, RESOLVED
+from lillama.base.rundir import CHECKPOINTS, EVENTS, ORIGINAL, RESOLVED
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Recipe
 from lillama.report.record import read_events
@@ -63,11 +63,12 @@ def run(sweep: Sweep, base: Path, progress: Progress, overrides: list[str] | Non
         if row.error:
             progress.say(f"failed: {row.error}")
         _write(sweep, found[:number])
+    shared.drop()
     return found
 
 
 class _Shared:
-    """What all runs of one original have in common, and is done once: unpacking it, measuring it, what it writes."""
+    """What all runs of one original have in common, and is done once: unpacking it, and what common.py shares."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -77,6 +78,7 @@ class _Shared:
         from lillama.base.progress import Progress
         from lillama.pretrained.locate import resolve
         from lillama.run import pipeline, prepare
+        from lillama.run.common import Common
 
         gguf = resolve(recipe.model)[1]
         if gguf:
@@ -85,10 +87,16 @@ class _Shared:
         key = json.dumps([prepared.source.identity(), str(prepared.source.dtype)], sort_keys=True)
         # A Progress of its own: it adds up the seconds of one run.
         own = Progress(progress.console)
-        pipeline.Run(prepared, own, False, None, self.before.get(key), self.out / CALIBRATION).execute()
+        pipeline.Run(prepared, own, common=Common(self.out, self.before.get(key))).execute()
         measured = Path(recipe.run.out) / "evaluation.before.json"
         if measured.is_file():
             self.before[key] = json.loads(measured.read_text())
+
+    def drop(self) -> None:
+        """Remove what no run needs once all are done."""
+        from lillama.run.common import Common
+
+        Common(self.out).drop()
 
     def _unpacked(self, recipe: Recipe, gguf: str) -> Recipe:
         from lillama.run import prepare
