@@ -45,7 +45,7 @@ storm: install
 	$(BIN)/python tests/faults/mutate_checkpoints.py 500
 
 # What measures something in a minute or two; others make models, or want data and an hour, and are run by hand.
-BENCHMARKS := $(filter-out benchmarks/train_% benchmarks/make_% benchmarks/quality.py benchmarks/serving.py benchmarks/frontier.py benchmarks/other_families.py benchmarks/gpu.py, $(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out benchmarks/train_% benchmarks/make_% benchmarks/quality.py benchmarks/serving.py benchmarks/frontier.py benchmarks/broad.py benchmarks/learning.py benchmarks/other_families.py benchmarks/gpu.py, $(wildcard benchmarks/*.py))
 
 bench: install
 	for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -9,7 +9,7 @@ mean KL divergence from the original, in nats per token, on text that is kept ou
 in --out, where the command goes on. Two cores take three to five minutes for sixty updates of SmolLM2-135M.
 
   adamw        AdamW on the two factors of every weight
-  averaged     the same, of which the mean of the last states is judged (moving, over about a tenth of the updates)
+  averaged     the same, of which the mean of all states is judged (finetune.average: 0.0)
   restarted    AdamW whose moments are forgotten four times
   orthonormal  AdamW on factors of which one has orthonormal columns at the start, not both the same size
   muon         Muon on the factors, AdamW on vectors
@@ -31,13 +31,14 @@ from typing import Any
 import torch
 from frontier import texts_of
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lillama
 from lillama.base import quiet
 from lillama.base.device import choose
 from lillama.data.text import token_blocks
+from lillama.finetune.average import Average
+from lillama.finetune.divided import learned_of
 from lillama.finetune.faster import quick_attention
 from lillama.finetune.loss import loss_of
 from lillama.lowrank.conversions import use_trainable_storage
@@ -134,11 +135,7 @@ def points(way: str, teacher: nn.Module, texts: Mapping[str, Tensor], args: argp
     name, _, given = way.partition(":")
     rate = float(given) if given else RATES.get(name, RATE)
     model, optimizers = learning(args.run / "model", name, rate)
-    average = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(max(0.0, 1 - 10 / args.updates)))
-        if name == "averaged"
-        else None
-    )
+    average = Average(learned_of(model), 1 if name == "averaged" else None)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     held = {place: ids for place, ids in texts.items() if place != "learned"}
     seconds = 0.0
@@ -153,15 +150,15 @@ def points(way: str, teacher: nn.Module, texts: Mapping[str, Tensor], args: argp
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if average is not None:
-                average.update_parameters(model)
+            average.add(update + 1)
             if name == "restarted" and (update + 1) % math.ceil(args.updates / 4) == 0:
                 forget(optimizers)
             seconds += time.perf_counter() - start
             if (update + 1) % math.ceil(args.updates / args.checks) == 0 or update + 1 == args.updates:
-                now = model if average is None else average.module
                 tokens = (update + 1) * ids.numel()
-                yield {"way": way, "tokens": tokens, "seconds": round(seconds, 1), **judged(now, teacher, held, args)}
+                with average.in_place():
+                    found = judged(model, teacher, held, args)
+                yield {"way": way, "tokens": tokens, "seconds": round(seconds, 1), **found}
 
 
 def blocks(given: tuple[str, str], tokens: int, tokenizer: Any, args: argparse.Namespace) -> Tensor:
