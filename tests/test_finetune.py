@@ -132,6 +132,19 @@ def test_a_stopped_finetuning_goes_on_to_the_same_end(tmp_path, monkeypatch, sec
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["weights", "adapters"])
+def test_an_anchor_goes_back_by_its_share(tmp_path, lora):
+    """Everything learned is three quarters of the way that it would have gone, in what is stored as it learns."""
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    common = {"compress": {"storage": "factors"}, "steps": 4, "lora": lora}
+    far = load(pipeline.compress(text_recipe(tmp_path / "a", **common)).path).state_dict()
+    near = load(pipeline.compress(text_recipe(tmp_path / "b", anchor=0.25, **common)).path).state_dict()
+    began = load(tmp_path / "a" / "run" / "model").state_dict()
+    assert any(not torch.equal(far[name], began[name]) for name in far)
+    for name, state in near.items():
+        torch.testing.assert_close(state, far[name].lerp(began[name], 0.25), rtol=1e-5, atol=1e-6)
+
+
 def test_hours_limit_the_speech(tmp_path):
     from lillama_whisper.data import finetune_examples
 

@@ -1,7 +1,8 @@
-"""The mean of the states that a fine-tuning goes through, which is judged and kept in place of the last one.
+"""The mean of the states that a fine-tuning goes through, which is judged and kept in place of the last one; an anchor.
 
 Updates of a few hundred tokens leave noise in every number. The mean has less of it, and is nearer to where the model
-began: what it was not taught suffers less (docs/results/quality.md; arXiv 1803.05407 for networks in general).
+began: what it was not taught suffers less (docs/results/quality.md; arXiv 1803.05407 for networks in general). The
+anchor goes further that way (arXiv 2109.01903).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
@@ -60,3 +61,22 @@ class Average:
             yield
         finally:
             self.swap()
+
+
+class Anchor:
+    """What learns of a model, as it is now, to which a `share` of the way is gone back in the end; None: nothing is."""
+
+    def __init__(self, model: nn.Module, share: float | None) -> None:
+        self.share = share
+        self.began: dict[str, Tensor] = {}
+        if share is not None:
+            # By name: adapters leave the parameters that they were merged into, not those that were there.
+            self.began = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def go_back(self, model: nn.Module) -> None:
+        """Move every parameter back by the share."""
+        if self.share is not None:
+            parameters = dict(model.named_parameters())
+            for name, began in self.began.items():
+                parameters[name].lerp_(began, self.share)

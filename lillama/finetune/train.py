@@ -20,6 +20,7 @@ from lillama.checkpoint import write as checkpoint
 from lillama.checkpoint.seal import seal
 from lillama.errors import DistillationError, LillamaError
 from lillama.finetune import adapters, resume
+from lillama.finetune.average import Anchor
 from lillama.finetune.data import Examples, split, updates
 from lillama.finetune.divided import gather
 from lillama.finetune.faster import quick_attention
@@ -47,9 +48,9 @@ def finished(directory: RunDirectory, section: Finetune) -> bool:
 def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> None:
     """Train `model` (float32, on the CPU) in place to the state with the best held-out loss.
 
-    With `lora`, adapters are trained and merged into it. `teacher` is the original where the section wants its
-    predictions, else None. Continues from the last whole checkpoint of the trainer in the run directory. Raises
-    DistillationError when a loss is not finite.
+    With `anchor`, it then goes back by that share. With `lora`, adapters are trained and merged into it. `teacher` is
+    the original where the section wants its predictions, else None. Continues from the last whole checkpoint of the
+    trainer in the run directory. Raises DistillationError when a loss is not finite.
     """
     if not examples:
         raise LillamaError("the data gives no example", where="finetune.dataset")
@@ -60,6 +61,7 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
     torch.manual_seed(section.seed)  # of adapters, which are drawn
     kept = use_trainable_storage(model)
     freeze(model, section.freeze)
+    anchor = Anchor(model, section.anchor)
     learner = model if section.lora is None else adapters.attach(model, section.lora)
     parts = split(examples, section.holdout, torch.Generator().manual_seed(section.seed))
     total = section.steps or updates(len(parts[0]), section)
@@ -76,6 +78,7 @@ def finetune(model: Any, teacher: Any, examples: Examples, setting: Setting) -> 
         raise DistillationError("no held-out loss was finite", where="finetune", hint=SLOWER)
     if learner is not model:
         adapters.merge(learner)
+    anchor.go_back(model)
     store_each(model, kept)
 
 

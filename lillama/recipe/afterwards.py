@@ -66,6 +66,13 @@ class Finetune(Section):
         description="Judge and keep the mean of the states after this share of the updates, not the last one: it has "
         "less noise, and unlearns less of what the data does not show; null: the state itself.",
     )
+    anchor: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="In the end go back by this share of the way to where training began: what the data shows loses a "
+        "little, what it does not show suffers less; null: stay.",
+    )
     lora: Lora | None = Field(None, description="Train adapters (LoRA, by peft) instead of the parameters themselves.")
     freeze: list[str] | None = Field(
         None, description="Globs of parameters that stay as they are; null: the encoder, where there is one."

@@ -120,6 +120,7 @@ def _finetuning_bytes(run: Counts) -> int:
     weights = (
         4 * whole
         + (12 if section.average is None else 16) * trained
+        + (0 if section.anchor is None else 4 * (trained if section.lora is None else whole))
         + (run.plan.before * source.working.itemsize if section.teacher else 0)
     )
     if run.device.device.type == "cpu":
