@@ -9,7 +9,7 @@ Embedding, ranks and neurons are in one budget; then the whole model learns the 
 and the text for three, of whose states the mean is kept. A seed is that of everything: what is written, which text is
 taken in which order, which tokens are measured. Sizes of one seed share what is measured. Results are kept in --out,
 where the command goes on; in the end a table has the median over the seeds, the least and the most, each over what the
-original has. Seven minutes of one core write the text of a seed, twenty measure, and 600 updates take half an hour for
+original has. Seven minutes of one core write the text of a seed, twelve measure, and 600 updates take half an hour for
 each size; two go side by side (two commands with other --seeds and the same --out).
 """
 

@@ -75,6 +75,32 @@ def test_a_run_that_measures_otherwise_takes_nothing(tmp_path: Path, other: dict
     second.close()
 
 
+def test_two_runs_that_measured_the_same_at_once_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one leaves its files while this one is about to."""
+    common, about = Common(tmp_path), identity(reduction=0.4)
+    directory = opened(tmp_path / "second", about)
+    for file in FILES:
+        directory.put_tensors(file, {"input": torch.zeros(8, 8)})
+    link = os.link
+    others: list[dict[str, torch.Tensor]] = []
+    begun: list[Any] = []
+
+    def meanwhile(*given: Any) -> None:
+        if not begun:
+            begun.append(given)
+            others.append(measured(tmp_path, common))
+        link(*given)
+
+    monkeypatch.setattr(os, "link", meanwhile)
+    common.leave(directory, about, FILES)
+    assert [path.name for path in (tmp_path / "sensitivity").iterdir()] == [common._measured(about).name]
+    third = opened(tmp_path / "third", about)
+    assert common.take(third, about, FILES)
+    assert torch.equal(third.tensors(FILES[0])["input"], others[0]["input"])
+    directory.close()
+    third.close()
+
+
 def test_files_that_are_not_all_there_are_not_taken(tmp_path: Path) -> None:
     common = Common(tmp_path)
     measured(tmp_path, common)

@@ -77,7 +77,11 @@ class Common:
         try:
             for file in files:
                 _link(directory.path / file, temporary / Path(file).name)
-            temporary.rename(shared)
+            try:
+                temporary.rename(shared)
+            except OSError:
+                if not shared.exists():  # another run left the same meanwhile
+                    raise
             sync_directory(shared.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
