@@ -56,9 +56,10 @@ BOOKKEEPING = frozenset((LOCK, OWNER, CALIBRATION, manifest.NAME, manifest.COPY)
 # What a process that was killed leaves: files and folders not yet renamed, best states of layers that were learning.
 LEFTOVERS = (".*.part", "*/.*.part", "best.[0-9]*.safetensors", "best.[0-9]*.initial")
 
+FISHER = "sensitivity"  # the folder of what sensitivity.py finds
 # In progress until the checkpoint is there: finished files, and folders of what is not.
-WORK = ("init/", "sensitivity/", "snapshot.safetensors")
-WORK_FOLDERS = ("streams", "sensitivity/streams")
+WORK = ("init/", f"{FISHER}/", "snapshot.safetensors")
+WORK_FOLDERS = ("streams", f"{FISHER}/streams")
 
 
 def last_checkpoint(path: Path) -> Path | None:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from lillama.base import ranks, shares
 from lillama.base.device import factorising
-from lillama.base.rundir import RunDirectory
+from lillama.base.rundir import FISHER, RunDirectory
 from lillama.base.threads import side_by_side
 from lillama.contract import Layer, Neurons, relative
 from lillama.factorise.initialisers import INPUT_RIDGE, OUTPUT_RIDGE, fisher_spectrum, regularised, through
-from lillama.factorise.statistics import FISHER, narrow_file, read_fisher
+from lillama.factorise.statistics import narrow_file, read_fisher
 from lillama.lowrank.swap import dense
 from lillama.plan.budget import Narrowing
 from lillama.pretrained.walk import Walk

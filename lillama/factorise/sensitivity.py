@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from lillama.base import memory, ranks
 from lillama.base.device import send
-from lillama.base.rundir import RunDirectory
+from lillama.base.rundir import FISHER, RunDirectory
 from lillama.contract import Layer
 from lillama.factorise.inputs import MoreInputs, kept_bytes, split
 from lillama.factorise.kfac import Listener
 from lillama.factorise.neurons import Known, Widths, neurons_file, read_narrowings
-from lillama.factorise.statistics import FISHER, fisher_file, read_fisher, write_fisher
+from lillama.factorise.statistics import fisher_file, read_fisher, write_fisher
 from lillama.plan.budget import Measured
 from lillama.plan.plan import observable, rank_multiple
 from lillama.pretrained.calls import Batch, Batches, arguments, run_model, stand_in

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lillama.base.device import Device
-from lillama.base.rundir import RunDirectory
+from lillama.base.rundir import FISHER, RunDirectory
 from lillama.contract import Layer
 from lillama.factorise import embedding
 from lillama.factorise.known import FisherFactors, Known, WeightStatistics
 from lillama.plan.plan import Plan
 from lillama.pretrained.calls import Batches
-
-FISHER = "sensitivity"  # the folder of what sensitivity.py finds
 
 
 def fisher_file(layer: Layer) -> str:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lillama.finetune.divided import learned_of
+
 
 class Average:
     """The mean of what `learned` was after every update from number `begin` on; None: of none.
@@ -67,16 +69,12 @@ class Anchor:
     """What learns of a model, as it is now, to which a `share` of the way is gone back in the end; None: nothing is."""
 
     def __init__(self, model: nn.Module, share: float | None) -> None:
-        self.share = share
-        self.began: dict[str, Tensor] = {}
-        if share is not None:
-            # By name: adapters leave the parameters that they were merged into, not those that were there.
-            self.began = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.share = share or 0.0
+        # By name: adapters leave the parameters that they were merged into, not those that were there.
+        self.began = {name: p.detach().clone() for name, p in learned_of(model).items()} if share else {}
 
     @torch.no_grad()
     def go_back(self, model: nn.Module) -> None:
         """Move every parameter back by the share."""
-        if self.share is not None:
-            parameters = dict(model.named_parameters())
-            for name, began in self.began.items():
-                parameters[name].lerp_(began, self.share)
+        for name, began in self.began.items():
+            model.get_parameter(name).lerp_(began, self.share)

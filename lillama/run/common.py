@@ -16,8 +16,7 @@ from typing import Any
 
 from lillama.base import ranks
 from lillama.base.files import checksum, sync_directory
-from lillama.base.rundir import CALIBRATION, RunDirectory
-from lillama.factorise.statistics import FISHER
+from lillama.base.rundir import CALIBRATION, FISHER, RunDirectory
 
 # Of what a recipe says of compressing, what no measurement depends on: it says what becomes of it. Of how layers learn
 # none depends on anything but how the text is put into batches.

@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lillama.base.rundir import CHECKPOINTS, EVENTS, ORIGINAL, RESOLVED
+from lillama.base.rundir import CHECKPOINTS, EVENTS, FISHER, ORIGINAL, RESOLVED
 from lillama.errors import LillamaError
 from lillama.recipe.schema import Recipe
 from lillama.report.record import read_events
@@ -94,9 +94,10 @@ class _Shared:
 
     def drop(self) -> None:
         """Remove what no run needs once all are done."""
-        from lillama.run.common import Common
+        if (self.out / FISHER).is_dir():  # else torch need not be imported to say so
+            from lillama.run.common import Common
 
-        Common(self.out).drop()
+            Common(self.out).drop()
 
     def _unpacked(self, recipe: Recipe, gguf: str) -> Recipe:
         from lillama.run import prepare
