@@ -15,8 +15,10 @@ from lillama.run.common import Common
 FILES = ["sensitivity/model.layers.0.safetensors", "sensitivity/model.layers.1.safetensors"]
 
 
-def identity(seed: int = 0, **compress: Any) -> dict[str, Any]:
+def identity(seed: int = 0, quantize: dict[str, Any] | None = None, **compress: Any) -> dict[str, Any]:
     recipe = {"compress": {"fisher_tokens": 64, **compress}, "distill": {"batch_size": 2}, "run": {"seed": seed}}
+    if "size" in compress:  # without, the fingerprint has no such section
+        recipe["quantize"] = quantize
     return {"recipe": recipe, "data": "1234"}
 
 
@@ -73,6 +75,17 @@ def test_a_run_that_measures_otherwise_takes_nothing(tmp_path: Path, other: dict
     assert not common.take(second, other, FILES)
     assert not any(second.has(file) for file in FILES)
     second.close()
+
+
+def test_numbers_of_bytes_share_what_is_measured_for_groups_of_one_size() -> None:
+    def key(size: float, **quantize: Any) -> str:
+        return Common(Path())._measured(identity(size=size, quantize=quantize or None)).name
+
+    alike = {key(0.25, group_size=32, bits=4), key(0.2, group_size=32, bits=4), key(0.2, group_size=32, bits="auto")}
+    assert len(alike) == 1
+    assert key(0.25, group_size=64, bits=4) not in alike
+    # Without few bits nothing of them is measured: as where a share of the parameters is given.
+    assert {key(0.5), key(0.6)} == {Common(Path())._measured(identity(reduction=0.2)).name} and key(0.5) not in alike
 
 
 def test_two_runs_that_measured_the_same_at_once_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,14 @@ def test_sizes_share_one_measurement_and_end_as_if_alone(home: Path) -> None:
     assert weights(home / "alone", "reduction=0.3,storage=pivoted") == shared
 
 
+def test_numbers_of_bytes_share_one_measurement(home: Path) -> None:
+    few = ["compress.reduction=null", "compress.init=fisher", "compress.strategy=fisher", "distill.epochs=0"]
+    few += ["compress.of=model", "quantize.what=all", "quantize.group_size=32"]
+    axes = {"compress.size": [0.3, 0.25], "quantize.bits": ["auto", 4]}
+    assert cli.main(["sweep", str(write(home, axes=axes, set=few))]) == 0
+    assert sensitivities(home) == ["measured", "taken", "taken", "taken"]
+
+
 @pytest.mark.parametrize(
     "axes", [{"compress.fisher_tokens": [32, 64]}, {"run.seed": [0, 1]}, {"calibration.tokens": [80, 160]}]
 )

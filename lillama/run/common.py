@@ -92,8 +92,13 @@ class Common:
     def _measured(self, fingerprint: dict[str, Any]) -> Path:
         """Where what was measured by runs like this one is."""
         recipe = dict(fingerprint["recipe"])
-        recipe["compress"] = {k: v for k, v in recipe["compress"].items() if k not in NOT_IN_THE_MEASUREMENT}
+        compress = {key: value for key, value in recipe["compress"].items() if key not in NOT_IN_THE_MEASUREMENT}
+        # Where bytes are given, what few bits would cost is measured too, for groups of the recipe's size: how many
+        # bytes, and of which widths, is for the ranks to know.
+        by_bytes = compress.pop("size", None) is not None
+        recipe["compress"] = compress
         recipe["distill"] = recipe["distill"]["batch_size"]
+        recipe["quantize"] = (recipe.get("quantize") or {}).get("group_size") if by_bytes else None
         return self.place / FISHER / checksum({**fingerprint, "recipe": recipe})[:16]
 
 
