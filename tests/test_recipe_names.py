@@ -64,6 +64,27 @@ def test_a_wrong_set_is_named(override: str, message: str) -> None:
     assert message in str(refused(text, override))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compress.rank_multiple=some", "input should be 'auto' or a valid integer, not \"some\""),
+        ("compress.rank_multiple=0", "input should be greater than or equal to 1, not 0"),
+        ("calibration.filter={a: {}}", "input should be a valid string or a valid integer or a valid list, not {}"),
+        ("calibration.filter={a: [{}]}", "input should be a valid string or a valid integer, not {}"),
+        ("calibration.generate.temperature=hot", 'input should be a valid number or a valid list, not "hot"'),
+        ("calibration.generate.temperature=[1, 0]", "input should be greater than 0, not 0"),
+        ("calibration.generate.temperature=[]", "list should have at least 1 item after validation, not 0, not []"),
+    ],
+)
+def test_a_value_that_may_be_given_in_several_ways_gets_one_complaint(override: str, message: str) -> None:
+    assert str(refused(MINIMAL, override)).splitlines()[0] == f"--set {override}: {message}"
+
+
+def test_a_complaint_about_one_of_several_ways_names_the_key_alone() -> None:
+    text = MINIMAL.replace("dataset: text.txt", "dataset: text.txt\n  filter: {a: [b, {}]}")
+    assert "calibration.filter.a.1: input" in str(refused(text))
+
+
 # Names
 
 

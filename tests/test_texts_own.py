@@ -107,10 +107,26 @@ def test_a_model_whose_predictions_are_not_finite_writes_nothing(model_dir):
 
 def test_tokens_are_drawn_by_their_chance_and_the_temperature():
     scores = torch.tensor([0.0, 1.0, 2.0, -torch.inf]).expand(30_000, 4)
-    drawn = writing.Drawn(0.5, 0, torch.device("cpu"))
+    drawn = writing.Drawn(torch.tensor(0.5), 0, torch.device("cpu"))
     shares = torch.bincount(drawn(torch.zeros(30_000, 1), scores).argmax(-1), minlength=4) / 30_000
     torch.testing.assert_close(shares, (scores[0] / 0.5).softmax(-1), rtol=0, atol=0.02)
     assert drawn.finite
+
+
+def test_several_temperatures_are_taken_in_turn_by_the_texts_of_every_kind(model_dir, tmp_path):
+    """At next to nothing all texts of one beginning are the same; at 2 they are not."""
+    found = rows(own(model_dir, tmp_path / "run", temperature=[1e-5, 2.0]).path())
+    for kind in ("user", "start"):
+        texts = [row["text"] for row in found if row["begin"] == kind]
+        assert len(set(texts[0::2])) == 1 and len(set(texts[1::2])) > 3
+    # Each of several beginnings meets every temperature.
+    for count in (1, 2, 3, 91):
+        how = writing.Writing(tokens=1, temperatures=(1.0, 1.2))
+        met = {(number % count, how.temperature(number, count)) for number in range(2 * count)}
+        assert len(met) == 2 * count
+    # One of a list is one alone.
+    alone = own(model_dir, tmp_path / "alone", temperature=1.5).path().read_bytes()
+    assert own(model_dir, tmp_path / "list", temperature=[1.5]).path().read_bytes() == alone
 
 
 def test_writing_that_was_stopped_goes_on_with_its_round_to_the_same_text(model_dir, tmp_path, rounds_written):
@@ -169,7 +185,7 @@ def test_texts_begin_with_openings_of_which_the_tokenizer_has_all_words(model_di
 def test_what_stands_before_a_shorter_prompt_is_not_of_its_text(model_dir):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
-    how = writing.Writing(tokens=24, length=12, batch=2, temperature=0.001)
+    how = writing.Writing(tokens=24, length=12, batch=2, temperatures=(0.001,))
     this = writing.Round(0, "prompts", 0, 2)
     short, long = writing.write_round(model, tokenizer(), [[5], [4, 5, 6, 7]], how, this)
     alone = writing.write_round(model, tokenizer(), [[5]], how, writing.Round(0, "prompts", 0, 1))

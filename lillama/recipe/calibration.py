@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,6 +16,7 @@ OF_ONE = ("config", "split", "column", "filter", "rows")  # what belongs to the 
 REFUSED = "refused"  # the type of a complaint about keys that do not go together
 
 
+Temperature = Annotated[float, Field(gt=0)]
 Beginning = Literal["user", "start", "openings"]
 BEGINNINGS: tuple[Beginning, ...] = ("user", "start", "openings")
 
@@ -51,7 +52,10 @@ class Generate(Section):
     )
     length: int = Field(512, ge=2, description="Tokens of every text; at most the model's positions.")
     batch: int = Field(32, ge=1, description="Texts that are written at once.")
-    temperature: float = Field(1.0, gt=0, description="The predictions are divided by this; 1: as they are.")
+    temperature: Temperature | Annotated[list[Temperature], Field(min_length=1)] = Field(
+        1.0,
+        description="The predictions are divided by this; 1: as they are. A list: texts take them in turn.",
+    )
     begin: list[Beginning] = Field(
         default_factory=lambda: list(BEGINNINGS),
         description="How texts begin, of each kind as many: user (as the chat template begins a user's turn, where "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, get_args
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -77,6 +79,8 @@ _HINTS = {
 _MAPPING_TYPES = ("model_type", "dict_type", "model_attributes_type")
 
 
+SHOULD_BE = "Input should be "  # how most of pydantic's complaints begin
+NOT_OF_THE_TYPE = ("_type", "_parsing", "literal_error")
 MOST = 20  # complaints that are told of one recipe: a hint takes longer than most people read
 
 
@@ -84,10 +88,58 @@ def explained(
     error: ValidationError, prefix: Path_, origin: Origin, top: type[BaseModel], schema: type[BaseModel]
 ) -> list[LillamaError]:
     """The complaints of pydantic's about what stands at `prefix`, the first of them where they are many."""
-    problems = error.errors()
+    problems = list(_less_alternatives(error.errors(), schema))
     told = [explain(problem, prefix, origin, top, schema) for problem in problems[:MOST]]
     rest = len(problems) - len(told)
     return [*told, LillamaError(f"and {rest} more")] if rest else told
+
+
+def _less_alternatives(problems: Iterable[ErrorDetails], schema: type[BaseModel]) -> Iterator[ErrorDetails]:
+    """One complaint where a value may be given in several ways, of each of which pydantic has its own.
+
+    That of the way whose type fits; where there is none, those of all are joined: "a valid number or a valid list".
+    """
+    for _, group in itertools.groupby(problems, key=lambda problem: _place(problem["loc"], schema)[1]):
+        alike = [problem.copy() for problem in group]
+        for problem in alike:
+            problem["loc"] = _place(problem["loc"], schema)[0]
+        deepest = max(len(problem["loc"]) for problem in alike)
+        best = [problem for problem in alike if len(problem["loc"]) == deepest]
+        best = [problem for problem in best if not problem["type"].endswith(NOT_OF_THE_TYPE)] or best
+        if len(best) > 1 and all(problem["loc"] == best[0]["loc"] for problem in best):
+            said = dict.fromkeys(problem["msg"].removeprefix(SHOULD_BE) for problem in best)
+            best = best[:1]
+            best[0]["msg"], best[0]["type"] = SHOULD_BE + " or ".join(said), "alternatives"
+        yield from best
+
+
+def _place(loc: Path_, schema: Any) -> tuple[Path_, Path_]:
+    """(where a complaint is, without pydantic's names for alternatives; where those were to choose from, if any)."""
+    path: Path_ = ()
+    chosen: Path_ | None = None
+    ways = _ways(schema)
+    for key in loc:
+        if len(ways) > 1:  # then the key is the name of one of them, and what is below it is a list's
+            chosen = path if chosen is None else chosen
+            ways = [way for way in ways if get_origin(way) is list][:1]
+            continue
+        path = (*path, key)
+        kind = ways[0] if ways else None
+        if isinstance(kind, type) and not get_args(kind) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(str(key))
+            ways = _ways(field.annotation) if field else []
+        else:
+            ways = _ways((get_args(kind) or (None,))[-1])  # what a list or a mapping holds
+    return path, loc if chosen is None else chosen
+
+
+def _ways(kind: Any) -> list[Any]:
+    """The types that a value of `kind` may have, null aside."""
+    if get_origin(kind) is Annotated:
+        return _ways(get_args(kind)[0])
+    if get_origin(kind) not in (Union, UnionType):
+        return [kind]
+    return [way for given in get_args(kind) if given is not type(None) for way in _ways(given)]
 
 
 def explain(

@@ -42,24 +42,30 @@ class Round:
 
 @dataclass(frozen=True)
 class Writing:
-    """How much is written, and how: tokens in all, tokens of one text, texts at once, temperature, seed."""
+    """How much is written, and how: tokens in all, tokens of one text, texts at once, temperatures in turn, seed."""
 
     tokens: int
     length: int = 512
     batch: int = 32
-    temperature: float = 1.0
+    temperatures: tuple[float, ...] = (1.0,)
     seed: int = 0
 
     @classmethod
     def of(cls, section: Generate, tokens: int, most: int | None) -> Writing:
         """What a recipe says; no text is longer than `most` positions."""
         length = min(section.length, most or section.length)
-        return cls(tokens, length, section.batch, section.temperature, section.seed)
+        given = section.temperature
+        temperatures = tuple(given) if isinstance(given, list) else (given,)
+        return cls(tokens, length, section.batch, temperatures, section.seed)
 
     @property
     def texts(self) -> int:
         """How many texts there will be."""
         return max(1, -(-self.tokens // self.length))
+
+    def temperature(self, number: int, beginnings: int) -> float:
+        """That of a kind's text of this number: in turn, so that each of so many beginnings meets all of them."""
+        return self.temperatures[(number % beginnings + number // beginnings) % len(self.temperatures)]
 
 
 def rounds(writing: Writing, kinds: Sequence[str]) -> list[Round]:
@@ -81,12 +87,14 @@ def rounds(writing: Writing, kinds: Sequence[str]) -> list[Round]:
 def write_round(model: Any, tokenizer: Any, begin: list[list[int]], writing: Writing, this: Round) -> list[str]:
     """The texts of one round, whatever was written before it: `writing.length` tokens each, special ones kept."""
     model.generation_config = _greedy(tokenizer)
-    chosen = [begin[(this.first + i) % len(begin)] for i in range(this.texts)]
+    numbers = range(this.first, this.first + this.texts)
+    chosen = [begin[number % len(begin)] for number in numbers]
+    temperatures = torch.tensor([writing.temperature(number, len(begin)) for number in numbers], device=model.device)
     longest = max(map(len, chosen))
     pad = model.generation_config.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(one)) + one for one in chosen], device=model.device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in chosen], device=model.device)
-    drawn = Drawn(writing.temperature, int(checksum([writing.seed, this.number])[:15], 16), model.device)
+    drawn = Drawn(temperatures[:, None], int(checksum([writing.seed, this.number])[:15], 16), model.device)
     with torch.inference_mode():
         new = max(1, writing.length - longest)
         written = model.generate(ids, attention_mask=mask, max_new_tokens=new, logits_processor=[drawn])
@@ -162,13 +170,13 @@ def _greedy(tokenizer: Any) -> GenerationConfig:
 
 
 class Drawn(LogitsProcessor):
-    """Draws the next token of every text by its chance, and puts it above all others.
+    """Draws the next token of every text by its chance at its temperature [texts, 1], and puts it above all others.
 
     The sampling of `generate` draws a number for every token of the vocabulary, which on a processor took a fifth of
     the time of SmolLM2-135M's writing.
     """
 
-    def __init__(self, temperature: float, seed: int, device: torch.device) -> None:
+    def __init__(self, temperature: Tensor, seed: int, device: torch.device) -> None:
         self.temperature = temperature
         self.generator = torch.Generator(device).manual_seed(seed)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # whether all that was drawn had a chance
