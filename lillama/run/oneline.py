@@ -15,6 +15,7 @@ from lillama.recipe.schema import RUN_OUT
 # (docs/results/quality.md).
 LEARNS_WHOLE = 1_000_000_000
 NEURONS = 0.5  # the largest share of an MLP's neurons that may go (docs/results/quality.md)
+MOST_UPDATES = 480  # the text once, as long as it is shorter than this
 HELD_OUT = 0.1  # of the text, to measure on
 MOSTLY_TABLE = 1 / 3  # of the parameters: then the blocks alone would have to give too much (docs/results/gemma.md)
 
@@ -63,11 +64,11 @@ def recipe_of(asked: Asked, parameters: int, embedding: bool = False, neurons: b
         settings["distill"] = {"epochs": 0, "batch_size": 2}
         settings["finetune"] = {
             "teacher": 1.0,
-            "steps": max(10, min(120, tokens // 1024)),
+            "steps": max(10, min(MOST_UPDATES, tokens // (4 * 128))),
             "sequence_length": 128,
             "batch_size": 4,
-            "learning_rate": 2e-5,
-            "vector_learning_rate": 1e-3,
+            "learning_rate": 4e-5,
+            "average": 0.0,
             "lr_schedule": "cosine",
             "warmup": 0.05,
             "freeze": [] if embedding else ["*embed*"],
