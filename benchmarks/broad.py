@@ -30,15 +30,13 @@ from typing import Any
 import torch
 from filelock import FileLock
 from frontier import texts_of
+from quality import pieces
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lillama
 from lillama.base import quiet
 from lillama.base.progress import Progress
 from lillama.base.rundir import FINETUNED, MODEL, ORIGINAL
-from lillama.data.render import render_rows
-from lillama.data.rows import is_lines, load_rows
-from lillama.data.stream import CHARACTERS_PER_TOKEN, chunks
 from lillama.evaluate.context import Context
 from lillama.evaluate.perplexity import perplexity
 from lillama.recipe.schema import Generate
@@ -54,7 +52,7 @@ GRADIENTS, INPUTS = 3 / 16, 6 / 16  # of all tokens
 SPARE = 1.125  # text that is read back may have fewer tokens than were written
 RATES = {0.2: 4e-5, 0.4: 1e-4}
 AVERAGED = {0.2: 0.0, 0.4: 0.2}  # the smaller it is to be, the longer the first states are no good
-COMPRESS = {  # as measured
+COMPRESS = {
     "of": "model",
     "strategy": "fisher",
     "init": "fisher",
@@ -122,10 +120,7 @@ def mixed(weights: dict[str, float], tokens: int, tokenizer: Any, seed: int, fil
     chance = random.Random(seed)
     found: list[str] = []
     for place, weight in weights.items():
-        rows = load_rows(place, split="train", where="--data")
-        texts = render_rows(rows, tokenizer, None, "--data")
-        pieces = chunks(texts, CHARACTERS_PER_TOKEN * LENGTH) if is_lines(rows) else texts
-        every = [text for text in pieces if text.strip()]
+        every = [text for text in pieces(place, tokenizer, LENGTH, "--data") if text.strip()]
         chance.shuffle(every)
         left = SPARE * tokens * weight / sum(weights.values())
         for text in itertools.cycle(every):  # what is short is taken again

@@ -25,7 +25,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,18 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def pieces(file: str, tokenizer: Any, length: int, where: str) -> Iterator[str]:
+    """The texts of a file; lines of one text are put into pieces of about `length` tokens."""
+    rows = dataset.load_rows(file, split="train", where=where)
+    texts = render.render_rows(rows, tokenizer, None, where)
+    return chunks(texts, CHARACTERS_PER_TOKEN * length) if dataset.is_lines(rows) else texts
+
+
 def mixed(files: list[str], target: Path, length: int) -> None:
     """All files as rows of text of about a sequence's length, for one shuffle to mix."""
     with target.open("w", encoding="utf-8") as out:
         for file in files:
-            rows = dataset.load_rows(file, split="train", where="--calibrate")
-            texts = render.render_rows(rows, None, None, "--calibrate")
-            if dataset.is_lines(rows):
-                texts = iter(chunks(texts, CHARACTERS_PER_TOKEN * length))
-            for text in texts:
+            for text in pieces(file, None, length, "--calibrate"):
                 out.write(json.dumps({"text": text}) + "\n")
 
 
