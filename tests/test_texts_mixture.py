@@ -8,7 +8,7 @@ from conftest import tokenizer
 
 from lillama.data.text import token_blocks
 from lillama.errors import LillamaError
-from lillama.finetune.data import text_examples
+from lillama.finetune.data import SHARE, text_examples
 from lillama.recipe.calibration import Calibration
 from lillama.recipe.schema import Finetune, Recipe
 
@@ -103,6 +103,50 @@ def test_fine_tuning_learns_from_the_same_mixture(home):
     assert len(more) == 24  # of other length, and more of them
     own = text_examples(tokenizer(), recipe, Finetune(sequence_length=16, dataset=str(home / "ran.txt"), tokens=64))
     assert words_of([example["input_ids"] for example in own]) == [{RAN}] * 4
+
+
+def shares_of(examples):
+    """The share of every example, by what it says."""
+    return {min(words): float(one.get(SHARE, -1)) for one in examples for words in words_of([one["input_ids"]])}
+
+
+def test_what_the_model_wrote_is_learned_from_its_predictions_alone(home, tmp_path):
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"text": "' + "ran " * 100 + '"}\n')
+    given = {"dataset": str(home / "cat.txt"), "generate": {"weight": 3}, "sequence_length": 16, "tokens": 64}
+    given = {"model": {"id": "m"}, "compress": {"reduction": 0.1}, "calibration": given, "run": {"out": "o"}}
+    recipe = Recipe.parse(given)
+
+    def learned(**options):
+        section = Finetune.model_validate({"sequence_length": 16} | options)
+        return shares_of(text_examples(tokenizer(), recipe, section, lambda: own))
+
+    assert learned(teacher=0.75) == {CAT: 0.75, RAN: 1.0}
+    assert learned(teacher=1.0) == learned() == {CAT: -1, RAN: -1}  # all alike, and no teacher at all
+    recipe = Recipe.parse(given | {"calibration": {"generate": {}, "sequence_length": 16, "tokens": 64}})
+    assert learned(teacher=0.75) == {RAN: 1.0}
+    elsewhere = [{"dataset": str(home / "cat.txt")}, {"dataset": str(home / "sat.txt"), "teacher": 0.5}]
+    assert learned(teacher=0.75, datasets=elsewhere, tokens=64) == {CAT: 0.75, SAT: 0.5}
+    section = Finetune.model_validate({"datasets": elsewhere, "tokens": 64, "sequence_length": 16})
+    assert section.taught and section.shares(recipe.calibration) == [0.0, 0.5]
+    assert section.taught_alone().shares(recipe.calibration) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("{dataset: a, datasets: [{dataset: b}], tokens: 9999}", "both dataset and datasets"),
+        ("{datasets: [{dataset: b}]}", "a mixture needs tokens"),
+        ("{datasets: [{dataset: b}], tokens: 9999, split: dev}", "split belongs to a dataset, and datasets"),
+        ("{datasets: [{dataset: b, teacher: 2}], tokens: 9999}", "finetune.datasets.0.teacher: input should be less"),
+        ("{datasets: [{dataset: b, techer: 1}], tokens: 9999}", "Did you mean 'teacher'"),
+    ],
+)
+def test_what_does_not_go_together_in_training_is_refused(given, said):
+    text = f"model: {{id: m}}\ncompress: {{reduction: 0.1}}\nrun: {{out: o}}\nfinetune: {given}\n"
+    with pytest.raises(LillamaError) as caught:
+        Recipe.parse(text + "calibration: {dataset: a}\n")
+    assert said in str(caught.value) and "recipe:4" in str(caught.value)
 
 
 @pytest.mark.parametrize(

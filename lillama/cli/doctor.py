@@ -140,7 +140,9 @@ def _lacks(recipe: Any) -> list[str]:
             lacks.append(f"needs the hub for the model {where}")
     except LillamaError as error:
         lacks.append(error.what)
-    for dataset in (part.dataset for part in recipe.calibration.parts):
+    datasets = [part.dataset for part in recipe.calibration.parts]
+    datasets += recipe.finetune.named_data.values() if recipe.finetune is not None else ()
+    for dataset in datasets:
         if dataset.startswith("package:"):
             if importlib.util.find_spec(dataset.removeprefix("package:").partition(".")[0]) is None:
                 lacks.append(f"needs the module {dataset}")

@@ -29,18 +29,35 @@ def token_blocks(
 ) -> Tensor:
     """The calibration text as int64 blocks [N, sequence_length], at most `calibration.tokens` in all.
 
-    What becomes of one source is said at `stream_blocks`. A mixture has exactly tokens // sequence_length blocks,
-    shared out by weight (rounded down, the rest to the largest remainders), every block of one source alone, and all
-    of them shuffled by `seed`. `own` is asked for the model's own text once all data sets were read.
-    Raises LillamaError where a source has less than its share, or if there is not one block.
+    See `sourced_blocks`.
+    """
+    return sourced_blocks(tokenizer, calibration, where, progress, ended, own)[0]
+
+
+def sourced_blocks(
+    tokenizer: Any,
+    calibration: Calibration,
+    where: str = "calibration",
+    progress: Callable[[int], None] | None = None,
+    ended: bool = True,
+    own: OwnText | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The calibration text as int64 blocks [N, sequence_length], and of which source each is [N].
+
+    Sources are numbered as in `calibration.weights`: data sets, then what the model wrote. There are at most
+    `calibration.tokens` in all. What becomes of one source is said at `stream_blocks`. A mixture has exactly
+    tokens // sequence_length blocks, shared out by weight (rounded down, the rest to the largest remainders), every
+    block of one source alone, and all of them shuffled by `seed`. `own` is asked for the model's own text once all data
+    sets were read. Raises LillamaError where a source has less than its share, or if there is not one block.
     """
     if not calibration.is_mixture and calibration.generate is None:
-        return stream_blocks(tokenizer, calibration, where, progress, ended)
+        blocks = stream_blocks(tokenizer, calibration, where, progress, ended)
+        return blocks, torch.zeros(len(blocks), dtype=torch.int64)
     found: list[Tensor] = []
     for given, place in _sources(calibration, where, own):
         blocks = stream_blocks(tokenizer, given, place, progress, ended)
         if not calibration.is_mixture:
-            return blocks
+            return blocks, torch.zeros(len(blocks), dtype=torch.int64)
         if blocks.numel() < (given.tokens or 0):
             raise LillamaError(
                 f"'{given.dataset}' has {blocks.numel()} tokens in whole sequences, and {given.tokens} are its share",
@@ -48,8 +65,9 @@ def token_blocks(
                 hint="Give more text, lower its weight, or lower tokens.",
             )
         found.append(blocks)
-    blocks = torch.cat(found)
-    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(calibration.seed))]
+    order = torch.randperm(sum(map(len, found)), generator=torch.Generator().manual_seed(calibration.seed))
+    sources = torch.arange(len(found)).repeat_interleave(torch.tensor([len(blocks) for blocks in found]))
+    return torch.cat(found)[order], sources[order]
 
 
 def _sources(calibration: Calibration, where: str, own: OwnText | None) -> Iterator[tuple[Calibration, str]]:

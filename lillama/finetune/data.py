@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lillama.data.text import OwnText
 
 IGNORED = -100
+SHARE = "teacher_share"  # of an example: in place of finetune.teacher
 
 
 Examples = list[dict[str, Any]]
@@ -21,12 +22,13 @@ Examples = list[dict[str, Any]]
 def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune, written: OwnText | None = None) -> Examples:
     """Blocks of text as examples of a causal model; the data are the calibration's unless the section names some.
 
-    `written` is where the model's own text is, where the calibration has it write.
+    `written` is where the model's own text is, where the calibration has it write. Where of a source another share of
+    the loss than `section.teacher` is the distance to the original's predictions, every example has its SHARE.
     """
     from lillama.data.special import find_around, text_tokenizer
-    from lillama.data.text import token_blocks
+    from lillama.data.text import sourced_blocks
 
-    own = section.dataset is not None
+    own = section.has_data
     base = recipe.calibration
     update: dict[str, Any] = {
         "fraction": 1.0,
@@ -36,15 +38,31 @@ def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune, written: Ow
         "seed": section.seed,
     }
     if own:
-        update |= {"dataset": section.dataset, "datasets": None, "generate": None, "filter": None, "rows": None}
+        update |= {
+            "dataset": section.dataset,
+            "datasets": section.parts,
+            "generate": None,
+            "filter": None,
+            "rows": None,
+        }
         update |= {"config": section.config, "split": section.split or "train", "column": section.column}
     else:
         update |= _as_calibrated(base, section)
     data = base.model_copy(update=update)
-    blocks = token_blocks(tokenizer, data, "finetune" if own else "calibration", ended=False, own=written)
+    blocks, sources = sourced_blocks(tokenizer, data, "finetune" if own else "calibration", ended=False, own=written)
     labels = blocks.clone()
     labels[:, : len(find_around(text_tokenizer(tokenizer), data.special_tokens).before)] = IGNORED
-    return [{"input_ids": block, "labels": label} for block, label in zip(blocks, labels)]
+    examples: Examples = [{"input_ids": block, "labels": label} for block, label in zip(blocks, labels)]
+    shares = section.shares(data)
+    if any(share != section.teacher for share in shares):
+        for example, source in zip(examples, sources.tolist()):
+            example[SHARE] = torch.tensor(shares[source])
+    return examples
+
+
+def of_model(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Of a batch the arguments of the model, which labels and shares are not."""
+    return {name: value for name, value in inputs.items() if name not in ("labels", SHARE)}
 
 
 def _as_calibrated(base: Calibration, section: Finetune) -> dict[str, Any]:

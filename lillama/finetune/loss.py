@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lillama.finetune.data import IGNORED
+from lillama.finetune.data import IGNORED, SHARE, of_model
 from lillama.finetune.elsewhere import Elsewhere
 from lillama.pretrained.predictions import Body, divergence, parts_of, positions_at_once, summed
 
@@ -18,28 +18,30 @@ def loss_of(
 ) -> tuple[Tensor, Any]:
     """(loss, outputs): (1 - share) cross entropy of the labels + share KL(teacher || student), per label.
 
+    Where `inputs` have a SHARE for every example [B], that is meant.
     `teacher` is the original, one whose body another process runs (elsewhere.py), or None. `shifted`: a causal model,
     whose position t predicts label t + 1. `items` is the number of labels to divide by
     (None: those of these inputs). Where the logits are too many to be made at once, `outputs` has none.
     """
-    given = {name: value for name, value in inputs.items() if name != "labels"}
+    given = of_model(inputs)
     labels = inputs["labels"][:, 1:] if shifted else inputs["labels"]
     counts = labels != IGNORED
     items = counts.sum().clamp_min(1) if items is None else items
+    shares = inputs.get(SHARE, torch.tensor(share)).to(labels.device).view(-1, 1).expand(labels.shape)
+    teacher = teacher if share > 0 or SHARE in inputs else None
     # The adapters of peft's model are in the modules of the one below it.
     own = model.get_base_model() if hasattr(model, "get_base_model") else model
     parts = parts_of(range(labels.shape[1]), positions_at_once(own, len(labels)) if shifted else None)
     if len(parts) > 1:
-        learns = teacher if share > 0 else None
-        return _in_parts(own, learns, given, (labels, counts, parts), share) / items, {}
+        return _in_parts(own, teacher, given, (labels, counts, parts), shares) / items, {}
     outputs = model(**given, use_cache=False)
     logits = outputs.logits[:, :-1] if shifted else outputs.logits
     wanted = None
-    if teacher is not None and share > 0:
+    if teacher is not None:
         with torch.no_grad():
             wanted = teacher(**given, use_cache=False).logits
         wanted = _chosen(wanted[:, :-1] if shifted else wanted, counts)
-    return divergence(_chosen(logits, counts), labels[counts], wanted, share) / items, outputs
+    return divergence(_chosen(logits, counts), labels[counts], wanted, shares[counts]) / items, outputs
 
 
 def _chosen(logits: Tensor, counts: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def _chosen(logits: Tensor, counts: Tensor) -> Tensor:
 
 
 def _in_parts(
-    model: Any, teacher: Any, given: dict[str, Any], at: tuple[Tensor, Tensor, list[range]], share: float
+    model: Any, teacher: Any, given: dict[str, Any], at: tuple[Tensor, Tensor, list[range]], shares: Tensor
 ) -> Tensor:
     """The sum of the loss, a few positions' logits at a time; `at`: labels, which of them count, the positions."""
     labels, counts, parts = at
@@ -67,6 +69,8 @@ def _in_parts(
             if taught is not None:
                 with torch.no_grad():
                     wanted = _chosen(taught.logits(keep), some)
-            yield divergence(_chosen(body.logits(keep, hidden), some), labels[:, here][some], wanted, share)
+            yield divergence(
+                _chosen(body.logits(keep, hidden), some), labels[:, here][some], wanted, shares[:, here][some]
+            )
 
     return summed(losses, body.hidden, [parameter for parameter in model.parameters() if parameter.requires_grad])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lillama.base import ranks, shares
+from lillama.finetune.data import of_model
 from lillama.finetune.divided import divide_state, is_divided, whole_learned, whole_state
 from lillama.finetune.elsewhere import Elsewhere, Help, help_with, share_out
 
@@ -95,7 +96,7 @@ class Together:
             if one.helper == ranks.rank():
                 row = trainer._prepare_inputs(take_rows(batch, slice(one.row, one.row + 1)))
                 with trainer.device_of_run.autocast():
-                    help_with(self.teacher, {name: x for name, x in row.items() if name != "labels"}, one.learner)
+                    help_with(self.teacher, of_model(row), one.learner)
         return [one.helper for one in helps if one.learner == ranks.rank()]
 
     def evaluation_loop(self, dataloader: Any, *given: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:

@@ -199,11 +199,11 @@ def backward_in_chunks(
     return tokens
 
 
-def divergence(logits: Tensor, labels: Tensor, teacher: Tensor | None = None, share: float = 0.0) -> Tensor:
+def divergence(logits: Tensor, labels: Tensor, teacher: Tensor | None = None, share: float | Tensor = 0.0) -> Tensor:
     """(1 - share) cross entropy + share KL(teacher || logits), summed over rows; float32.
 
-    logits and `teacher` N x V, labels N. Without `teacher` the second term is left out. Computed in float32, the
-    gradient has the type of `logits`.
+    logits and `teacher` N x V, labels N, `share` one for all or N. Without `teacher` the second term is left out.
+    Computed in float32, the gradient has the type of `logits`.
     """
     loss: Tensor = _Divergence.apply(logits, labels, teacher, share)
     return loss
@@ -211,28 +211,30 @@ def divergence(logits: Tensor, labels: Tensor, teacher: Tensor | None = None, sh
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, teacher: Tensor | None, share: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, teacher: Tensor | None, share: float | Tensor) -> Tensor:
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), device=logits.device)
+        shares = torch.as_tensor(share, dtype=torch.float32, device=logits.device).expand(len(logits))[:, None]
+        labelled, taught = bool((shares < 1).any()), teacher is not None and bool((shares > 0).any())
         step = max(CHUNK // logits.shape[1], 1)
         for start in range(0, len(logits), step):
             rows = slice(start, start + step)
-            label = labels[rows, None]
+            label, part = labels[rows, None], shares[rows]
             log_p = logits[rows].float().log_softmax(-1)
-            if share < 1:
-                loss -= (1 - share) * log_p.gather(1, label).sum()
+            if labelled:
+                loss -= ((1 - part) * log_p.gather(1, label)).sum()
             wanted = None
-            if teacher is not None and share > 0:
+            if teacher is not None and taught:
                 log_wanted = teacher[rows].float().log_softmax(-1)
                 wanted = log_wanted.exp()
-                loss += share * (log_wanted.sub_(log_p).mul_(wanted)).sum()
+                loss += (part[:, 0] * log_wanted.sub_(log_p).mul_(wanted).sum(-1)).sum()
             if gradient is not None:
                 p = log_p.exp_()
                 if wanted is None:
-                    p.mul_(1 - share)
+                    p.mul_(1 - part)
                 else:
-                    p.sub_(wanted, alpha=share)
-                p.scatter_add_(1, label, torch.full_like(label, share - 1, dtype=p.dtype))
+                    p.addcmul_(wanted, part, value=-1)
+                p.scatter_add_(1, label, part - 1)
                 gradient[rows] = p
         ctx.gradient = gradient
         return loss

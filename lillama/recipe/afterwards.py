@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from lillama.recipe.calibration import OF_ONE, REFUSED, Calibration, Data
 from lillama.recipe.section import Section
 
 
@@ -19,10 +21,27 @@ class Lora(Section):
     )
 
 
+class Lesson(Data):
+    """One data set of several to train on."""
+
+    weight: float = Field(1.0, gt=0, description="Its share of finetune.tokens, relative to the other weights.")
+    teacher: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="In place of finetune.teacher: 1 for text that a model wrote, whose labels are draws; null: that.",
+    )
+
+
 class Finetune(Section):
     """Training of the whole compressed model after its layers were distilled; the factors stay factors."""
 
     dataset: str | None = Field(None, description="Data to train on, as for calibration; null: the calibration's own.")
+    datasets: list[Lesson] | None = Field(
+        None,
+        min_length=1,
+        description="Several data sets in place of one, a list of sections as calibration.datasets; needs tokens.",
+    )
     config: str | None = Field(None, description="Configuration of a hub data set.")
     split: str | None = Field(None, description="Split; null: train, or the calibration's with its data set.")
     column: str | None = Field(None, description="Column of the text or transcript; null: found by its usual names.")
@@ -80,6 +99,67 @@ class Finetune(Section):
     holdout: float = Field(0.05, ge=0, lt=1, description="Share of the examples kept out to choose the best state.")
     checks: int = Field(4, ge=1, description="How often the held-out loss is measured and the state stored.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of the data.")
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        for what, hint in self._complaints():
+            raise PydanticCustomError(REFUSED, "{what}", {"what": what, "hint": hint})
+        return self
+
+    def _complaints(self) -> list[tuple[str, str]]:
+        """(what, hint) of keys that do not go together."""
+        found: list[tuple[str, str]] = []
+        if self.datasets is None:
+            return found
+        if self.dataset is not None:
+            found.append(("both dataset and datasets are given", "Put the one into the list, or leave the list out."))
+        for name in (name for name in OF_ONE if getattr(self, name, None) is not None):
+            hint = f"Give it to each of datasets that wants it: {{dataset: ..., {name}: ...}}."
+            found.append((f"{name} belongs to a dataset, and datasets is given", hint))
+        if self.tokens is None:
+            found.append(("a mixture needs tokens: weights are shares of them", "For example tokens: 65536."))
+        return found
+
+    @property
+    def has_data(self) -> bool:
+        """Whether it names data, and does not take the calibration's."""
+        return self.dataset is not None or self.datasets is not None
+
+    @property
+    def named_data(self) -> dict[str, str]:
+        """The data that it names, by their keys in the recipe."""
+        named = {} if self.dataset is None else {"finetune.dataset": self.dataset}
+        return named | {f"finetune.datasets.{i}": one.dataset for i, one in enumerate(self.datasets or ())}
+
+    @property
+    def parts(self) -> list[Data] | None:
+        """`datasets` as data of a calibration."""
+        if self.datasets is None:
+            return None
+        return [Data.model_validate(one.model_dump(exclude={"teacher"}, exclude_unset=True)) for one in self.datasets]
+
+    def taught_alone(self) -> Finetune:
+        """The same, learning from the original's predictions alone, whatever the data."""
+        datasets = self.datasets and [one.model_copy(update={"teacher": None}) for one in self.datasets]
+        return self.model_copy(update={"teacher": 1.0, "datasets": datasets})
+
+    @property
+    def taught(self) -> bool:
+        """Whether the original's predictions are learned from."""
+        return self.teacher > 0 or any(one.teacher for one in self.datasets or ())
+
+    def shares(self, data: Calibration) -> list[float]:
+        """Of each source of `data`, what it is trained on, the share of the loss that the original's predictions have.
+
+        What the model wrote itself are draws from them, which add nothing but chance: where there is a teacher, it
+        alone is learned from.
+        """
+        shares = [self.teacher for _ in data.weights]
+        if self.datasets is not None:
+            return [self.teacher if one.teacher is None else one.teacher for one in self.datasets]
+        if data.generate is not None and self.teacher > 0:
+            shares[-1] = 1.0
+        return shares or [self.teacher]
 
     def averaged_from(self, updates: int) -> int | None:
         """The first update, of so many, whose state counts in the mean; None: there is no mean."""

@@ -144,8 +144,8 @@ def check_data(recipe: Recipe) -> None:
         needed = [(where, value) for where, value in needed if Path(value) != own]  # which is still to be written
         if calibration.generate.prompts is not None:
             needed.append(("calibration.generate.prompts", calibration.generate.prompts))
-    if recipe.finetune is not None and recipe.finetune.dataset is not None:
-        needed.insert(0, ("finetune.dataset", recipe.finetune.dataset))
+    if recipe.finetune is not None:
+        needed = [*recipe.finetune.named_data.items(), *needed]
     for where, value in needed:
         if (path := missing(value)) is not None:
             raise LillamaError(f"there is no file '{path}'", where=where, hint="Check the path.")

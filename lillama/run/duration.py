@@ -89,7 +89,7 @@ def _finetuning(run: Counts) -> float:
         updates = section.steps * section.batch_size * section.gradient_accumulation * section.sequence_length
     else:
         updates = _learned(run, section) * section.epochs
-    return float(updates) * (6 * plan.after + 2 * plan.before * (section.teacher > 0))
+    return float(updates) * (6 * plan.after + 2 * plan.before * section.taught)
 
 
 def _checks(run: Counts) -> float:
@@ -98,7 +98,7 @@ def _checks(run: Counts) -> float:
     if section is None or run.source.config.is_encoder_decoder:
         return 0.0
     held = section.checks * section.holdout * _learned(run, section)
-    return 2 * held * (plan.after + plan.before * (section.teacher > 0))
+    return 2 * held * (plan.after + plan.before * section.taught)
 
 
 def _learned(run: Counts, section: Finetune) -> int:

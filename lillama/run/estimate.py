@@ -121,7 +121,7 @@ def _finetuning_bytes(run: Counts) -> int:
         4 * whole
         + (12 if section.average is None else 16) * trained
         + (0 if section.anchor is None else 4 * (trained if section.lora is None else whole))
-        + (run.plan.before * source.working.itemsize if section.teacher else 0)
+        + (run.plan.before * source.working.itemsize if section.taught else 0)
     )
     if run.device.device.type == "cpu":
         weights += TRAINER_BYTES

@@ -30,7 +30,7 @@ def learn(prepared: Prepared, model: Any, section: Finetune, directory: RunDirec
     with progress.timed("read data"):
         examples = _examples(prepared, section, directory, progress)
     recipe, source, teacher = prepared.recipe, prepared.source, None
-    if section.teacher > 0:
+    if section.taught:
         teacher = source.auto_class.from_pretrained(
             source.directory,
             config=copy.deepcopy(source.config),
@@ -78,4 +78,4 @@ def around_rounding(model: Any, recipe: Recipe, section: Quantize) -> Finetune:
     others = [name for name, p in model.named_parameters() if name not in scales and p.dim() > 1]
     base = recipe.finetune or Finetune.model_validate({"batch_size": 1})
     learning = {"steps": section.steps, "learning_rate": section.learning_rate, "lr_schedule": "cosine"}
-    return base.model_copy(update={**learning, "teacher": 1.0, "lora": None, "weight_decay": 0.0, "freeze": others})
+    return base.taught_alone().model_copy(update={**learning, "lora": None, "weight_decay": 0.0, "freeze": others})

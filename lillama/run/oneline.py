@@ -16,6 +16,7 @@ from lillama.recipe.schema import RUN_OUT
 LEARNS_WHOLE = 1_000_000_000
 NEURONS = 0.5  # the largest share of an MLP's neurons that may go (docs/results/quality.md)
 MOST_UPDATES = 480  # the text once, as long as it is shorter than this
+SEQUENCES, LENGTH = 4, 128  # of an update: short ones, from many places (docs/results/quality.md)
 HELD_OUT = 0.1  # of the text, to measure on
 MOSTLY_TABLE = 1 / 3  # of the parameters: then the blocks alone would have to give too much (docs/results/gemma.md)
 
@@ -64,9 +65,9 @@ def recipe_of(asked: Asked, parameters: int, embedding: bool = False, neurons: b
         settings["distill"] = {"epochs": 0, "batch_size": 2}
         settings["finetune"] = {
             "teacher": 1.0,
-            "steps": max(10, min(MOST_UPDATES, tokens // (4 * 128))),
-            "sequence_length": 128,
-            "batch_size": 4,
+            "steps": max(10, min(MOST_UPDATES, tokens // (SEQUENCES * LENGTH))),
+            "sequence_length": LENGTH,
+            "batch_size": SEQUENCES,
             "learning_rate": 4e-5,
             "average": 0.0,
             "lr_schedule": "cosine",

@@ -178,6 +178,9 @@ def finetune_examples(recipe: Recipe, progress: Progress) -> list[dict[str, Any]
     section, base = recipe.finetune, recipe.calibration
     if section is None:
         raise LillamaError("the recipe has no such section", where="finetune")
+    if section.datasets is not None:
+        hint = "Give finetune.dataset, or neither, to train on the calibration's."
+        raise LillamaError("speech is read from one data set", where="finetune.datasets", hint=hint)
     own = section.dataset is not None
     teacher = Teacher(recipe)
     clips = read_clips(
