@@ -8,7 +8,7 @@ Of 262,144 tokens nine sixteenths are measured, the others are there to learn fr
 them itself (--openings and --turns are its weights beside those of the data): all that is measured at a temperature of
 1, and --hot of its own that is learned from at 1.2, since text like that helps where nothing was calibrated on, but not
 ranks. Embedding, ranks and neurons are in one budget; then the whole model learns the original's predictions, of text
-that is given for seven tenths and the text itself for three, and keeps the mean of its states. A seed is that of
+that is given also the text itself, and keeps the mean of its states. A seed is that of
 everything: what is written, which text is taken in which order, which tokens are measured. Sizes of one seed share what
 is measured. Results are kept in --out, where the command goes on; in the end a table has the median over the seeds, the
 least and the most, each over what the original has. Two go side by side, a core each (two commands with other --seeds
@@ -48,8 +48,11 @@ OF_OWN = 128  # tokens of a text that the model writes: the shorter, the more of
 HOT = 1.2
 GRADIENTS, INPUTS = 6 / 16, 3 / 16  # of all tokens
 SPARE = 1.125  # text that is read back may have fewer tokens than were written
-RATES = {0.2: 4e-5, 0.4: 1e-4}
-AVERAGED = {0.2: 0.0, 0.4: 0.2}  # the smaller it is to be, the longer the first states are no good
+# The smaller it is to be, the more there is to learn, and the longer the first states are no good.
+LEARNING = {
+    0.2: {"learning_rate": 4e-5, "average": 0.0, "steps": 600, "teacher": 0.7},
+    0.4: {"learning_rate": 1e-4, "average": 0.2, "steps": 800, "teacher": 0.5},
+}
 COMPRESS = {
     "of": "model",
     "strategy": "fisher",
@@ -59,7 +62,6 @@ COMPRESS = {
     "storage": "pivoted",
 }
 FINISH = {
-    "teacher": 0.7,
     "sequence_length": 128,
     "batch_size": 4,
     "lr_schedule": "cosine",
@@ -151,8 +153,8 @@ def recipe(args: argparse.Namespace, original: Path, reduction: float, seed: int
     """What is done at one size, once its text is written."""
     text = text_of(args, original, seed)
     tokens = text.tokens
-    rate = args.learning_rate or RATES.get(reduction, max(RATES.values()))
-    finish = {**FINISH, "average": AVERAGED.get(reduction, 0.0), "steps": args.steps, "learning_rate": rate}
+    finish = {**FINISH, **LEARNING[min(LEARNING, key=lambda known: abs(known - reduction))]}
+    finish |= {key: value for key, value in (("steps", args.steps), ("learning_rate", args.learning_rate)) if value}
     fisher = {"fisher_tokens": int(GRADIENTS * args.tokens), "fisher_inputs": int(INPUTS * args.tokens)}
     return lillama.Recipe.parse(
         {
@@ -226,8 +228,8 @@ def main() -> None:
     parser.add_argument("--reductions", nargs="+", type=float, default=[0.2, 0.4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=262_144)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--learning-rate", type=float, help=f"else by the reduction: {RATES}")
+    parser.add_argument("--steps", type=int, help="updates; else by the reduction: LEARNING")
+    parser.add_argument("--learning-rate", type=float, help="else by the reduction: LEARNING")
     parser.add_argument("--measure-tokens", type=int, default=8192)
     parser.add_argument("--out", type=Path, default=Path("runs/broad"))
     args = parser.parse_args()

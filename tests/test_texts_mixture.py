@@ -119,7 +119,7 @@ def test_what_the_model_wrote_is_learned_from_its_predictions_alone(home, tmp_pa
 
     def learned(**options):
         section = Finetune.model_validate({"sequence_length": 16} | options)
-        return shares_of(text_examples(tokenizer(), recipe, section, lambda: own))
+        return shares_of(text_examples(tokenizer(), recipe, section, lambda of: own))
 
     assert learned(teacher=0.75) == {CAT: 0.75, RAN: 1.0}
     assert learned(teacher=1.0) == learned() == {CAT: -1, RAN: -1}  # all alike, and no teacher at all
@@ -128,8 +128,9 @@ def test_what_the_model_wrote_is_learned_from_its_predictions_alone(home, tmp_pa
     elsewhere = [{"dataset": str(home / "cat.txt")}, {"dataset": str(home / "sat.txt"), "teacher": 0.5}]
     assert learned(teacher=0.75, datasets=elsewhere, tokens=64) == {CAT: 0.75, SAT: 0.5}
     section = Finetune.model_validate({"datasets": elsewhere, "tokens": 64, "sequence_length": 16})
-    assert section.taught and section.shares(recipe.calibration) == [0.0, 0.5]
-    assert section.taught_alone().shares(recipe.calibration) == [1.0, 1.0]
+    data = section.data(recipe.calibration, "")
+    assert section.taught and section.shares(data) == [0.0, 0.5]
+    assert section.taught_alone().shares(data) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ LOCK = ".lock"
 OWNER = ".owner"  # who has the lock, for people
 CALIBRATION = "calibration"  # the text that a model wrote itself: it is there before a run begins, and has its own hash
 OWN_TEXT = f"{CALIBRATION}/own.jsonl"
-ABOUT_OWN_TEXT = "own.json"  # beside it: what it was made of
+LEARNED_TEXT = f"{CALIBRATION}/learned.jsonl"  # what the model wrote for training alone
 BOOKKEEPING = frozenset((LOCK, OWNER, CALIBRATION, manifest.NAME, manifest.COPY))
 # What a process that was killed leaves: files and folders not yet renamed, best states of layers that were learning.
 LEFTOVERS = (".*.part", "*/.*.part", "best.[0-9]*.safetensors", "best.[0-9]*.initial")

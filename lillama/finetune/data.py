@@ -2,54 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
-from lillama.recipe.schema import Calibration, Finetune, Recipe
-
-if TYPE_CHECKING:
-    from lillama.data.text import OwnText
+from lillama.errors import LillamaError
+from lillama.recipe.schema import Finetune, Recipe
 
 IGNORED = -100
 SHARE = "teacher_share"  # of an example: in place of finetune.teacher
 
 
 Examples = list[dict[str, Any]]
+Written = Callable[[Literal["calibration", "finetune"]], Path]  # the file of what a section has the original write
 
 
-def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune, written: OwnText | None = None) -> Examples:
+def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune, written: Written | None = None) -> Examples:
     """Blocks of text as examples of a causal model; the data are the calibration's unless the section names some.
 
-    `written` is where the model's own text is, where the calibration has it write. Where of a source another share of
-    the loss than `section.teacher` is the distance to the original's predictions, every example has its SHARE.
+    `written` gives the file of the original's own text, by the section that has it write. Where of a source another
+    share of the loss than `section.teacher` is the distance to the original's predictions, every example has its SHARE.
     """
     from lillama.data.special import find_around, text_tokenizer
     from lillama.data.text import sourced_blocks
 
-    own = section.has_data
-    base = recipe.calibration
-    update: dict[str, Any] = {
-        "fraction": 1.0,
-        "tokens": section.tokens,
-        "sequence_length": section.sequence_length,
-        "special_tokens": section.special_tokens or base.special_tokens,
-        "seed": section.seed,
-    }
-    if own:
-        update |= {
-            "dataset": section.dataset,
-            "datasets": section.parts,
-            "generate": None,
-            "filter": None,
-            "rows": None,
-        }
-        update |= {"config": section.config, "split": section.split or "train", "column": section.column}
-    else:
-        update |= _as_calibrated(base, section)
-    data = base.model_copy(update=update)
-    blocks, sources = sourced_blocks(tokenizer, data, "finetune" if own else "calibration", ended=False, own=written)
+    if section.generate is not None and written is None:
+        raise LillamaError("nothing here has the model write its own text", where="finetune.generate")
+    more = "" if section.generate is None or written is None else str(written("finetune"))
+    data = section.data(recipe.calibration, more)
+    where = "finetune" if section.has_data or section.generate is not None else "calibration"
+    own = written and functools.partial(written, "calibration")
+    blocks, sources = sourced_blocks(tokenizer, data, where, ended=False, own=own)
     labels = blocks.clone()
     labels[:, : len(find_around(text_tokenizer(tokenizer), data.special_tokens).before)] = IGNORED
     examples: Examples = [{"input_ids": block, "labels": label} for block, label in zip(blocks, labels)]
@@ -63,16 +50,6 @@ def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune, written: Ow
 def of_model(inputs: dict[str, Any]) -> dict[str, Any]:
     """Of a batch the arguments of the model, which labels and shares are not."""
     return {name: value for name, value in inputs.items() if name not in ("labels", SHARE)}
-
-
-def _as_calibrated(base: Calibration, section: Finetune) -> dict[str, Any]:
-    """What the section changes of the calibration's own data: of a mixture nothing but how much of it is read."""
-    if base.is_mixture:
-        return {"tokens": section.tokens or base.tokens}
-    if base.dataset is None:
-        return {}
-    config, column = section.config or base.config, section.column or base.column
-    return {"config": config, "split": section.split or base.split, "column": column}
 
 
 def split(examples: Examples, share: float, generator: torch.Generator) -> tuple[Examples, Examples]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from lillama.recipe.calibration import OF_ONE, REFUSED, Calibration, Data
+from lillama.recipe.calibration import OF_ONE, REFUSED, Calibration, Data, Generate, with_spare
 from lillama.recipe.section import Section
 
 
@@ -41,6 +41,11 @@ class Finetune(Section):
         None,
         min_length=1,
         description="Several data sets in place of one, a list of sections as calibration.datasets; needs tokens.",
+    )
+    generate: Generate | None = Field(
+        None,
+        description="Text that the original writes for training alone, mixed with the data by weight, be they those of "
+        "this section or the calibration's. temperature: 1.2 teaches what is in no data; null: none.",
     )
     config: str | None = Field(None, description="Configuration of a hub data set.")
     split: str | None = Field(None, description="Split; null: train, or the calibration's with its data set.")
@@ -131,8 +136,42 @@ class Finetune(Section):
         named = {} if self.dataset is None else {"finetune.dataset": self.dataset}
         return named | {f"finetune.datasets.{i}": one.dataset for i, one in enumerate(self.datasets or ())}
 
+    def data(self, base: Calibration, written: str) -> Calibration:
+        """What is trained on, as a calibration of its own, given the calibration of the recipe.
+
+        `written` is the file of what `generate` has the original write, the last of the data sets then.
+        """
+        update: dict[str, Any] = {
+            "fraction": 1.0,
+            "tokens": self.tokens,
+            "sequence_length": self.sequence_length,
+            "special_tokens": self.special_tokens or base.special_tokens,
+            "seed": self.seed,
+        }
+        if self.has_data:
+            update |= {"dataset": self.dataset, "datasets": self._parts, "generate": None, "filter": None, "rows": None}
+            update |= {"config": self.config, "split": self.split or "train", "column": self.column}
+        elif base.is_mixture:  # nothing but how much of it is read
+            update |= {"tokens": self.tokens or base.tokens}
+        elif base.dataset is not None:
+            update |= {"config": self.config or base.config, "split": self.split or base.split}
+            update |= {"column": self.column or base.column}
+        found = base.model_copy(update=update)
+        if self.generate is None:
+            return found
+        text = {"dataset": written, "split": self.generate.split, "weight": self.generate.weight}
+        alone = {"dataset": None, "tokens": found.tokens or base.tokens}
+        return found.model_copy(update={**alone, "datasets": [*found.parts, Data.model_validate(text)]})
+
+    def written(self, base: Calibration) -> int:
+        """How many tokens the original writes for training alone."""
+        if self.generate is None:
+            return 0
+        data = self.data(base, "")
+        return self.generate.tokens or with_spare(data.shares[len(data.parts) - 1])
+
     @property
-    def parts(self) -> list[Data] | None:
+    def _parts(self) -> list[Data] | None:
         """`datasets` as data of a calibration."""
         if self.datasets is None:
             return None
@@ -151,15 +190,13 @@ class Finetune(Section):
     def shares(self, data: Calibration) -> list[float]:
         """Of each source of `data`, what it is trained on, the share of the loss that the original's predictions have.
 
-        What the model wrote itself are draws from them, which add nothing but chance: where there is a teacher, it
-        alone is learned from.
+        The labels of what it wrote itself are draws from them, which add nothing but chance: where there is a teacher,
+        it alone is learned from.
         """
-        shares = [self.teacher for _ in data.weights]
-        if self.datasets is not None:
-            return [self.teacher if one.teacher is None else one.teacher for one in self.datasets]
-        if data.generate is not None and self.teacher > 0:
-            shares[-1] = 1.0
-        return shares or [self.teacher]
+        given = len(data.parts) - (self.generate is not None)
+        shares = [self.teacher if one.teacher is None else one.teacher for one in self.datasets or ()]
+        shares = shares or [self.teacher] * given
+        return shares + [1.0 if self.taught else 0.0] * (len(data.weights) - given)
 
     def averaged_from(self, updates: int) -> int | None:
         """The first update, of so many, whose state counts in the mean; None: there is no mean."""

@@ -11,7 +11,7 @@ from lillama.errors import LillamaError
 from lillama.recipe.section import Section
 
 WRITTEN = 65536  # tokens that a model writes where nothing says how many
-SPARE = 8  # of a share one in so many is written besides: read back, a text may have fewer tokens than were written
+SPARE = 8  # of a share one in so many is written besides
 OF_ONE = ("config", "split", "column", "filter", "rows")  # what belongs to the one data set of `dataset`
 REFUSED = "refused"  # the type of a complaint about keys that do not go together
 
@@ -48,7 +48,8 @@ class Generate(Section):
         None,
         gt=0,
         description="How many tokens are written; null: those of calibration.tokens that are its share and an eighth "
-        "more, since text that is read back may have fewer; 65536 where calibration.tokens is null.",
+        "more, since text that is read back may have fewer; 65536 where there is nothing else and calibration.tokens "
+        "is null.",
     )
     length: int = Field(512, ge=2, description="Tokens of every text; at most the model's positions.")
     batch: int = Field(32, ge=1, description="Texts that are written at once.")
@@ -73,7 +74,14 @@ class Generate(Section):
         description="Which of the texts to use: train[:90%] leaves a tenth for an evaluator, whose dataset is "
         "'{run.out}/calibration/own.jsonl' and whose split is train[90%:].",
     )
-    weight: float = Field(1.0, gt=0, description="Its share of calibration.tokens, relative to the data sets' weights.")
+    weight: float = Field(1.0, gt=0, description="Its share of the tokens, relative to the data sets' weights.")
+
+    @model_validator(mode="after")
+    def _begins(self) -> Self:
+        if not (self.begin or self.prompts):
+            given = {"what": "generate begins its texts with nothing", "hint": "Give begin: [user, start], or prompts."}
+            raise PydanticCustomError(REFUSED, "{what}", given)
+        return self
 
 
 class Calibration(OneDataSet):
@@ -141,8 +149,6 @@ class Calibration(OneDataSet):
                 hint = f"Give it to each of datasets that wants it: {{dataset: ..., {name}: ...}}."
                 hint = hint if self.datasets else "generate has a split of its own; the other keys are of data sets."
                 found.append((f"{name} belongs to a dataset, and {owner} is given", hint))
-        if self.generate is not None and not (self.generate.begin or self.generate.prompts):
-            found.append(("generate begins its texts with nothing", "Give begin: [user, start], or prompts."))
         if self.is_mixture and self.tokens is None:
             found.append(("a mixture needs tokens: weights are shares of them", "For example tokens: 65536."))
         return found or self._shares_complaints()
@@ -185,8 +191,7 @@ class Calibration(OneDataSet):
             return 0
         if section.tokens is not None or self.tokens is None:
             return section.tokens or WRITTEN
-        wanted = self.shares[-1] if self.is_mixture else self.tokens
-        return wanted + -(-wanted // SPARE)
+        return with_spare(self.shares[-1] if self.is_mixture else self.tokens)
 
     @property
     def known_tokens(self) -> int | None:
@@ -211,6 +216,11 @@ class Calibration(OneDataSet):
 
 
 NO_DATA = "Give dataset, datasets: [{dataset: ...}, ...], or generate: {} to have the model write its own text."
+
+
+def with_spare(tokens: int) -> int:
+    """How many tokens are written where so many are read: read back, a text may have fewer."""
+    return tokens + -(-tokens // SPARE)
 
 
 def _shared(count: int, weights: list[float]) -> list[int]:

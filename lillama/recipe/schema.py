@@ -298,3 +298,13 @@ class Recipe(Readable):
         "called LABEL/METRIC: perplexity/wiki gives wiki/perplexity.",
     )
     run: Run = Field(description="Where and how the run happens.")
+
+    @property
+    def learned_generate(self) -> Generate | None:
+        """How the model writes text for training alone, where it does."""
+        return None if self.finetune is None else self.finetune.generate
+
+    @property
+    def learned_written(self) -> int:
+        """How many tokens it writes for training alone."""
+        return 0 if self.finetune is None else self.finetune.written(self.calibration)

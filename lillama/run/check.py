@@ -54,6 +54,7 @@ def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
         ("calibration", recipe.calibration),
         ("calibration.generate", recipe.calibration.generate),
         ("finetune", recipe.finetune),
+        ("finetune.generate", recipe.learned_generate),
     ]
     for name, section in sections:
         # Nobody chose the default: it stands in the recipe of a model with fewer positions whose batches are given.
@@ -66,15 +67,35 @@ def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
 
 
 def check_writer(recipe: Recipe, source: Source) -> None:
-    """LillamaError for a model that is to write its own calibration text and does not continue text."""
-    if recipe.calibration.generate is None:
+    """LillamaError for a model that is to write its own text and does not continue text."""
+    if recipe.calibration.generate is None and recipe.learned_generate is None:
         return
     if source.auto_class is not AutoModelForCausalLM or source.config.is_encoder_decoder:
         raise LillamaError(
             f"{type(source.model).__name__} does not continue text, so it cannot write its own",
-            where="calibration.generate",
+            where="finetune.generate" if recipe.calibration.generate is None else "calibration.generate",
             hint="Give data: calibration.dataset, or --data of `lillama compress`.",
         )
+
+
+def check_learned_text(recipe: Recipe) -> None:
+    """LillamaError where what the model is to write for training alone cannot be mixed with the rest."""
+    section, generate = recipe.finetune, recipe.learned_generate
+    if section is None or generate is None:
+        return
+    data = section.data(recipe.calibration, "")
+    if data.tokens is None:
+        hint = "For example tokens: 65536."
+        raise LillamaError("a mixture needs tokens: weights are shares of them", where="finetune.tokens", hint=hint)
+    share = data.shares[len(data.parts) - 1]
+    if not all(data.shares):
+        hint = f"Raise it, or a weight, or lower finetune.sequence_length, {data.sequence_length}."
+        what = f"of {data.tokens} tokens in sequences of {data.sequence_length}, not every source has one"
+        raise LillamaError(what, where="finetune.tokens", hint=hint)
+    if recipe.learned_written < share:
+        what = f"{generate.tokens} are fewer than the {share} of finetune.tokens that are its share"
+        hint = "Leave it out, raise it, or lower finetune.generate.weight."
+        raise LillamaError(what, where="finetune.generate.tokens", hint=hint)
 
 
 def check_skip(globs: Sequence[str], layers: Sequence[Layer], model: Any) -> None:
@@ -144,6 +165,8 @@ def check_data(recipe: Recipe) -> None:
         needed = [(where, value) for where, value in needed if Path(value) != own]  # which is still to be written
         if calibration.generate.prompts is not None:
             needed.append(("calibration.generate.prompts", calibration.generate.prompts))
+    if recipe.learned_generate is not None and recipe.learned_generate.prompts is not None:
+        needed.append(("finetune.generate.prompts", recipe.learned_generate.prompts))
     if recipe.finetune is not None:
         needed = [*recipe.finetune.named_data.items(), *needed]
     for where, value in needed:

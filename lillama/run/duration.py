@@ -114,8 +114,8 @@ def _files(run: Counts) -> float:
 
 def _writing(run: Counts) -> float:
     """Operations by which the model writes its own text, a token of every text of a round at a time."""
-    section, written = run.recipe.calibration.generate, run.recipe.calibration.written
-    return 0.0 if section is None else 2.0 * WRITING * run.plan.before * written
+    written = run.recipe.calibration.written + run.recipe.learned_written
+    return 2.0 * WRITING * run.plan.before * written
 
 
 def _decompositions(run: Counts) -> float:

@@ -103,12 +103,14 @@ def _all_at_once(run: Counts) -> int:
 
 def _writing_bytes(run: Counts) -> int:
     """The whole original, the keys and values of a round's texts, and the predictions of their next tokens."""
-    section, item = run.recipe.calibration.generate, run.device.compute.itemsize
-    if section is None:
-        return 0
+    item, found = run.device.compute.itemsize, 0
     blocks = sum(1 for layer in run.plan.layers if layer.kind == "block")
-    kept = 2 * item * blocks * run.width * section.length  # as many heads of keys as of queries, at most
-    return item * run.plan.before + section.batch * (kept + 4 * LOGITS_HELD * run.vocabulary)
+    for section in (run.recipe.calibration.generate, run.recipe.learned_generate):
+        if section is not None:
+            kept = 2 * item * blocks * run.width * section.length  # as many heads of keys as of queries, at most
+            held = item * run.plan.before + section.batch * (kept + 4 * LOGITS_HELD * run.vocabulary)
+            found = max(found, held)
+    return found
 
 
 def _finetuning_bytes(run: Counts) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from lillama import host
 from lillama.base import ranks
@@ -65,8 +66,11 @@ def _examples(prepared: Prepared, section: Finetune, directory: RunDirectory, pr
             hint="Its hook finetune_data would; without finetune and quantize.steps nothing is trained.",
         )
     tokenizer = read_tokenizer(recipe.model, source.where, source.gguf, directory.path / ORIGINAL)
-    own = OwnText(prepared, directory.path, progress)
-    return data.text_examples(tokenizer, recipe, section, lambda: ranks.by_first(own.path))
+
+    def written(of: Literal["calibration", "finetune"]) -> Path:
+        return ranks.by_first(OwnText(prepared, directory.path, progress, of=of).path)
+
+    return data.text_examples(tokenizer, recipe, section, written)
 
 
 def around_rounding(model: Any, recipe: Recipe, section: Quantize) -> Finetune:

@@ -1,5 +1,7 @@
 """The text that a recipe's model writes itself, kept in the run directory: `calibration/own.jsonl`.
 
+What it writes for training alone (`finetune.generate`) is beside it: `calibration/learned.jsonl`.
+
 A round is a file of its own until all are there, drawn with a seed of its own: a run that is stopped goes on with the
 round it was in, and ends with the text of one that was not. The text is kept with what it was made of, and is used
 again as long as that is the same.
@@ -15,14 +17,14 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lillama.base import disk, memory
 from lillama.base.files import atomic_file, checksum, read_checked, sha256, write_checked, write_text
 from lillama.base.progress import Bar, Progress
-from lillama.base.rundir import ABOUT_OWN_TEXT, ORIGINAL, OWN_TEXT, RunDirectory
+from lillama.base.rundir import LEARNED_TEXT, ORIGINAL, OWN_TEXT, RunDirectory
 from lillama.checkpoint.open import open_model
 from lillama.data.render import render_rows
 from lillama.data.rows import load_rows
@@ -33,7 +35,7 @@ from lillama.recipe.schema import Generate
 from lillama.run import fingerprint
 from lillama.run.check import positions
 from lillama.run.prepare import Prepared, open_source
-from lillama.run.writing import WHERE, Beginnings, Round, Writing, beginnings, interleave, rounds, write_round
+from lillama.run.writing import Beginnings, Round, Writing, beginnings, interleave, rounds, write_round
 
 # Settings that say what becomes of the text, not what it is.
 NOT_IN_THE_TEXT = {"split", "weight", "tokens", "prompts"}
@@ -42,12 +44,16 @@ MOST_PROMPT_CHARACTERS = 20  # for every token of a text: more of a prompt is ne
 
 @dataclass
 class OwnText:
-    """The text of one run in `directory`; where `common` is given, runs share there what is the same text."""
+    """The text of one run in `directory`; where `common` is given, runs share there what is the same text.
+
+    `of` is the section of the recipe that has the model write: calibration, or finetune.
+    """
 
     prepared: Prepared
     directory: Path
     progress: Progress
     common: Path | None = None
+    of: Literal["calibration", "finetune"] = "calibration"
 
     def path(self) -> Path:
         """The file of the text, a .jsonl file with one `text` a line; it is written unless it is there.
@@ -55,7 +61,7 @@ class OwnText:
         Special tokens stay in the texts, so that they are read back as they were written. Raises LillamaError for a
         model that has nothing to begin a text with.
         """
-        target = self.directory / OWN_TEXT
+        target = self._target
         if not self.is_there(target):
             with disk.explained(self.directory):
                 self._fill(target)
@@ -63,9 +69,13 @@ class OwnText:
 
     def is_there(self, target: Path | None = None) -> bool:
         """Whether a file is there, unharmed, that was made of the same."""
-        target = target or self.directory / OWN_TEXT
-        about = _read(target.with_name(ABOUT_OWN_TEXT))
+        target = target or self._target
+        about = _read(_about(target))
         return about.get("made_of") == self.made_of and target.is_file() and about.get("sha256") == sha256(target)
+
+    @property
+    def _target(self) -> Path:
+        return self.directory / (OWN_TEXT if self.of == "calibration" else LEARNED_TEXT)
 
     def _fill(self, target: Path) -> None:
         if self.common is None:
@@ -74,9 +84,9 @@ class OwnText:
         shared = self.common / checksum(self.made_of)[:16] / target.name
         if not self.is_there(shared):
             self._write(shared)
-        for name in (target.name, ABOUT_OWN_TEXT):
-            with atomic_file(target.with_name(name)) as temporary:
-                shutil.copyfile(shared.with_name(name), temporary)
+        for source, copy in ((shared, target), (_about(shared), _about(target))):
+            with atomic_file(copy) as temporary:
+                shutil.copyfile(source, temporary)
 
     def _write(self, target: Path) -> None:
         """Write what is missing, and put the rounds together."""
@@ -98,7 +108,7 @@ class OwnText:
         lines = [json.dumps({"text": text, "begin": kind}, ensure_ascii=False) for kind, text in interleave(texts)]
         write_text(target, "\n".join(lines) + "\n")
         about = {"made_of": self.made_of, "sha256": sha256(target), "texts": len(lines)}
-        write_checked(target.with_name(ABOUT_OWN_TEXT), about)
+        write_checked(_about(target), about)
         for this in wanted:
             _file_of(target, this).unlink(missing_ok=True)
 
@@ -113,15 +123,17 @@ class OwnText:
     @property
     def section(self) -> Generate:
         """What the recipe says of the text."""
-        section = self.prepared.recipe.calibration.generate
+        recipe = self.prepared.recipe
+        section = recipe.calibration.generate if self.of == "calibration" else recipe.learned_generate
         if section is None:
-            raise LillamaError("the recipe does not have the model write", where=WHERE)
+            raise LillamaError("the recipe does not have the model write", where=f"{self.of}.generate")
         return section
 
     @cached_property
     def writing(self) -> Writing:
         """How much is written, and how."""
-        tokens = self.prepared.recipe.calibration.written
+        recipe = self.prepared.recipe
+        tokens = recipe.calibration.written if self.of == "calibration" else recipe.learned_written
         return Writing.of(self.section, tokens, positions(self.prepared.source.config))
 
     @cached_property
@@ -134,7 +146,7 @@ class OwnText:
     @cached_property
     def begin(self) -> Beginnings:
         """What the texts begin with."""
-        return beginnings(self.tokenizer, self.section, self._prompts(), self.writing.length)
+        return beginnings(self.tokenizer, self.section, self._prompts(), self.writing.length, f"{self.of}.generate")
 
     @cached_property
     def made_of(self) -> dict[str, Any]:
@@ -153,7 +165,7 @@ class OwnText:
         section = self.section
         if section.prompts is None:
             return []
-        where = f"{WHERE}.prompts"
+        where = f"{self.of}.generate.prompts"
         try:
             rows = load_rows(section.prompts, split="train", where=where)
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(section.seed))
@@ -178,7 +190,12 @@ class OwnText:
 
 
 def _file_of(target: Path, this: Round) -> Path:
-    return target.with_name(f"own.{this.number:04}.json")
+    return target.with_suffix(f".{this.number:04}.json")
+
+
+def _about(target: Path) -> Path:
+    """What it was made of, beside a text."""
+    return target.with_suffix(".json")
 
 
 def written_first(own: OwnText, directory: RunDirectory, restart: bool) -> Path:

@@ -51,6 +51,7 @@ def prepare(recipe: Recipe, config: Any = None) -> Prepared:
     if not any(layer.weights for layer in layers):
         raise LillamaError(f"the plugin {plugin} offers no weights of this model", where="plugin")
     check.check_writer(recipe, source)
+    check.check_learned_text(recipe)
     check.check_lengths(recipe, source.config)
     check.check_skip(recipe.compress.skip, layers, source.model)
     if config is None:  # where the model is not at hand, the data need not be

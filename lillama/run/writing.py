@@ -104,7 +104,9 @@ def write_round(model: Any, tokenizer: Any, begin: list[list[int]], writing: Wri
     return list(tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def beginnings(tokenizer: Any, section: Generate, prompts: Sequence[str] = (), length: int = 512) -> Beginnings:
+def beginnings(
+    tokenizer: Any, section: Generate, prompts: Sequence[str] = (), length: int = 512, where: str = WHERE
+) -> Beginnings:
     """What texts begin with, by kind; prompts of more than half of `length` tokens are cut there.
 
     Raises LillamaError where the tokenizer has nothing of what the section wants.
@@ -123,8 +125,8 @@ def beginnings(tokenizer: Any, section: Generate, prompts: Sequence[str] = (), l
     if not found:
         raise LillamaError(
             "the tokenizer has no token that a text begins with",
-            where=f"{WHERE}.begin",
-            hint="Give calibration.generate.prompts, or data: calibration.dataset.",
+            where=f"{where}.begin",
+            hint=f"Give {where}.prompts, or data.",
         )
     return found
 
