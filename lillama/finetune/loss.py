@@ -27,7 +27,7 @@ def loss_of(
     labels = inputs["labels"][:, 1:] if shifted else inputs["labels"]
     counts = labels != IGNORED
     items = counts.sum().clamp_min(1) if items is None else items
-    shares = inputs.get(SHARE, torch.tensor(share)).to(labels.device).view(-1, 1).expand(labels.shape)
+    shares: Tensor | float = inputs[SHARE].view(-1, 1).expand(labels.shape) if SHARE in inputs else share
     teacher = teacher if share > 0 or SHARE in inputs else None
     # The adapters of peft's model are in the modules of the one below it.
     own = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -41,7 +41,7 @@ def loss_of(
         with torch.no_grad():
             wanted = teacher(**given, use_cache=False).logits
         wanted = _chosen(wanted[:, :-1] if shifted else wanted, counts)
-    return divergence(_chosen(logits, counts), labels[counts], wanted, shares[counts]) / items, outputs
+    return divergence(_chosen(logits, counts), labels[counts], wanted, _of(shares, counts)) / items, outputs
 
 
 def _chosen(logits: Tensor, counts: Tensor) -> Tensor:
@@ -49,8 +49,12 @@ def _chosen(logits: Tensor, counts: Tensor) -> Tensor:
     return logits.flatten(0, -2) if bool(counts.all()) else logits[counts]
 
 
+def _of(shares: Tensor | float, counts: Tensor) -> Tensor | float:
+    return shares[counts] if isinstance(shares, Tensor) else shares
+
+
 def _in_parts(
-    model: Any, teacher: Any, given: dict[str, Any], at: tuple[Tensor, Tensor, list[range]], shares: Tensor
+    model: Any, teacher: Any, given: dict[str, Any], at: tuple[Tensor, Tensor, list[range]], shares: Tensor | float
 ) -> Tensor:
     """The sum of the loss, a few positions' logits at a time; `at`: labels, which of them count, the positions."""
     labels, counts, parts = at
@@ -69,8 +73,7 @@ def _in_parts(
             if taught is not None:
                 with torch.no_grad():
                     wanted = _chosen(taught.logits(keep), some)
-            yield divergence(
-                _chosen(body.logits(keep, hidden), some), labels[:, here][some], wanted, shares[:, here][some]
-            )
+            share = _of(shares[:, here] if isinstance(shares, Tensor) else shares, some)
+            yield divergence(_chosen(body.logits(keep, hidden), some), labels[:, here][some], wanted, share)
 
     return summed(losses, body.hidden, [parameter for parameter in model.parameters() if parameter.requires_grad])

@@ -215,7 +215,8 @@ class _Divergence(torch.autograd.Function):
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), device=logits.device)
         shares = torch.as_tensor(share, dtype=torch.float32, device=logits.device).expand(len(logits))[:, None]
-        labelled, taught = bool((shares < 1).any()), teacher is not None and bool((shares > 0).any())
+        alike = None if isinstance(share, Tensor) else share  # to look into a tensor would be to wait for the card
+        labelled, taught = alike is None or alike < 1, alike is None or alike > 0
         step = max(CHUNK // logits.shape[1], 1)
         for start in range(0, len(logits), step):
             rows = slice(start, start + step)
