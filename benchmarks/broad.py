@@ -7,12 +7,11 @@
 Of 262,144 tokens nine sixteenths are measured, the others are there to learn from alone. The model writes a part of
 them itself (--openings and --turns are its weights beside those of the data): all that is measured at a temperature of
 1, and --hot of its own that is learned from at 1.2, since text like that helps where nothing was calibrated on, but not
-ranks. Embedding, ranks and neurons are in one budget; then the whole model learns the original's predictions, of text
-that is given also the text itself, and keeps the mean of its states. A seed is that of
-everything: what is written, which text is taken in which order, which tokens are measured. Sizes of one seed share what
-is measured. Results are kept in --out, where the command goes on; in the end a table has the median over the seeds, the
-least and the most, each over what the original has. Two go side by side, a core each (two commands with other --seeds
-and the same --out).
+ranks. Embedding, ranks and neurons are in one budget; then the whole model learns the original's predictions, and from
+what is given the text itself too, and keeps the mean of its states. A seed is that of everything: what is written,
+which text is taken in which order, which tokens are measured. Sizes of one seed share what is measured. Results are
+kept in --out, where the command goes on; in the end a table has the median over the seeds, the least and the most, each
+over what the original has. Two go side by side, a core each (two commands with other --seeds and the same --out).
 """
 
 from __future__ import annotations

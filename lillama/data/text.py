@@ -24,14 +24,13 @@ def token_blocks(
     calibration: Calibration,
     where: str = "calibration",
     progress: Callable[[int], None] | None = None,
-    ended: bool = True,
     own: OwnText | None = None,
 ) -> Tensor:
     """The calibration text as int64 blocks [N, sequence_length], at most `calibration.tokens` in all.
 
     See `sourced_blocks`.
     """
-    return sourced_blocks(tokenizer, calibration, where, progress, ended, own)[0]
+    return sourced_blocks(tokenizer, calibration, where, progress, own=own)[0]
 
 
 def sourced_blocks(
@@ -72,7 +71,7 @@ def sourced_blocks(
 
 def _sources(calibration: Calibration, where: str, own: OwnText | None) -> Iterator[tuple[Calibration, str]]:
     """The calibration on each source alone, and its key in the recipe; what the model wrote comes last."""
-    wanted = _wanted(calibration, where)
+    wanted = wanted_tokens(calibration, where)
     for i, part in enumerate(calibration.parts):
         place = where if calibration.dataset is not None else f"{where}.datasets.{i}"
         yield calibration.model_copy(update=_of_one(part) | {"tokens": wanted[i]}), place
@@ -84,8 +83,11 @@ def _sources(calibration: Calibration, where: str, own: OwnText | None) -> Itera
         yield calibration.model_copy(update=written | {"tokens": wanted[-1], "fraction": 1.0}), place
 
 
-def _wanted(calibration: Calibration, where: str) -> list[int | None]:
-    """The tokens of every source; of one that is alone as many as there may be."""
+def wanted_tokens(calibration: Calibration, where: str) -> list[int | None]:
+    """The tokens of every source; of one that is alone as many as there may be.
+
+    Raises LillamaError where a source of a mixture would give less than a sequence.
+    """
     if not calibration.is_mixture:
         return [calibration.tokens]
     shares = calibration.shares

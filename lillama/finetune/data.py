@@ -30,9 +30,11 @@ def text_examples(tokenizer: Any, recipe: Recipe, section: Finetune, written: Wr
     from lillama.data.special import find_around, text_tokenizer
     from lillama.data.text import sourced_blocks
 
-    if section.generate is not None and written is None:
-        raise LillamaError("nothing here has the model write its own text", where="finetune.generate")
-    more = "" if section.generate is None or written is None else str(written("finetune"))
+    more = ""
+    if section.generate is not None:
+        if written is None:
+            raise LillamaError("nothing here has the model write its own text", where="finetune.generate")
+        more = str(written("finetune"))
     data = section.data(recipe.calibration, more)
     where = "finetune" if section.has_data or section.generate is not None else "calibration"
     own = written and functools.partial(written, "calibration")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-from lillama.recipe.calibration import OF_ONE, REFUSED, Calibration, Data, Generate, with_spare
+from lillama.recipe.calibration import BOTH, NO_TOKENS, OF_ONE, Calibration, Data, Generate, of_one, with_spare
 from lillama.recipe.section import Section
 
 
@@ -105,24 +104,16 @@ class Finetune(Section):
     checks: int = Field(4, ge=1, description="How often the held-out loss is measured and the state stored.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of the data.")
 
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        for what, hint in self._complaints():
-            raise PydanticCustomError(REFUSED, "{what}", {"what": what, "hint": hint})
-        return self
-
     def _complaints(self) -> list[tuple[str, str]]:
         """(what, hint) of keys that do not go together."""
         found: list[tuple[str, str]] = []
         if self.datasets is None:
             return found
         if self.dataset is not None:
-            found.append(("both dataset and datasets are given", "Put the one into the list, or leave the list out."))
-        for name in (name for name in OF_ONE if getattr(self, name, None) is not None):
-            hint = f"Give it to each of datasets that wants it: {{dataset: ..., {name}: ...}}."
-            found.append((f"{name} belongs to a dataset, and datasets is given", hint))
+            found.append(BOTH)
+        found += [of_one(name, several=True) for name in OF_ONE if getattr(self, name, None) is not None]
         if self.tokens is None:
-            found.append(("a mixture needs tokens: weights are shares of them", "For example tokens: 65536."))
+            found.append(NO_TOKENS)
         return found
 
     @property

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from lillama.errors import LillamaError
 from lillama.recipe.section import Section
@@ -13,7 +12,9 @@ from lillama.recipe.section import Section
 WRITTEN = 65536  # tokens that a model writes where nothing says how many
 SPARE = 8  # of a share one in so many is written besides
 OF_ONE = ("config", "split", "column", "filter", "rows")  # what belongs to the one data set of `dataset`
-REFUSED = "refused"  # the type of a complaint about keys that do not go together
+# What (what, hint) is said of a mixture, of whichever section.
+BOTH = ("both dataset and datasets are given", "Put the one into the list, or leave the list out.")
+NO_TOKENS = ("a mixture needs tokens: weights are shares of them", "For example tokens: 65536.")
 
 
 Temperature = Annotated[float, Field(gt=0)]
@@ -76,12 +77,10 @@ class Generate(Section):
     )
     weight: float = Field(1.0, gt=0, description="Its share of the tokens, relative to the data sets' weights.")
 
-    @model_validator(mode="after")
-    def _begins(self) -> Self:
-        if not (self.begin or self.prompts):
-            given = {"what": "generate begins its texts with nothing", "hint": "Give begin: [user, start], or prompts."}
-            raise PydanticCustomError(REFUSED, "{what}", given)
-        return self
+    def _complaints(self) -> list[tuple[str, str]]:
+        if self.begin or self.prompts:
+            return []
+        return [("generate begins its texts with nothing", "Give begin: [user, start], or prompts.")]
 
 
 class Calibration(OneDataSet):
@@ -129,28 +128,19 @@ class Calibration(OneDataSet):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of rows.")
 
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        for what, hint in self._complaints():
-            raise PydanticCustomError(REFUSED, "{what}", {"what": what, "hint": hint})
-        return self
-
     def _complaints(self) -> list[tuple[str, str]]:
         """(what, hint) of keys that do not go together."""
         found = []
         if self.dataset is None and self.datasets is None and self.generate is None:
             found.append(("there is no data: the key 'calibration.dataset' is missing", NO_DATA))
         if self.dataset is not None and self.datasets is not None:
-            found.append(("both dataset and datasets are given", "Put the one into the list, or leave the list out."))
+            found.append(BOTH)
         if self.dataset is None:
             fields = type(self).model_fields
             for name in (name for name in OF_ONE if getattr(self, name) != fields[name].default):
-                owner = "datasets" if self.datasets else "generate"
-                hint = f"Give it to each of datasets that wants it: {{dataset: ..., {name}: ...}}."
-                hint = hint if self.datasets else "generate has a split of its own; the other keys are of data sets."
-                found.append((f"{name} belongs to a dataset, and {owner} is given", hint))
+                found.append(of_one(name, bool(self.datasets)))
         if self.is_mixture and self.tokens is None:
-            found.append(("a mixture needs tokens: weights are shares of them", "For example tokens: 65536."))
+            found.append(NO_TOKENS)
         return found or self._shares_complaints()
 
     def _shares_complaints(self) -> list[tuple[str, str]]:
@@ -216,6 +206,15 @@ class Calibration(OneDataSet):
 
 
 NO_DATA = "Give dataset, datasets: [{dataset: ...}, ...], or generate: {} to have the model write its own text."
+
+
+def of_one(name: str, several: bool) -> tuple[str, str]:
+    """What (what, hint) is said of a key of one data set where there are `several`, or text that the model writes."""
+    if several:
+        hint = f"Give it to each of datasets that wants it: {{dataset: ..., {name}: ...}}."
+        return f"{name} belongs to a dataset, and datasets is given", hint
+    hint = "generate has a split of its own; the other keys are of data sets."
+    return f"{name} belongs to a dataset, and generate is given", hint
 
 
 def with_spare(tokens: int) -> int:

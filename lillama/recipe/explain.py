@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from lillama import registry
 from lillama.errors import LillamaError, did_you_mean, distance, nearest, quoted
 from lillama.recipe import yamlfile
-from lillama.recipe.calibration import REFUSED
+from lillama.recipe.section import REFUSED
 from lillama.registry import Registry
 
 if TYPE_CHECKING:

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 from lillama.base.rundir import OWN_TEXT
 from lillama.contract import Layer
 from lillama.data.files import missing
+from lillama.data.text import wanted_tokens
 from lillama.errors import LillamaError, did_you_mean
 from lillama.factorise.start import find_needs
 from lillama.plan.plan import Plan, wants_spectra
 from lillama.pretrained.source import Source
+from lillama.recipe.calibration import NO_TOKENS
 from lillama.recipe.schema import Calibration, Finetune, Generate, Recipe
 from lillama.registry import EVALUATORS, INITIALISERS
 from lillama.signature import parameters
@@ -85,13 +87,8 @@ def check_learned_text(recipe: Recipe) -> None:
         return
     data = section.data(recipe.calibration, "")
     if data.tokens is None:
-        hint = "For example tokens: 65536."
-        raise LillamaError("a mixture needs tokens: weights are shares of them", where="finetune.tokens", hint=hint)
-    share = data.shares[len(data.parts) - 1]
-    if not all(data.shares):
-        hint = f"Raise it, or a weight, or lower finetune.sequence_length, {data.sequence_length}."
-        what = f"of {data.tokens} tokens in sequences of {data.sequence_length}, not every source has one"
-        raise LillamaError(what, where="finetune.tokens", hint=hint)
+        raise LillamaError(NO_TOKENS[0], where="finetune.tokens", hint=NO_TOKENS[1])
+    share = wanted_tokens(data, "finetune")[len(data.parts) - 1] or 0
     if recipe.learned_written < share:
         what = f"{generate.tokens} are fewer than the {share} of finetune.tokens that are its share"
         hint = "Leave it out, raise it, or lower finetune.generate.weight."

@@ -77,6 +77,10 @@ class OwnText:
     def _target(self) -> Path:
         return self.directory / (OWN_TEXT if self.of == "calibration" else LEARNED_TEXT)
 
+    @property
+    def _where(self) -> str:
+        return f"{self.of}.generate"
+
     def _fill(self, target: Path) -> None:
         if self.common is None:
             self._write(target)
@@ -126,7 +130,7 @@ class OwnText:
         recipe = self.prepared.recipe
         section = recipe.calibration.generate if self.of == "calibration" else recipe.learned_generate
         if section is None:
-            raise LillamaError("the recipe does not have the model write", where=f"{self.of}.generate")
+            raise LillamaError("the recipe does not have the model write", where=self._where)
         return section
 
     @cached_property
@@ -134,7 +138,7 @@ class OwnText:
         """How much is written, and how."""
         recipe = self.prepared.recipe
         tokens = recipe.calibration.written if self.of == "calibration" else recipe.learned_written
-        return Writing.of(self.section, tokens, positions(self.prepared.source.config))
+        return Writing.of(self.section, tokens, positions(self.prepared.source.config), self._where)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -146,7 +150,7 @@ class OwnText:
     @cached_property
     def begin(self) -> Beginnings:
         """What the texts begin with."""
-        return beginnings(self.tokenizer, self.section, self._prompts(), self.writing.length, f"{self.of}.generate")
+        return beginnings(self.tokenizer, self.section, self._prompts(), self.writing.length, self._where)
 
     @cached_property
     def made_of(self) -> dict[str, Any]:
@@ -165,7 +169,7 @@ class OwnText:
         section = self.section
         if section.prompts is None:
             return []
-        where = f"{self.of}.generate.prompts"
+        where = f"{self._where}.prompts"
         try:
             rows = load_rows(section.prompts, split="train", where=where)
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(section.seed))

@@ -49,14 +49,15 @@ class Writing:
     batch: int = 32
     temperatures: tuple[float, ...] = (1.0,)
     seed: int = 0
+    where: str = WHERE  # the section of the recipe, for errors
 
     @classmethod
-    def of(cls, section: Generate, tokens: int, most: int | None) -> Writing:
+    def of(cls, section: Generate, tokens: int, most: int | None, where: str = WHERE) -> Writing:
         """What a recipe says; no text is longer than `most` positions."""
         length = min(section.length, most or section.length)
         given = section.temperature
         temperatures = tuple(given) if isinstance(given, list) else (given,)
-        return cls(tokens, length, section.batch, temperatures, section.seed)
+        return cls(tokens, length, section.batch, temperatures, section.seed, where)
 
     @property
     def texts(self) -> int:
@@ -99,7 +100,9 @@ def write_round(model: Any, tokenizer: Any, begin: list[list[int]], writing: Wri
         new = max(1, writing.length - longest)
         written = model.generate(ids, attention_mask=mask, max_new_tokens=new, logits_processor=[drawn])
     if not drawn.finite:
-        raise LillamaError("the model's predictions are not finite", where=WHERE, hint="Try run.compute: float32.")
+        raise LillamaError(
+            "the model's predictions are not finite", where=writing.where, hint="Try run.compute: float32."
+        )
     rows = [row[longest - len(one) :] for row, one in zip(written.cpu(), chosen)]
     return list(tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
