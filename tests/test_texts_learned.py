@@ -16,6 +16,7 @@ from lillama.errors import LillamaError
 from lillama.finetune.data import SHARE, text_examples
 from lillama.recipe.schema import Recipe
 from lillama.run import duration, owntext, pipeline, prepare
+from lillama.run.common import Common
 from lillama.run.estimate import estimate
 from lillama.run.speeds import Speeds
 
@@ -88,6 +89,17 @@ def test_both_kinds_of_own_text_are_kept_apart(home, tmp_path, rounds_written):
     files = {"calibration": tmp_path / OWN_TEXT, "finetune": tmp_path / LEARNED_TEXT}
     examples = text_examples(tokenizer(), asked, asked.finetune, files.__getitem__)
     assert len(examples) == 12 and all(float(one[SHARE]) == 1 for one in examples)
+
+
+def test_runs_of_one_sweep_have_it_written_once(home, tmp_path, rounds_written):
+    common, files, rounds = Common(tmp_path / "common"), [], []
+    for place, steps in (("a", 2), ("b", 3)):
+        asked = recipe(home, tmp_path / place, steps=steps)
+        pipeline.Run(prepare.prepare(asked), Progress(), common=common).execute()
+        files.append((tmp_path / place / LEARNED_TEXT).read_bytes())
+        rounds.append(len(rounds_written))
+    assert files[0] == files[1]
+    assert rounds[0] == rounds[1] > 0
 
 
 def test_it_is_mixed_with_data_of_the_section_too(home, tmp_path):

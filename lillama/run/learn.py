@@ -23,13 +23,20 @@ from lillama.run.owntext import OwnText
 from lillama.run.prepare import Prepared
 
 
-def learn(prepared: Prepared, model: Any, section: Finetune, directory: RunDirectory, progress: Progress) -> None:
+def learn(
+    prepared: Prepared,
+    model: Any,
+    section: Finetune,
+    directory: RunDirectory,
+    progress: Progress,
+    texts: Path | None = None,
+) -> None:
     """Train `model` (float32, on the CPU) in place as `section` says; goes on where it was stopped.
 
-    Raises LillamaError where there is nothing to learn from.
+    What the original writes to learn from is shared with other runs in `texts`, where that is given. Raises LillamaError where there is nothing to learn from.
     """
     with progress.timed("read data"):
-        examples = _examples(prepared, section, directory, progress)
+        examples = _examples(prepared, section, directory, progress, texts)
     recipe, source, teacher = prepared.recipe, prepared.source, None
     if section.taught:
         teacher = source.auto_class.from_pretrained(
@@ -52,7 +59,9 @@ def divides(recipe: Recipe) -> bool:
     return asked and ranks.world() > 1
 
 
-def _examples(prepared: Prepared, section: Finetune, directory: RunDirectory, progress: Progress) -> Examples:
+def _examples(
+    prepared: Prepared, section: Finetune, directory: RunDirectory, progress: Progress, texts: Path | None
+) -> Examples:
     recipe, source = prepared.recipe, prepared.source
     # Of `section`, which the recipe need not have.
     asked = recipe.model_copy(update={"finetune": section})
@@ -68,7 +77,7 @@ def _examples(prepared: Prepared, section: Finetune, directory: RunDirectory, pr
     tokenizer = read_tokenizer(recipe.model, source.where, source.gguf, directory.path / ORIGINAL)
 
     def written(of: Literal["calibration", "finetune"]) -> Path:
-        return ranks.by_first(OwnText(prepared, directory.path, progress, of=of).path)
+        return ranks.by_first(OwnText(prepared, directory.path, progress, texts, of).path)
 
     return data.text_examples(tokenizer, recipe, section, written)
 

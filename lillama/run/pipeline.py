@@ -209,8 +209,13 @@ class Run:
 
     def own_text(self) -> Path:
         """The file of what the model wrote itself; it writes now unless that is there, before the directory is open."""
-        own = OwnText(self.prepared, self.directory.path, self.progress, self.common.texts if self.common else None)
+        own = OwnText(self.prepared, self.directory.path, self.progress, self.texts)
         return ranks.by_first(lambda: written_first(own, self.directory, self.restart))
+
+    @property
+    def texts(self) -> Path | None:
+        """Where runs share what the original writes."""
+        return self.common.texts if self.common else None
 
     def tokenizer(self) -> Any:
         """The original's tokenizer."""
@@ -325,7 +330,7 @@ class Run:
         trust = self.recipe.model.trust_remote_code
         model = load(self.directory.path / MODEL, trust_remote_code=trust, dtype=torch.float32)
         host.get().prepare(self.prepared.plugin, model, self.recipe)
-        learn(self.prepared, model, section, self.directory, self.progress)
+        learn(self.prepared, model, section, self.directory, self.progress, self.texts)
         # Of an earlier one that was removed.
         self.directory.forget(*filter(self.directory.has, ("evaluation.finetuned.json", IN_TURN)))
         self.directory.by_first(lambda: finetune.save(model, self.source.dtype, section, self.directory, self.card()))
