@@ -33,7 +33,8 @@ def learn(
 ) -> None:
     """Train `model` (float32, on the CPU) in place as `section` says; goes on where it was stopped.
 
-    What the original writes to learn from is shared with other runs in `texts`, where that is given. Raises LillamaError where there is nothing to learn from.
+    What the original writes to learn from is shared with other runs in `texts`, where that is given. Raises
+    LillamaError where there is nothing to learn from.
     """
     with progress.timed("read data"):
         examples = _examples(prepared, section, directory, progress, texts)
