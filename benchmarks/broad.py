@@ -114,17 +114,18 @@ def text_of(args: argparse.Namespace, original: Path, seed: int) -> Text:
     The two take the same rows first; what is learned from beyond those is what --tokens leave.
     """
     data, own = given(args), {"openings": args.openings, "turns": args.turns}
-    of_data, of_own = [sum(weights) for weights in zip(*data.values())], sum(own.values())
-    every = [weight + of_own for weight in of_data]
+    of_own = sum(own.values())
+    data_measured, data_learned = (sum(weights) for weights in zip(*data.values()))
+    all_measured, all_learned = data_measured + of_own, data_learned + of_own
     hot = args.hot * of_own
     measured = int((args.gradients + INPUTS) * args.tokens)
-    learned = int((args.tokens - measured * of_own / every[0]) / ((of_data[1] + hot) / every[1]))
+    learned = int((args.tokens - measured * of_own / all_measured) / ((data_learned + hot) / all_learned))
     place = {name: args.out / "own" / f"{name}.{seed}.jsonl" for name in (*own, "hot")}
     kinds = {"openings": {"begin": ["openings"]}, "turns": {"begin": ["user", "start"]}}
     for name, weight in own.items():
-        written(original, kinds[name], round(SPARE * measured * weight / every[0]), seed, place[name])
+        written(original, kinds[name], round(SPARE * measured * weight / all_measured), seed, place[name])
     how = {"begin": ["openings"], "temperature": HOT}
-    written(original, how, round(SPARE * learned * hot / every[1]), seed + 1000, place["hot"])
+    written(original, how, round(SPARE * learned * hot / all_learned), seed + 1000, place["hot"])
     drawn = [{"dataset": str(place[name]), "weight": weight} for name, weight in own.items() if weight]
     lessons = [{**one, "weight": one["weight"] * (1 - args.hot)} for one in drawn if args.hot < 1]
     lessons += [{"dataset": str(place["hot"]), "weight": hot}] if hot else []
